@@ -1,0 +1,68 @@
+"""Stock DDP and byzantine_ddp, five workers on one machine, two of them Byzantine: ``python examples/compare.py``.
+
+Each run is ``examples/train.py`` with one of the three files in ``examples/configs``; the accuracy is read from its
+TensorBoard log.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EXAMPLES = Path(__file__).parent
+ATTACKS = {
+    "SignFlip": {},
+    "InnerProductManipulation": {},
+    "ALittleIsEnough": {},
+    "GaussianNoise": {"std": 10},
+    "NonFinite": {},
+    "LabelFlip": {"num_classes": 10},
+}
+
+
+def main() -> None:
+    """Run the comparison and print it as a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=["GaussianNoise"], help="one row each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="the table shows the mean over them")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest goes to examples/train.py")
+    arguments = parser.parse_args()
+
+    def accuracy(config: str, attack: str | None = None) -> float:
+        return mean(run(config, attack, seed, arguments.options) for seed in arguments.seeds)
+
+    clean = accuracy("clean")
+    rows = [
+        (attack, clean, accuracy("attacked", attack), accuracy("byzantine", attack)) for attack in arguments.attacks
+    ]
+    print(f"\nTest accuracy, 5 workers of which 2 are Byzantine, mean over seeds {arguments.seeds}\n")
+    print("| attack | ddp, no attack | ddp, attacked | byzantine_ddp, attacked |")
+    print("|---|---|---|---|")
+    for attack, *accuracies in rows:
+        print(f"| {attack} | " + " | ".join(f"{value:.3f}" for value in accuracies) + " |")
+
+
+def run(config: str, attack: str | None, seed: int, options: list[str]) -> float:
+    """Train and test once; return the test accuracy."""
+    print(f"seed {seed}: {config}" + (f", {attack}" if attack else ""), file=sys.stderr, flush=True)
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, EXAMPLES / "train.py", "fit", "--config", EXAMPLES / "configs" / f"{config}.yaml"]
+        command += [f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+        command += ["--trainer.enable_progress_bar=false", *options]
+        if attack is not None:
+            spec = {"class_path": f"lightning_byzantine.attacks.{attack}", "init_args": ATTACKS[attack]}
+            command.append(f"--trainer.callbacks.attack={json.dumps(spec)}")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{done.stdout}{done.stderr}\nexamples/train.py failed with exit code {done.returncode}")
+        events = EventAccumulator(str(Path(folder, "lightning_logs", "version_0"))).Reload()
+        return events.Scalars("test_accuracy")[-1].value
+
+
+if __name__ == "__main__":
+    main()

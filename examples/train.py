@@ -1,0 +1,21 @@
+"""Train on handwritten digits, then test: ``python examples/train.py fit --config examples/configs/byzantine.yaml``."""
+
+import torch
+from digits import DigitClassifier, DigitData
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_byzantine.callbacks  # noqa: F401  (registers the strategies and the class names)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli = LightningCLI(DigitClassifier, DigitData, seed_everything_default=1)
+    if cli.subcommand == "fit":
+        cli.trainer.test(cli.model, cli.datamodule)
+    # gloo's threads would abort a process that ends without this.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

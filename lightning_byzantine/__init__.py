@@ -1,0 +1,13 @@
+"""Byzantine-robust data-parallel training for PyTorch Lightning, by one flag.
+
+Importing the package registers its strategies: ``Trainer(strategy="byzantine_ddp")``.
+"""
+
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.registry import register_strategies
+from lightning_byzantine.strategy import ByzantineDDPStrategy
+
+__all__ = ["ByzantineBreakdownError", "ByzantineDDPStrategy"]
+__version__ = "0.1.0"
+
+register_strategies()

@@ -1,0 +1,5 @@
+"""``python -m lightning_byzantine``."""
+
+from lightning_byzantine.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""What every aggregation rule has in common."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byzantine.checks import check_num_byzantine, check_vectors
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.matrix import Point, WorkerMatrix
+
+__all__ = ["Aggregator"]
+
+
+class Aggregator(nn.Module, ABC):
+    """A rule A(x_1, .., x_m; f) -> R^d that withstands f < m / 2 Byzantine rows.
+
+    A rule is written once, as :meth:`locate` on a :class:`~lightning_byzantine.matrix.WorkerMatrix`, and then serves
+    plain tensors and DDP's buckets alike. It is a :class:`torch.nn.Module` without parameters, so that what it keeps
+    between steps is a buffer in its ``state_dict``, however rules are nested.
+
+    Example:
+        >>> from lightning_byzantine.aggregators import CoordinateWiseMedian
+        >>> CoordinateWiseMedian()(torch.tensor([[1.0, 1.0], [2.0, 3.0], [100.0, -50.0]]), num_byzantine=1)
+        tensor([2., 1.])
+
+    """
+
+    @abstractmethod
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the rule's result, lazily. All rows are finite and 0 <= f < m / 2."""
+
+    def check(self, num_workers: int, num_byzantine: int) -> None:
+        """Raise :class:`ValueError` when the rule can't serve m workers of which f are Byzantine."""
+        check_num_byzantine(num_byzantine, num_workers)
+
+    def aggregate(self, matrix: WorkerMatrix, num_byzantine: int) -> list[Tensor]:
+        """Drop the rows that can't be measured, then apply the rule to the others.
+
+        A row with a non-finite entry or an overflowing squared norm is Byzantine by definition: it is dropped by
+        index, and ``num_byzantine`` falls by one for each.
+
+        Args:
+            matrix: m rows, in any number of column blocks.
+            num_byzantine: f.
+
+        Returns:
+            One [c_b] tensor for each block, in its dtype.
+
+        Raises:
+            ValueError: if the rule can't serve m and f.
+            ByzantineBreakdownError: if more than f rows were dropped.
+
+        """
+        num_workers = matrix.num_workers
+        self.check(num_workers, num_byzantine)
+        measurable = matrix.measurable()
+        if not measurable.all():
+            dropped = (~measurable).nonzero().flatten().tolist()
+            if len(dropped) > num_byzantine:
+                raise ByzantineBreakdownError(dropped, num_workers, num_byzantine)
+            matrix = matrix.select(measurable.nonzero().flatten())
+            num_byzantine -= len(dropped)
+        return matrix.materialize(self.locate(matrix, num_byzantine))
+
+    @torch.no_grad()
+    def forward(self, vectors: Tensor, num_byzantine: int) -> Tensor:
+        """Aggregate a plain tensor.
+
+        Args:
+            vectors: [m, d], one row a worker; float16, bfloat16, float32 or float64, on any device. Not written to.
+            num_byzantine: f, with 0 <= f < m / 2.
+
+        Returns:
+            [d], in the dtype and on the device of ``vectors``.
+
+        Raises:
+            TypeError: if ``vectors`` is not a floating-point tensor, or ``num_byzantine`` not an integer.
+            ValueError: if ``vectors`` is not 2D or is empty, or the rule can't serve m and f.
+            ByzantineBreakdownError: if more than f rows are non-finite or overflow.
+
+        """
+        check_vectors(vectors)
+        return self.aggregate(WorkerMatrix([vectors]), num_byzantine)[0]

@@ -1,0 +1,31 @@
+"""The median of every coordinate."""
+
+from torch import Tensor
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.matrix import Point, WorkerMatrix
+
+__all__ = ["CoordinateWiseMedian"]
+
+
+class CoordinateWiseMedian(Aggregator):
+    """[x]_k = median([x_1]_k, .., [x_m]_k); for even m the average of the middle two.
+
+    Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
+
+    Example:
+        >>> import torch
+        >>> CoordinateWiseMedian()(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), num_byzantine=1)
+        tensor([3.])
+
+    """
+
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the vector of medians."""
+        return matrix.coordinatewise(_median)
+
+
+def _median(chunk: Tensor) -> Tensor:
+    num_workers = chunk.shape[0]
+    ascending = chunk.sort(dim=0).values
+    return (ascending[(num_workers - 1) // 2] + ascending[num_workers // 2]) / 2

@@ -1,0 +1,30 @@
+"""The mean of every coordinate without its extremes."""
+
+from torch import Tensor
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.matrix import Point, WorkerMatrix
+
+__all__ = ["CoordinateWiseTrimmedMean"]
+
+
+class CoordinateWiseTrimmedMean(Aggregator):
+    """In every coordinate, the mean of the m - 2f values left without the f smallest and the f largest.
+
+    Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
+
+    Example:
+        >>> import torch
+        >>> CoordinateWiseTrimmedMean()(torch.tensor([[-90.0], [2.0], [4.0], [90.0]]), num_byzantine=1)
+        tensor([3.])
+
+    """
+
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the vector of trimmed means."""
+        kept = slice(num_byzantine, matrix.num_workers - num_byzantine)
+
+        def trimmed_mean(chunk: Tensor) -> Tensor:
+            return chunk.sort(dim=0).values[kept].mean(dim=0)
+
+        return matrix.coordinatewise(trimmed_mean)

@@ -1,0 +1,110 @@
+"""The point with the least sum of distances."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
+from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.matrix import Point, WorkerMatrix
+
+__all__ = ["GeometricMedian"]
+
+# A row nearer to the iterate than this part of the farthest row's distance is where the iterate sits.
+_SITS_ON = 1e-9
+
+
+class GeometricMedian(Aggregator):
+    """argmin_z sum_i ||x_i - z||, by Weiszfeld's iteration z <- sum_i x_i / d_i / sum_i 1 / d_i, d_i = ||x_i - z||.
+
+    The iterate is kept as weights of the rows, so that all iterations together cost one Gram matrix and one
+    combination. An iterate that meets a row is led past it by the step of Vardi & Zhang.
+
+    Args:
+        max_iterations: at most this many iterations.
+        tolerance: stop when an iteration moves by less than this part of the mean distance to the rows. 0 for never.
+        smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
+        init: where to start: "mean", "median" (coordinate-wise; one pass more) or "zero".
+
+    ``GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")`` is the unconverged form of the
+    paper's public code ("rfa") and of ByzFL.
+
+    Source: Weiszfeld, Tohoku Math. J. 43 (1937); Vardi & Zhang, "The multivariate L1-median and associated data
+    depth", PNAS 97 (2000); Pillutla et al., "Robust Aggregation for Federated Learning", IEEE TSP 70 (2022).
+
+    Example:
+        >>> GeometricMedian()(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), num_byzantine=1)
+        tensor([0.5000, 0.5000])
+
+    """
+
+    def __init__(
+        self,
+        max_iterations: int = 1000,
+        tolerance: float = 1e-8,
+        smoothing: float = 0.0,
+        init: Literal["mean", "median", "zero"] = "mean",
+    ) -> None:
+        super().__init__()
+        check_at_least("max_iterations", max_iterations, 1, integer=True)
+        check_at_least("tolerance", tolerance, 0)
+        check_at_least("smoothing", smoothing, 0)
+        if init not in ("mean", "median", "zero"):
+            raise ValueError(f"init must be 'mean', 'median' or 'zero', got {init!r}")
+        self.max_iterations = max_iterations
+        self.tolerance = tolerance
+        self.smoothing = smoothing
+        self.init = init
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``repr``."""
+        return (
+            f"max_iterations={self.max_iterations}, tolerance={self.tolerance}, smoothing={self.smoothing},"
+            f" init={self.init!r}"
+        )
+
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the geometric median as weights of the rows."""
+        weights: Tensor | None = None
+        distances = self._initial_distances(matrix)
+        squared_distances = matrix.squared_distances()
+        for _ in range(self.max_iterations):
+            previous, weights = weights, self._next_weights(weights, distances, squared_distances)
+            mean_distance = distances.mean()
+            distances = matrix.distances(matrix.combine(weights))
+            if previous is not None:
+                step = _norm_of_difference(weights - previous, squared_distances)
+                if step <= self.tolerance * mean_distance:
+                    break
+        assert weights is not None  # max_iterations is at least 1
+        return matrix.combine(weights)
+
+    def _initial_distances(self, matrix: WorkerMatrix) -> Tensor:
+        if self.init == "zero":
+            return matrix.squared_norms().sqrt()
+        if self.init == "median":
+            return matrix.distances(CoordinateWiseMedian().locate(matrix, 0))
+        return matrix.distances(matrix.combine(torch.full((matrix.num_workers,), 1 / matrix.num_workers)))
+
+    def _next_weights(self, weights: Tensor | None, distances: Tensor, squared_distances: Tensor) -> Tensor:
+        if self.smoothing > 0:
+            inverse = 1 / distances.clamp(min=self.smoothing)
+            return inverse / inverse.sum()
+        met = distances <= _SITS_ON * distances.max()
+        if met.all():
+            return met / met.sum()
+        inverse = torch.where(met, 0.0, 1 / distances)
+        toward_others = inverse / inverse.sum()
+        if not met.any():
+            return toward_others
+        here = met / met.sum() if weights is None else weights
+        pull = inverse.sum() * _norm_of_difference(toward_others - here, squared_distances)
+        stay = 1.0 if pull <= met.sum() else float(met.sum() / pull)
+        return (1 - stay) * toward_others + stay * here
+
+
+def _norm_of_difference(weights: Tensor, squared_distances: Tensor) -> Tensor:
+    """Return ||sum_i u_i x_i|| for weights u with sum 0: ||.||^2 = -1/2 sum_ij u_i u_j ||x_i - x_j||^2."""
+    return (-0.5 * (weights @ squared_distances @ weights)).clamp(min=0).sqrt()

@@ -1,0 +1,27 @@
+"""A rule over a rule."""
+
+from abc import ABC
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+
+__all__ = ["MetaAggregator"]
+
+
+class MetaAggregator(Aggregator, ABC):
+    """A rule that improves on a ``base`` rule.
+
+    Args:
+        base: the rule to improve, itself any rule or meta-aggregator.
+
+    """
+
+    def __init__(self, base: Aggregator) -> None:
+        super().__init__()
+        if not isinstance(base, Aggregator):
+            raise TypeError(f"base must be an Aggregator, such as CoordinateWiseMedian(), got {base!r}")
+        self.base = base
+
+    def check(self, num_workers: int, num_byzantine: int) -> None:
+        """Raise :class:`ValueError` when this rule or its base can't serve m workers of which f are Byzantine."""
+        super().check(num_workers, num_byzantine)
+        self.base.check(num_workers, num_byzantine)

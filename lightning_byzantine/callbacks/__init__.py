@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from lightning_byzantine.callbacks.byzantine_simulation import ByzantineSimulation
+
+__all__ = ["ByzantineSimulation"]

@@ -1,0 +1,134 @@
+"""Puts an attack into a training run."""
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_byzantine.attacks import Attack, DataAttack, VectorAttack
+from lightning_byzantine.exchange import AllGather, Exchange
+from lightning_byzantine.hook import AggregationHook
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.strategy import ByzantineDDPStrategy
+
+__all__ = ["ByzantineSimulation"]
+
+
+class ByzantineSimulation(pl.Callback):
+    """Makes some workers Byzantine during ``fit``, under ``byzantine_ddp`` or stock ``ddp``.
+
+    Attacks on vectors replace what the Byzantine workers sent, on every rank alike; attacks on data poison the
+    Byzantine workers' batches on their way to the device. Logs nothing.
+
+    Args:
+        attack: what the Byzantine workers do.
+        workers: their indices; one worker is one rank.
+
+    Raises:
+        TypeError: if ``attack`` is none, or the Trainer is not ``lightning.pytorch``'s.
+        ValueError: in ``setup``, if an index is out of range or named twice, or no honest worker is left.
+        MisconfigurationException: in ``setup``, if the strategy is not from the DDP family.
+
+    Example:
+        >>> from lightning_byzantine.attacks import SignFlip
+        >>> simulation = ByzantineSimulation(SignFlip(), workers=[0, 3])
+
+    """
+
+    def __init__(self, attack: Attack, workers: Sequence[int]) -> None:
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attack must be an Attack, such as SignFlip(), got {attack!r}")
+        self.attack = attack
+        self.workers = list(workers)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not isinstance(trainer, pl.Trainer):
+            raise TypeError(
+                "ByzantineSimulation needs a Trainer of `lightning.pytorch`, got one of"
+                f" `{type(trainer).__module__.partition('.')[0]}`. Import `lightning.pytorch` everywhere."
+            )
+        if not isinstance(trainer.strategy, DDPStrategy):
+            raise MisconfigurationException(
+                f"ByzantineSimulation needs strategy='byzantine_ddp' or 'ddp', got {type(trainer.strategy).__name__}"
+            )
+        self.attack.check(trainer.world_size, self.workers)
+        if stage != "fit" or not isinstance(self.attack, DataAttack):
+            return
+        if "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise MisconfigurationException(
+                f"{type(self.attack).__name__} poisons the batches that Lightning hands to `training_step`, got a"
+                " `training_step(dataloader_iter)` that fetches its own. Take `batch` instead."
+            )
+        if trainer.global_rank in self.workers:
+            self._poison_batches(trainer, self.attack)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(self.attack, VectorAttack):
+            return
+        strategy = trainer.strategy
+        if isinstance(strategy, ByzantineDDPStrategy):
+            assert strategy.hook is not None  # made in setup, just before
+            strategy.hook.exchange = _TamperedExchange(strategy.hook.exchange, self.attack, self.workers)
+            return
+        assert isinstance(strategy, DDPStrategy)
+        if strategy._ddp_comm_hook is not None:
+            raise MisconfigurationException(
+                "ByzantineSimulation attacks stock ddp in DDP's only communication hook, got a strategy with a"
+                f" `ddp_comm_hook` of its own: {strategy._ddp_comm_hook!r}"
+            )
+        assert isinstance(strategy.model, DistributedDataParallel)
+        exchange = _TamperedExchange(AllGather(strategy.world_size), self.attack, self.workers)
+        AggregationHook(pl_module, exchange, _plain_mean).register(strategy.model)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # DDP's hook goes with the model that was wrapped for this fit.
+        trainer.strategy.__dict__.pop("batch_to_device", None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.attack.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.attack.load_state_dict(state_dict)
+
+    @staticmethod
+    def _poison_batches(trainer: pl.Trainer, attack: DataAttack) -> None:
+        honest = trainer.strategy.batch_to_device
+
+        def batch_to_device(batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+            return honest(attack.poison(batch) if trainer.training else batch, device, dataloader_idx)
+
+        # On the instance, so that it goes before hooks of the module and of the data module alike; see teardown.
+        trainer.strategy.__dict__["batch_to_device"] = batch_to_device
+
+
+class _TamperedExchange:
+    """An exchange in which some workers lie."""
+
+    def __init__(self, exchange: Exchange, attack: VectorAttack, workers: Sequence[int]) -> None:
+        self._exchange = exchange
+        self._attack = attack
+        self._workers = workers
+
+    def start(self, block: Tensor) -> None:
+        self._exchange.start(block)
+
+    def finish(self) -> WorkerMatrix:
+        return self._attack.tamper(self._exchange.finish(), self._workers)
+
+
+def _plain_mean(matrix: WorkerMatrix) -> list[Tensor]:
+    # Not the rule Mean, which would drop what stock DDP lets through.
+    weights = torch.full((matrix.num_workers,), 1 / matrix.num_workers, dtype=torch.float64)
+    return matrix.materialize(matrix.combine(weights))

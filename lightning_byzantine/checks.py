@@ -1,0 +1,90 @@
+"""Checks of user input that more than one module needs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_at_least", "check_num_byzantine", "check_vectors", "check_worker_indices"]
+
+
+def check_num_byzantine(num_byzantine: int, num_workers: int) -> None:
+    """Raise unless 0 <= f < m / 2: beyond that the Byzantine workers are the majority.
+
+    Example:
+        >>> check_num_byzantine(4, num_workers=8)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_byzantine must satisfy 0 <= f < m / 2, got f=4 with m=8 workers
+
+    """
+    _check_integer("num_byzantine", num_byzantine)
+    if not 0 <= 2 * num_byzantine < num_workers:
+        raise ValueError(
+            f"num_byzantine must satisfy 0 <= f < m / 2, got f={num_byzantine} with m={num_workers} workers"
+        )
+
+
+def check_vectors(vectors: Tensor) -> None:
+    """Raise unless ``vectors`` is a non-empty floating-point [m, d] tensor.
+
+    Example:
+        >>> check_vectors(torch.zeros(3))
+        Traceback (most recent call last):
+        ...
+        ValueError: vectors must be a 2D tensor [num_workers, dimension], got shape (3,)
+
+    """
+    if not isinstance(vectors, Tensor):
+        raise TypeError(f"vectors must be a torch.Tensor [num_workers, dimension], got {type(vectors).__name__}")
+    if vectors.ndim != 2:
+        raise ValueError(f"vectors must be a 2D tensor [num_workers, dimension], got shape {tuple(vectors.shape)}")
+    if vectors.numel() == 0:
+        raise ValueError(f"vectors must not be empty, got shape {tuple(vectors.shape)}")
+    if vectors.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"vectors must be float16, bfloat16, float32 or float64, got {vectors.dtype}")
+
+
+def check_worker_indices(name: str, workers: Iterable[int], num_workers: int) -> None:
+    """Raise unless ``workers`` are different indices in [0, m) and leave at least one worker out.
+
+    Example:
+        >>> check_worker_indices("workers", [1, 7], num_workers=5)
+        Traceback (most recent call last):
+        ...
+        ValueError: workers must be indices in [0, 5) for 5 workers, got 7
+
+    """
+    indices = list(workers)
+    for index in indices:
+        _check_integer(name, index)
+        if not 0 <= index < num_workers:
+            raise ValueError(f"{name} must be indices in [0, {num_workers}) for {num_workers} workers, got {index}")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"{name} must name each worker once, got {indices}")
+    if len(indices) == num_workers:
+        raise ValueError(f"{name} must leave at least one honest worker, got all {num_workers} of them: {indices}")
+
+
+def check_at_least(name: str, value: float, bound: float, *, integer: bool = False) -> None:
+    """Raise unless ``value`` is a number (an integer if asked) of at least ``bound``.
+
+    Example:
+        >>> check_at_least("bucket_size", 0, 1, integer=True)
+        Traceback (most recent call last):
+        ...
+        ValueError: bucket_size must be at least 1, got 0
+
+    """
+    if integer:
+        _check_integer(name, value)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not value >= bound:
+        raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")

@@ -1,0 +1,257 @@
+"""The matrix of all workers' vectors, cut into column blocks: the one place that knows how it is stored."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Combination", "Point", "WorkerMatrix"]
+
+# Elements of one chunk: small enough that a CPU's cache holds it through all that is done to it, and large enough
+# on an accelerator that launching kernels costs nothing beside running them.
+_CPU_CHUNK = 2**18
+_ACCELERATOR_CHUNK = 2**25
+
+# A squared distance below this part of the squared norms it is the difference of has lost too many digits.
+_DIGITS = 1e-6
+_ROUNDING = 1e-13
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A point sum_i w_i x_i, not yet computed.
+
+    Args:
+        weights: [n] float64 on the CPU, one for each stored row; their sum is 1.
+
+    """
+
+    weights: Tensor
+
+
+#: A vector in R^d: either weights of rows, or one [c_b] tensor for each column block.
+Point = Combination | list[Tensor]
+
+
+class WorkerMatrix:
+    """m rows (workers) x d columns (coordinates), stored as column blocks [m, c_b] of any floating dtypes.
+
+    Rows can be dropped (:meth:`select`) and replaced by affine combinations of themselves (:meth:`mix`) at no cost:
+    both give a lazy view. All statistics are float64 tensors on the CPU, so that a rule's small mathematics needs one
+    copy off the device for each pass over the columns. Nothing is ever written to the blocks.
+
+    Args:
+        blocks: column blocks, each [m, c_b], on one device.
+
+    Example:
+        >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
+        >>> matrix.squared_distances()
+        tensor([[ 0., 25.],
+                [25.,  0.]], dtype=torch.float64)
+        >>> matrix.materialize(matrix.combine(torch.tensor([0.5, 0.5])))
+        [tensor([1.5000]), tensor([2.])]
+
+    """
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.blocks = list(blocks)
+        self._rows = torch.arange(self.blocks[0].shape[0])
+        self._mixing: Tensor | None = None
+        self._source = self
+
+    @property
+    def num_workers(self) -> int:
+        """Number of rows, m."""
+        return len(self._rows) if self._mixing is None else self._mixing.shape[0]
+
+    def select(self, rows: Tensor) -> "WorkerMatrix":
+        """Keep the given rows only; the others are never read again (0 * inf would be nan).
+
+        Args:
+            rows: indices into this matrix, which must not be the result of :meth:`mix`.
+
+        """
+        selected = WorkerMatrix(self.blocks)
+        selected._rows = self._rows[rows]
+        return selected
+
+    def mix(self, weights: Tensor) -> "WorkerMatrix":
+        """Replace the rows by affine combinations of them.
+
+        Args:
+            weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
+
+        """
+        mixed = WorkerMatrix(self.blocks)
+        mixed._rows = self._rows
+        mixed._mixing = weights.double() @ self._mixing_matrix
+        mixed._source = self._source
+        return mixed
+
+    def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
+        """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
+        return WorkerMatrix([function(block) for block in self.blocks])
+
+    def combine(self, weights: Tensor) -> Combination:
+        """Return the point sum_i w_i x_i, lazily.
+
+        Args:
+            weights: [m] with sum 1.
+
+        """
+        return Combination(weights.double() @ self._mixing_matrix)
+
+    def coordinatewise(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Apply a function of m values to every coordinate, in one pass.
+
+        Args:
+            function: maps a chunk [m, c] (float32, or float64 for float64 blocks) to [c]; must not write to it.
+
+        Returns:
+            One [c_b] tensor a block.
+
+        """
+        return [
+            torch.cat([function(self._mixed(chunk)) for _, chunk in self._chunks(index, _at_least_float32)])
+            for index in range(len(self.blocks))
+        ]
+
+    def squared_norms(self) -> Tensor:
+        """Return ||x_i||^2, [m], in one pass; non-finite where the row or the float64 sum is."""
+        return self._sum_over_columns(lambda chunk, _: chunk.square().sum(1))
+
+    def squared_distances(self) -> Tensor:
+        """Return ||x_i - x_j||^2, [m, m]: through the Gram matrix, one pass for all rules and views together."""
+        gram = self._mixing_matrix @ self._source._centred_gram @ self._mixing_matrix.T
+        return _squared_distances(gram)
+
+    def distances(self, center: Point) -> Tensor:
+        """Return ||x_i - center||, [m]: no pass over the columns when ``center`` is a :class:`Combination`."""
+        if isinstance(center, Combination):
+            offset = self._mixing_matrix - center.weights
+            return ((offset @ self._source._centred_gram) * offset).sum(1).clamp(min=0).sqrt()
+        return self._sum_over_columns(lambda chunk, at: (chunk - at(center).double()).square().sum(1)).sqrt()
+
+    def materialize(self, point: Point) -> list[Tensor]:
+        """Compute a point: one [c_b] tensor a block, in the block's dtype. One pass for a :class:`Combination`."""
+        if not isinstance(point, Combination):
+            return [part.to(block.dtype) for part, block in zip(point, self.blocks, strict=True)]
+        used = point.weights.nonzero().flatten()
+        weights = point.weights[used].tolist()
+        return [
+            torch.cat([_weighted_sum(chunk, weights) for _, chunk in self._chunks(index, _at_least_float32, used)]).to(
+                block.dtype
+            )
+            for index, block in enumerate(self.blocks)
+        ]
+
+    def measurable(self) -> Tensor:
+        """Return a mask [m]: rows that are finite and whose squared norm does not overflow the columns' dtype.
+
+        The limit is float32's for half-precision columns, whose sums are never kept in half precision.
+        """
+        widest = max((_at_least_float32(block.dtype) for block in self.blocks), key=lambda dtype: dtype.itemsize)
+        norms = self.squared_norms()
+        return norms.isfinite() & (norms <= torch.finfo(widest).max)
+
+    @property
+    def _mixing_matrix(self) -> Tensor:
+        return torch.eye(len(self._rows), dtype=torch.float64) if self._mixing is None else self._mixing
+
+    @cached_property
+    def _centred_gram(self) -> Tensor:
+        """Inner products of the stored rows as seen from one of them, or from 0 where that is accurate already.
+
+        ||x_i||^2 + ||x_j||^2 - 2 x_i.x_j loses all digits when rows share an offset far larger than their spread, and
+        momentum makes that normal. Only then the origin moves, to a row that at least half of the rows are near to, so
+        that nobody can choose it far from the honest rows. Every product involves its own two rows and the origin
+        alone: no other row can take digits from it, which a mean as the origin would allow.
+        """
+        gram, origin = self._gram(None), None
+        for _ in range(2):
+            if not _lost_digits(gram):
+                break
+            central = _most_central_row(_squared_distances(gram))
+            if central == origin:
+                break
+            origin = central
+            gram = self._gram(origin)
+        return gram
+
+    def _gram(self, origin: int | None) -> Tensor:
+        total = torch.zeros(len(self._rows), len(self._rows), dtype=torch.float64, device=self.blocks[0].device)
+        for index in range(len(self.blocks)):
+            for _, chunk in self._chunks(index, _float64):
+                rows = chunk if origin is None else chunk - chunk[origin]
+                total.addmm_(rows, rows.T)
+        return total.cpu()
+
+    def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
+        """Sum a float64 [m] statistic of mixed chunks; ``at(vector)`` is the vector's part that a chunk covers."""
+        total = torch.zeros(self.num_workers, dtype=torch.float64, device=self.blocks[0].device)
+        for index in range(len(self.blocks)):
+            for columns, chunk in self._chunks(index, _float64):
+
+                def at(vector: list[Tensor], index: int = index, columns: slice = columns) -> Tensor:
+                    return vector[index][columns]
+
+                total += statistic(self._mixed(chunk), at)
+        return total.cpu()
+
+    def _mixed(self, chunk: Tensor) -> Tensor:
+        return chunk if self._mixing is None else self._mixing.to(chunk) @ chunk
+
+    def _chunks(
+        self, index: int, dtype: Callable[[torch.dtype], torch.dtype], subset: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (columns, stored rows of those columns) of one block, cut to fit the cache."""
+        block = self.blocks[index]
+        rows = self._rows if subset is None else self._rows[subset]
+        every_row = len(rows) == block.shape[0]
+        elements = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
+        width = max(1, elements // len(rows))
+        for start in range(0, block.shape[1], width):
+            columns = slice(start, start + width)
+            chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]
+            yield columns, chunk.to(dtype(block.dtype))
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _float64(_: torch.dtype) -> torch.dtype:
+    return torch.float64
+
+
+def _weighted_sum(rows: Tensor, weights: list[float]) -> Tensor:
+    # Row by row, not as a product of matrices: each coordinate then comes out the same to the bit wherever DDP's
+    # buckets or the chunks are cut, which a resumed run needs.
+    total = rows[0] * weights[0]
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        total.add_(row, alpha=weight)
+    return total
+
+
+def _squared_distances(gram: Tensor) -> Tensor:
+    norms = gram.diagonal()
+    sums = norms + norms[:, None]
+    squared = sums - 2 * gram
+    # Below the rounding of the sums, rows are the same row: colluders' copies must tie exactly.
+    squared[squared <= _ROUNDING * sums] = 0
+    return squared.fill_diagonal_(0)
+
+
+def _lost_digits(gram: Tensor) -> bool:
+    norms = gram.diagonal()
+    sums = norms + norms[:, None]
+    close = sums - 2 * gram < _DIGITS * sums
+    return bool(close.fill_diagonal_(False).any())
+
+
+def _most_central_row(squared_distances: Tensor) -> int:
+    """Return the row with the nearest majority: it is within two honest diameters of every honest row."""
+    majority = squared_distances.shape[0] // 2
+    return int(squared_distances.kthvalue(majority + 1, dim=1).values.argmin())

@@ -1,0 +1,41 @@
+"""Random numbers that are the same on every rank, new at every step, and exact after a resume."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byzantine.checks import check_at_least
+
+__all__ = ["StepSeed"]
+
+
+class StepSeed(nn.Module):
+    """A fresh generator per call; the number of calls is the whole state and lies in ``state_dict``.
+
+    Args:
+        seed: non-negative integer. All ranks must have the same one.
+
+    Example:
+        >>> first, second = StepSeed(seed=1), StepSeed(seed=1)
+        >>> torch.equal(torch.rand(3, generator=first.next()), torch.rand(3, generator=second.next()))
+        True
+
+    """
+
+    calls: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        check_at_least("seed", seed, 0, integer=True)
+        self.seed = seed
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def next(self) -> torch.Generator:
+        """Return a CPU generator seeded by (seed, number of calls so far)."""
+        # Steps of one seed are far from those of the next for any run shorter than 2**32 steps.
+        generator = torch.Generator().manual_seed((self.seed << 32) + int(self.calls))
+        self.calls += 1
+        return generator
+
+    def extra_repr(self) -> str:
+        """Show the seed in ``repr``."""
+        return f"seed={self.seed}"

@@ -1,0 +1,166 @@
+"""The Lightning strategy: DDP with a robust rule in the place of the mean."""
+
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
+from lightning_byzantine.estimators import Estimator, WorkerMomentum
+from lightning_byzantine.exchange import AllGather
+from lightning_byzantine.hook import AggregationHook
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.worker_states import WorkerStates
+
+__all__ = ["ByzantineDDPStrategy"]
+
+_CHECKPOINT_KEY = "byzantine_ddp"
+
+
+class ByzantineDDPStrategy(DDPStrategy):
+    """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
+
+    Every rank is one worker. It sends an estimate of the gradient, receives those of all others, and applies the same
+    rule to the same rows, so that parameters stay bit-identical without trust in any rank's values.
+
+    Args:
+        aggregator: the rule. None for ``CTMA(base=NNM(base=CoordinateWiseMedian()))``.
+        num_byzantine: how many of the m workers may be Byzantine, f < m / 2. None for the largest such f.
+        estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which changes nothing
+            while all workers are honest; None for raw gradients.
+        restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
+            the number of workers has changed.
+        **kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
+            :class:`~torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        TypeError: if the aggregator or the estimator is none.
+        ValueError: if f is not under m / 2, or the aggregator can't serve m and f; when the Trainer is made.
+        MisconfigurationException: if another communication hook is given, or the accelerator is neither CPU nor CUDA.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> strategy = ByzantineDDPStrategy(aggregator=CTMA(base=CoordinateWiseMedian()), num_byzantine=2)
+        >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=5, logger=False)
+        >>> Trainer(strategy=ByzantineDDPStrategy(num_byzantine=2), accelerator="cpu", devices=4, logger=False)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_byzantine must satisfy 0 <= f < m / 2, got f=2 with m=4 workers
+
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator | None = None,
+        num_byzantine: int | None = None,
+        estimator: Estimator | Literal["auto"] | None = "auto",
+        restart_estimator: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
+            if kwargs.get(name) is not None:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} aggregates gradients in DDP's only communication hook, so it can't take"
+                    f" `{name}`, got {name}={kwargs[name]!r}. Use `strategy='ddp'` to run that hook instead."
+                )
+        super().__init__(**kwargs)
+        self.aggregator = CTMA(NNM(CoordinateWiseMedian())) if aggregator is None else aggregator
+        if not isinstance(self.aggregator, Aggregator):
+            raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
+        self.estimator = WorkerMomentum() if estimator == "auto" else estimator
+        if not isinstance(self.estimator, Estimator | None):
+            raise TypeError(f"estimator must be an Estimator, 'auto' or None, got {estimator!r}")
+        self.restart_estimator = restart_estimator
+        self.hook: AggregationHook | None = None
+        self._num_byzantine = num_byzantine
+
+    @property
+    def num_byzantine(self) -> int:
+        """How many workers may be Byzantine, f."""
+        return (self.world_size - 1) // 2 if self._num_byzantine is None else self._num_byzantine
+
+    @override
+    def set_world_ranks(self) -> None:
+        super().set_world_ranks()
+        # The first moment at which the number of workers is known: while the Trainer is being made.
+        self.aggregator.check(self.world_size, self.num_byzantine)
+        if self.parallel_devices and self.root_device.type not in ("cpu", "cuda"):
+            raise MisconfigurationException(
+                f"{type(self).__name__} runs where DDP runs, on accelerator='cpu' or 'cuda', got a device of type"
+                f" {self.root_device.type!r}"
+            )
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self.world_size == 2:
+            rank_zero_warn(
+                "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
+                " f=0 with devices=2. Use 3 workers or more."
+            )
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on CUDA only.
+        assert isinstance(self.model, DistributedDataParallel)
+        assert isinstance(self.model.module, LightningModule)
+        alone = self.world_size == 1 and (self.estimator is None or self.estimator.transparent)
+        if self.estimator is not None:
+            self.estimator.reset()
+        self.hook = AggregationHook(
+            self.model.module,
+            exchange=AllGather(self.world_size),
+            aggregate=_only_row if alone else self._aggregate,
+            estimator=None if alone else self.estimator,
+            loss_scale=self._loss_scale,
+        )
+        self.hook.register(self.model)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        # Absent from checkpoints of weights only, and from those of a process that has not trained.
+        if "optimizer_states" in checkpoint and self.hook is not None:
+            checkpoint[_CHECKPOINT_KEY] = self._states().save(alone=self._is_interrupted())
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self.restart_estimator:
+            return
+        if _CHECKPOINT_KEY not in checkpoint:
+            rank_zero_warn(
+                f"The checkpoint was not written by {type(self).__name__}, so the estimator and the aggregator start"
+                " afresh."
+            )
+            return
+        self._states().load(checkpoint[_CHECKPOINT_KEY])
+
+    def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
+        return self.aggregator.aggregate(matrix, self.num_byzantine)
+
+    def _loss_scale(self) -> float | None:
+        plugin = self.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            return float(plugin.scaler.get_scale())
+        return None
+
+    def _states(self) -> WorkerStates:
+        assert self.lightning_module is not None
+        return WorkerStates(self.lightning_module, self.aggregator, self.estimator, self.global_rank, self.world_size)
+
+    def _is_interrupted(self) -> bool:
+        # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.interrupted
+
+
+def _only_row(matrix: WorkerMatrix) -> list[Tensor]:
+    return [block[0] for block in matrix.blocks]
