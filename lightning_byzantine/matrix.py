@@ -103,6 +103,10 @@ class WorkerMatrix:
         """
         return Combination(weights.double() @ self._mixing_matrix)
 
+    def mean(self) -> Combination:
+        """Return the average of all rows, lazily."""
+        return self.combine(torch.full((self.num_workers,), 1 / self.num_workers, dtype=torch.float64))
+
     def coordinatewise(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Apply a function of m values to every coordinate, in one pass.
 
@@ -133,6 +137,11 @@ class WorkerMatrix:
             offset = self._mixing_matrix - center.weights
             return ((offset @ self._source._centred_gram) * offset).sum(1).clamp(min=0).sqrt()
         return self._sum_over_columns(lambda chunk, at: (chunk - at(center).double()).square().sum(1)).sqrt()
+
+    def length(self, direction: Tensor) -> Tensor:
+        """Return ||sum_i u_i x_i|| for weights u, [m], whose sum is 0: the length of a step between combinations."""
+        offset = direction @ self._mixing_matrix
+        return (offset @ self._source._centred_gram @ offset).clamp(min=0).sqrt()
 
     def materialize(self, point: Point) -> list[Tensor]:
         """Compute a point: one [c_b] tensor a block, in the block's dtype. One pass for a :class:`Combination`."""
@@ -227,11 +236,11 @@ def _float64(_: torch.dtype) -> torch.dtype:
 
 
 def _weighted_sum(rows: Tensor, weights: list[float]) -> Tensor:
-    # Row by row, not as a product of matrices: each coordinate then comes out the same to the bit wherever DDP's
-    # buckets or the chunks are cut, which a resumed run needs.
+    # Row by row and without fused operations, not as a product of matrices: each coordinate then comes out the same
+    # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it.
     total = rows[0] * weights[0]
     for row, weight in zip(rows[1:], weights[1:], strict=True):
-        total.add_(row, alpha=weight)
+        total += row * weight
     return total
 
 

@@ -1,5 +1,7 @@
 """Random numbers that are the same on every rank, new at every step, and exact after a resume."""
 
+from hashlib import sha256
+
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +33,9 @@ class StepSeed(nn.Module):
 
     def next(self) -> torch.Generator:
         """Return a CPU generator seeded by (seed, number of calls so far)."""
-        # Steps of one seed are far from those of the next for any run shorter than 2**32 steps.
-        generator = torch.Generator().manual_seed((self.seed << 32) + int(self.calls))
+        # torch's CPU generator looks at 32 bits of its seed only, so both numbers must have been mixed into those.
+        digest = sha256(f"{self.seed},{int(self.calls)}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         self.calls += 1
         return generator
 

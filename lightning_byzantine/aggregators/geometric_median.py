@@ -12,7 +12,7 @@ from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["GeometricMedian"]
 
-# A row nearer to the iterate than this part of the farthest row's distance is where the iterate sits.
+# A row nearer to the iterate than this part of the median distance is where the iterate sits.
 _SITS_ON = 1e-9
 
 
@@ -24,7 +24,8 @@ class GeometricMedian(Aggregator):
 
     Args:
         max_iterations: at most this many iterations.
-        tolerance: stop when an iteration moves by less than this part of the mean distance to the rows. 0 for never.
+        tolerance: stop when an iteration moves by less than this part of the median distance to the rows, which
+            outliers can't stretch. 0 for never.
         smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
         init: where to start: "mean", "median" (coordinate-wise; one pass more) or "zero".
 
@@ -69,15 +70,12 @@ class GeometricMedian(Aggregator):
         """Return the geometric median as weights of the rows."""
         weights: Tensor | None = None
         distances = self._initial_distances(matrix)
-        squared_distances = matrix.squared_distances()
         for _ in range(self.max_iterations):
-            previous, weights = weights, self._next_weights(weights, distances, squared_distances)
-            mean_distance = distances.mean()
+            previous, weights = weights, self._next_weights(matrix, weights, distances)
+            enough = self.tolerance * distances.median()
+            if previous is not None and matrix.length(weights - previous) <= enough:
+                break
             distances = matrix.distances(matrix.combine(weights))
-            if previous is not None:
-                step = _norm_of_difference(weights - previous, squared_distances)
-                if step <= self.tolerance * mean_distance:
-                    break
         assert weights is not None  # max_iterations is at least 1
         return matrix.combine(weights)
 
@@ -86,25 +84,21 @@ class GeometricMedian(Aggregator):
             return matrix.squared_norms().sqrt()
         if self.init == "median":
             return matrix.distances(CoordinateWiseMedian().locate(matrix, 0))
-        return matrix.distances(matrix.combine(torch.full((matrix.num_workers,), 1 / matrix.num_workers)))
+        return matrix.distances(matrix.mean())
 
-    def _next_weights(self, weights: Tensor | None, distances: Tensor, squared_distances: Tensor) -> Tensor:
+    def _next_weights(self, matrix: WorkerMatrix, weights: Tensor | None, distances: Tensor) -> Tensor:
         if self.smoothing > 0:
             inverse = 1 / distances.clamp(min=self.smoothing)
             return inverse / inverse.sum()
-        met = distances <= _SITS_ON * distances.max()
+        met = distances <= _SITS_ON * distances.median()
+        sits_on = met.double() / max(1, met.sum())
         if met.all():
-            return met / met.sum()
+            return sits_on
         inverse = torch.where(met, 0.0, 1 / distances)
         toward_others = inverse / inverse.sum()
         if not met.any():
             return toward_others
-        here = met / met.sum() if weights is None else weights
-        pull = inverse.sum() * _norm_of_difference(toward_others - here, squared_distances)
-        stay = 1.0 if pull <= met.sum() else float(met.sum() / pull)
+        here = sits_on if weights is None else weights
+        pull = float(inverse.sum() * matrix.length(toward_others - here))
+        stay = min(1.0, float(met.sum()) / max(pull, torch.finfo(torch.float64).tiny))
         return (1 - stay) * toward_others + stay * here
-
-
-def _norm_of_difference(weights: Tensor, squared_distances: Tensor) -> Tensor:
-    """Return ||sum_i u_i x_i|| for weights u with sum 0: ||.||^2 = -1/2 sum_ij u_i u_j ||x_i - x_j||^2."""
-    return (-0.5 * (weights @ squared_distances @ weights)).clamp(min=0).sqrt()

@@ -1,7 +1,5 @@
 """The rule of stock DDP."""
 
-import torch
-
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
 
@@ -12,6 +10,7 @@ class Mean(Aggregator):
     """(1/m) sum_i x_i: what DDP computes. One finite Byzantine row is enough to move it anywhere.
 
     Example:
+        >>> import torch
         >>> Mean()(torch.tensor([[1.0], [2.0], [6.0]]), num_byzantine=0)
         tensor([3.])
 
@@ -19,4 +18,4 @@ class Mean(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the average of all rows."""
-        return matrix.combine(torch.full((matrix.num_workers,), 1 / matrix.num_workers, dtype=torch.float64))
+        return matrix.mean()

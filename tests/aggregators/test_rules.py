@@ -1,0 +1,365 @@
+import copy
+import warnings
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_byzantine import ByzantineBreakdownError
+from lightning_byzantine.aggregators import (
+    CTMA,
+    NNM,
+    Aggregator,
+    Bucketing,
+    CoordinateWiseMedian,
+    CoordinateWiseTrimmedMean,
+    GeometricMedian,
+    Krum,
+    Mean,
+    MultiKrum,
+)
+from lightning_byzantine.matrix import WorkerMatrix
+
+RFA = GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")
+WITH_ORACLE: dict[str, tuple[Aggregator, oracles.Oracle]] = {
+    "mean": (Mean(), oracles.mean),
+    "median": (CoordinateWiseMedian(), oracles.coordinate_wise_median),
+    "trimmed mean": (CoordinateWiseTrimmedMean(), oracles.coordinate_wise_trimmed_mean),
+    "geometric median": (GeometricMedian(), oracles.geometric_median),
+    "geometric median from the median": (GeometricMedian(init="median"), oracles.geometric_median),
+    "rfa": (RFA, oracles.rfa),
+    "krum": (Krum(), oracles.krum),
+    "multi-krum": (MultiKrum(), oracles.multi_krum),
+    "ctma(median)": (CTMA(CoordinateWiseMedian()), oracles.ctma(oracles.coordinate_wise_median)),
+    "ctma(rfa)": (CTMA(RFA), oracles.ctma(oracles.rfa)),
+    "ctma(krum)": (CTMA(Krum()), oracles.ctma(oracles.krum)),
+    "nnm(rfa)": (NNM(RFA), oracles.nnm(oracles.rfa)),
+    "nnm(trimmed mean)": (NNM(CoordinateWiseTrimmedMean()), oracles.nnm(oracles.coordinate_wise_trimmed_mean)),
+    "ctma(nnm(median))": (
+        CTMA(NNM(CoordinateWiseMedian())),
+        oracles.ctma(oracles.nnm(oracles.coordinate_wise_median)),
+    ),
+    "nnm(nnm(krum))": (NNM(NNM(Krum())), oracles.nnm(oracles.nnm(oracles.krum))),
+    "nnm(ctma(geometric median))": (
+        NNM(CTMA(GeometricMedian())),
+        oracles.nnm(oracles.ctma(oracles.geometric_median)),
+    ),
+}
+ALL_RULES = {name: rule for name, (rule, _) in WITH_ORACLE.items()} | {
+    "bucketing(median)": Bucketing(CoordinateWiseMedian()),
+    "ctma(bucketing(median))": CTMA(Bucketing(CoordinateWiseMedian())),
+}
+ROBUST = {name: rule for name, rule in ALL_RULES.items() if name != "mean"}
+SIZES = [(1, 0), (2, 0), (3, 0), (3, 1), (4, 1), (5, 2), (6, 2), (8, 2), (9, 4), (17, 8), (33, 10)]
+
+
+def fresh(rule: Aggregator) -> Aggregator:
+    # Bucketing draws anew at every call.
+    return copy.deepcopy(rule)
+
+
+def workers(m: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1 + torch.randn(m, d, generator=generator, dtype=torch.float64)
+    rows[: (m - 1) // 2] *= 3
+    return rows.to(dtype)
+
+
+def relative_error(actual: Tensor, expected: np.ndarray, rows: Tensor) -> float:
+    scale = max(float(rows.double().norm(dim=1).median()), 1e-300)
+    return float(np.linalg.norm(actual.double().numpy() - expected)) / scale
+
+
+@pytest.mark.parametrize(("m", "f"), SIZES)
+@pytest.mark.parametrize("name", WITH_ORACLE)
+def test_equals_the_oracle_however_columns_are_cut(name: str, m: int, f: int) -> None:
+    if m == 2 and "geometric median" in name:
+        return  # every point between two rows is a median
+    rule, oracle = WITH_ORACLE[name]
+    rows = workers(m, 60, seed=m)
+    expected = oracle(list(rows.double().numpy()), f)
+    assert relative_error(rule(rows, num_byzantine=f), expected, rows) < 1e-5
+    for cut in ([60], [1, 59], [20, 3, 37], [1] * 60):
+        blocks = rule.aggregate(WorkerMatrix(rows.split(cut, dim=1)), f)
+        assert [len(block) for block in blocks] == cut
+        assert relative_error(torch.cat(blocks), expected, rows) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mean", "median", "krum", "multi-krum", "ctma(median)", "ctma(nnm(median))"])
+def test_rules_that_select_give_the_same_bits_however_columns_are_cut(name: str) -> None:
+    rows = workers(9, 10_001, seed=1)
+    whole = ALL_RULES[name](rows, num_byzantine=4)
+    for cut in ([10_000, 1], [7, 4_990, 5_004]):
+        blocks = [block.contiguous() for block in rows.split(cut, dim=1)]
+        assert torch.equal(torch.cat(ALL_RULES[name].aggregate(WorkerMatrix(blocks), 4)), whole)
+
+
+def test_a_matrix_larger_than_one_chunk_gives_the_same_result() -> None:
+    rows = workers(5, 150_000, seed=3)
+    for name in ("median", "ctma(krum)", "nnm(trimmed mean)"):
+        rule, oracle = WITH_ORACLE[name]
+        assert relative_error(rule(rows, num_byzantine=2), oracle(list(rows.double().numpy()), 2), rows) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", WITH_ORACLE)
+def test_keeps_the_dtype_and_its_precision(name: str, dtype: torch.dtype) -> None:
+    rule, oracle = WITH_ORACLE[name]
+    rows = workers(7, 50, seed=5, dtype=dtype)
+    result = rule(rows, num_byzantine=2)
+    assert result.dtype == dtype
+    tolerance = {torch.float64: 1e-6}.get(dtype, max(1e-5, 4 * torch.finfo(dtype).eps))
+    assert relative_error(result, oracle(list(rows.double().numpy()), 2), rows) < tolerance
+
+
+def test_blocks_of_several_dtypes_keep_theirs() -> None:
+    rows = workers(5, 30, seed=2, dtype=torch.float64)
+    blocks = [rows[:, :10].half(), rows[:, 10:20].float(), rows[:, 20:]]
+    result = CTMA(NNM(CoordinateWiseMedian())).aggregate(WorkerMatrix(blocks), 2)
+    assert [block.dtype for block in result] == [torch.float16, torch.float32, torch.float64]
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[Tensor, int]:
+    m = draw(st.integers(1, 9))
+    d = draw(st.integers(1, 6))
+    f = draw(st.integers(0, (m - 1) // 2))
+    # Few different values make ties and duplicates, all values make the rest.
+    entry = draw(st.sampled_from([st.integers(-2, 2), st.floats(-1e3, 1e3, width=32)]))
+    rows = draw(st.lists(st.lists(entry, min_size=d, max_size=d), min_size=m, max_size=m))
+    return torch.tensor(rows, dtype=torch.float32), f
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+@given(data=matrices())
+def test_never_writes_to_its_input_and_repeats_itself(name: str, data: tuple[Tensor, int]) -> None:
+    rows, f = data
+    before = rows.clone()
+    first = fresh(ALL_RULES[name])(rows, num_byzantine=f)
+    assert torch.equal(rows, before)
+    assert first.shape == rows.shape[1:]
+    assert first.isfinite().all()
+    assert torch.equal(first, fresh(ALL_RULES[name])(rows.clone(), num_byzantine=f))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_RULES if name != "rfa" and "rfa" not in name])
+@given(data=matrices(), shift=st.integers(-5, 5), factor=st.sampled_from([-8.0, -1.0, 0.125, 4.0]))
+def test_moves_and_scales_with_its_input(name: str, data: tuple[Tensor, int], shift: int, factor: float) -> None:
+    rows, f = data
+    rows = (rows * 64).round() / 64  # so that float32 moves them exactly
+    expected = fresh(ALL_RULES[name])(rows, num_byzantine=f) * factor + shift
+    actual = fresh(ALL_RULES[name])(rows * factor + shift, num_byzantine=f)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(1 + rows.abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_RULES if "bucketing" not in name])
+@given(seed=st.integers(0, 10_000), m=st.integers(1, 12), data=st.data())
+def test_does_not_depend_on_who_is_who(name: str, seed: int, m: int, data: st.DataObject) -> None:
+    f = data.draw(st.integers(0, (m - 1) // 2))
+    rows = workers(m, 7, seed)
+    order = torch.tensor(data.draw(st.permutations(range(m))))
+    if name in ("krum", "ctma(krum)", "nnm(nnm(krum))") and m - f <= 2:
+        return  # two rows are always as near to one another: a tie, which the lower index wins
+    expected = ALL_RULES[name](rows, num_byzantine=f)
+    torch.testing.assert_close(ALL_RULES[name](rows[order], num_byzantine=f), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+@given(m=st.integers(1, 9), value=st.floats(-1e4, 1e4, width=32), data=st.data())
+def test_agreement_is_kept(name: str, m: int, value: float, data: st.DataObject) -> None:
+    f = data.draw(st.integers(0, (m - 1) // 2))
+    rows = torch.full((m, 3), value)
+    torch.testing.assert_close(fresh(ALL_RULES[name])(rows, num_byzantine=f), rows[0], rtol=1e-5, atol=1e-6)
+
+
+ATTACKS_ON_NUMBERS = {
+    "1e18": lambda rows, bad: rows.index_fill(0, bad, 1e18),
+    "one coordinate 1e18": lambda rows, bad: rows.index_put((bad, torch.tensor(0)), torch.tensor(1e18)),
+    "opposite 1e18": lambda rows, bad: rows.index_fill(0, bad[:1], -1e18).index_fill(0, bad[1:], 1e18),
+    "1e38": lambda rows, bad: rows.index_fill(0, bad, 1e38),
+    "inf": lambda rows, bad: rows.index_fill(0, bad, torch.inf),
+    "nan": lambda rows, bad: rows.index_fill(0, bad, torch.nan),
+    "one nan": lambda rows, bad: rows.index_put((bad, torch.tensor(2)), torch.tensor(torch.nan)),
+    "nan and 1e18": lambda rows, bad: rows.index_fill(0, bad[:1], torch.nan).index_fill(0, bad[1:], 1e18),
+    "denormal": lambda rows, bad: rows.index_fill(0, bad, 1e-42),
+    "identical colluders": lambda rows, bad: rows.index_fill(0, bad, 1e6),
+}
+
+
+@pytest.mark.parametrize("bad", [[0, 1], [1, 4], [3, 4]], ids=str)
+@pytest.mark.parametrize("attack", ATTACKS_ON_NUMBERS)
+@pytest.mark.parametrize("name", ROBUST)
+def test_stays_with_the_honest_workers(name: str, attack: str, bad: list[int]) -> None:
+    rows = workers(5, 40, seed=11)
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    honest = rows[[i for i in range(5) if i not in bad]]
+    result = fresh(ROBUST[name])(ATTACKS_ON_NUMBERS[attack](rows, torch.tensor(bad)), num_byzantine=2)
+    diameter = torch.pdist(honest).max()
+    # The smoothed start at 0 gives a row at 1e18 weight 1e-18: it moves by about one diameter, not by 1e18.
+    assert (result - honest.mean(0)).norm() < 3 * diameter
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_unmeasurable_rows_are_dropped_by_index(name: str) -> None:
+    rows = workers(7, 20, seed=4)
+    if "bucketing" in name:
+        return  # other numbers of rows make other buckets
+    for bad in (torch.nan, torch.inf, -torch.inf, 1e20):
+        poisoned = rows.clone()
+        poisoned[1, 3] = bad
+        poisoned[6] = bad
+        expected = ALL_RULES[name](rows[[0, 2, 3, 4, 5]], num_byzantine=1)
+        assert torch.equal(ALL_RULES[name](poisoned, num_byzantine=3), expected)
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_more_unmeasurable_rows_than_num_byzantine_is_a_breakdown(name: str) -> None:
+    rows = workers(7, 20, seed=4)
+    rows[[0, 2, 5]] = torch.nan
+    with pytest.raises(ByzantineBreakdownError, match=r"3 of 7 workers .*ranks 0, 2, 5.*num_byzantine=2") as caught:
+        ALL_RULES[name](rows, num_byzantine=2)
+    assert caught.value.workers == [0, 2, 5]
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+@pytest.mark.parametrize(
+    ("vectors", "f", "error", "message"),
+    [
+        (torch.zeros(8, 2), 4, ValueError, r"num_byzantine must satisfy 0 <= f < m / 2, got f=4 with m=8"),
+        (torch.zeros(8, 2), -1, ValueError, r"num_byzantine must satisfy .* got f=-1"),
+        (torch.zeros(8, 2), 1.0, TypeError, r"num_byzantine must be an int, got 1.0"),
+        (torch.zeros(8, 2), True, TypeError, r"num_byzantine must be an int, got True"),
+        (torch.zeros(8), 1, ValueError, r"2D tensor \[num_workers, dimension\], got shape \(8,\)"),
+        (torch.zeros(8, 2, 2), 1, ValueError, r"got shape \(8, 2, 2\)"),
+        (torch.zeros(0, 2), 0, ValueError, r"must not be empty, got shape \(0, 2\)"),
+        (torch.zeros(8, 0), 0, ValueError, r"must not be empty, got shape \(8, 0\)"),
+        (torch.zeros(8, 2, dtype=torch.int64), 1, TypeError, r"got torch.int64"),
+        (torch.zeros(8, 2, dtype=torch.complex64), 1, TypeError, r"got torch.complex64"),
+        ([[1.0]], 0, TypeError, r"torch.Tensor .* got list"),
+    ],
+)
+def test_bad_input_is_named(name: str, vectors: Tensor, f: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ALL_RULES[name](vectors, num_byzantine=f)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+@pytest.mark.parametrize("m", [5, 26, 40])
+def test_precision_trap_common_offset(m: int, offset: float) -> None:
+    """Rows share an offset far larger than their spread; above 25 rows torch.cdist takes a short cut and fails."""
+    torch.manual_seed(0)
+    rows = (offset + torch.randn(m, 50)).float()
+    true = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(WorkerMatrix([rows]).squared_distances().sqrt(), true, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_precision_trap_one_row_cannot_take_the_others_digits(offset: float) -> None:
+    torch.manual_seed(0)
+    rows = (offset + torch.randn(9, 50)).float()
+    true = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")[1:, 1:]
+    for huge in (1e12, 1e18):
+        rows[0] = huge
+        squared = WorkerMatrix([rows]).squared_distances()[1:, 1:]
+        torch.testing.assert_close(squared.sqrt(), true, rtol=1e-6, atol=1e-9)
+
+
+def test_precision_trap_one_coordinate_hides_all_others() -> None:
+    torch.manual_seed(0)
+    rows = 1e-3 * torch.randn(30, 50)
+    rows[:, 0] = 1e10
+    true = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(WorkerMatrix([rows]).squared_distances().sqrt(), true, rtol=1e-6, atol=1e-12)
+
+
+def test_ctma_keeps_exactly_m_minus_f_rows_on_ties() -> None:
+    rows = torch.tensor([[-1.0], [1.0], [0.0], [-1.0], [1.0]])
+    # The center is 0 and four rows are as far: row 0 and then row 1 are kept, by index.
+    torch.testing.assert_close(CTMA(CoordinateWiseMedian())(rows, num_byzantine=2), torch.tensor([0.0]))
+    torch.testing.assert_close(CTMA(CoordinateWiseMedian())(rows[[0, 3, 2, 1, 4]], 2), torch.tensor([-2 / 3]))
+
+
+def test_geometric_median_leaves_a_row_it_starts_on() -> None:
+    # The mean is row 0, which is not the median: one row pulls left, four pull right.
+    rows = torch.tensor([[0.0, 0.0], [-4.0, 0.0], [1.0, 0.1], [1.0, -0.1], [1.0, 0.2], [1.0, -0.2]])
+    result = GeometricMedian()(rows, num_byzantine=2)
+    torch.testing.assert_close(
+        result.double().numpy(), oracles.geometric_median(list(rows.double().numpy()), 2), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_geometric_median_arguments() -> None:
+    with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
+        GeometricMedian(max_iterations=0)
+    with pytest.raises(ValueError, match=r"tolerance must be at least 0, got -0.1"):
+        GeometricMedian(tolerance=-0.1)
+    with pytest.raises(ValueError, match="smoothing must be at least 0, got nan"):
+        GeometricMedian(smoothing=float("nan"))
+    with pytest.raises(TypeError, match="smoothing must be a number, got '1'"):
+        GeometricMedian(smoothing="1")
+    with pytest.raises(ValueError, match="init must be 'mean', 'median' or 'zero', got 'random'"):
+        GeometricMedian(init="random")
+
+
+def test_multi_krum_selects_what_it_was_told_to() -> None:
+    rows = workers(7, 5, seed=0)
+    assert torch.equal(MultiKrum(num_selected=1)(rows, 3), Krum()(rows, 3))
+    with pytest.raises(ValueError, match=r"num_selected must be at most m - f, got num_selected=5 with m=7 .* f=3"):
+        MultiKrum(num_selected=5)(rows, 3)
+    with pytest.raises(ValueError, match="num_selected must be at least 1, got 0"):
+        MultiKrum(num_selected=0)
+
+
+@pytest.mark.parametrize(("m", "f"), [(m, f) for m in range(1, 40) for f in range((m + 1) // 2)])
+def test_bucketing_works_at_its_defaults_for_any_m_and_f(m: int, f: int) -> None:
+    rule = Bucketing(CoordinateWiseMedian())
+    rule.check(m, f)
+    rows = torch.ones(m, 2)
+    rows[:f] = 1e6
+    torch.testing.assert_close(rule(rows, num_byzantine=f), torch.ones(2))
+
+
+def test_bucketing_draws_anew_and_resumes() -> None:
+    rows = workers(12, 5, seed=0)
+    rule, twin = (Bucketing(CoordinateWiseMedian(), bucket_size=2, seed=3) for _ in range(2))
+    results = [rule(rows, 2) for _ in range(4)]
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(twin(rows, 2), results[0])
+    assert not torch.equal(Bucketing(CoordinateWiseMedian(), bucket_size=2, seed=4)(rows, 2), results[0])
+    state = copy.deepcopy(twin.state_dict())
+    other = Bucketing(CoordinateWiseMedian(), bucket_size=2, seed=3)
+    other.load_state_dict(state)
+    assert torch.equal(other(rows, 2), results[1])
+
+
+def test_bucketing_refuses_too_few_buckets() -> None:
+    with pytest.raises(ValueError, match="more than 2f buckets, got bucket_size=3, which makes 2 buckets of m=5"):
+        CTMA(Bucketing(Krum(), bucket_size=3))(torch.zeros(5, 2), 1)
+    with pytest.raises(ValueError, match="bucket_size must be at least 1, got 0"):
+        Bucketing(Krum(), bucket_size=0)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        Bucketing(Krum(), seed=-1)
+
+
+@pytest.mark.parametrize("meta", [CTMA, NNM, Bucketing])
+def test_a_base_must_be_a_rule(meta: type[CTMA]) -> None:
+    with pytest.raises(TypeError, match=r"base must be an Aggregator, such as .*, got 'Krum'"):
+        meta("Krum")
+
+
+def test_the_base_of_a_meta_aggregator_checks_too() -> None:
+    with pytest.raises(ValueError, match="num_selected must be at most m - f"):
+        CTMA(NNM(MultiKrum(num_selected=5)))(torch.zeros(5, 2), 1)
+
+
+def test_works_without_grad_and_in_inference_mode() -> None:
+    rows = workers(5, 4, seed=0).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not Krum()(rows, 2).requires_grad
+        with torch.inference_mode():
+            CTMA(NNM(CoordinateWiseMedian()))(rows.detach().clone(), 2)

@@ -1,0 +1,34 @@
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from rank_pool import RankPool
+
+settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def three_ranks() -> Iterator[RankPool]:
+    pool = RankPool(3)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session", params=[2, 3])
+def ranks(request: pytest.FixtureRequest) -> RankPool:
+    return request.getfixturevalue({2: "two_ranks", 3: "three_ranks"}[request.param])
