@@ -3,7 +3,7 @@
 from hashlib import sha256
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_byzantine.checks import check_at_least
 
@@ -23,21 +23,28 @@ class StepSeed(nn.Module):
 
     """
 
-    calls: Tensor
-
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         check_at_least("seed", seed, 0, integer=True)
         self.seed = seed
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        # Not a buffer: Lightning's spawn launcher would put it in memory that all ranks share, and count for all.
+        self._calls = 0
 
     def next(self) -> torch.Generator:
         """Return a CPU generator seeded by (seed, number of calls so far)."""
         # torch's CPU generator looks at 32 bits of its seed only, so both numbers must have been mixed into those.
-        digest = sha256(f"{self.seed},{int(self.calls)}".encode()).digest()
+        digest = sha256(f"{self.seed},{self._calls}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        self.calls += 1
+        self._calls += 1
         return generator
+
+    def get_extra_state(self) -> int:
+        """Return the number of calls so far."""
+        return self._calls
+
+    def set_extra_state(self, state: int) -> None:
+        """Continue after that many calls."""
+        self._calls = state
 
     def extra_repr(self) -> str:
         """Show the seed in ``repr``."""

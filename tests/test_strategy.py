@@ -1,15 +1,20 @@
+import pickle
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from rank_pool import RankPool
 from torch import Tensor, nn
-from training import Regression, fit
+from training import Regression, fit, loader, trainer
 
-from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
 from lightning_byzantine.aggregators import (
     CTMA,
     NNM,
@@ -168,3 +173,187 @@ def test_parameters_are_bit_identical_on_all_ranks_after_every_step(
     assert histories[0].isfinite().all()
     assert torch.equal(histories[0], histories[1])
     assert torch.equal(histories[0], histories[2])
+
+
+class FaultyRank(Regression):
+    """One rank's loss is not finite from batch 3 to batch 5, or for ever."""
+
+    def __init__(self, ranks: list[int], until: int = 10**9, value: float = torch.nan) -> None:
+        super().__init__()
+        self.ranks, self.until, self.value = ranks, until, value
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        faulty = self.global_rank in self.ranks and 3 <= batch_idx < self.until
+        return loss * self.value if faulty else loss
+
+
+def fit_faulty(ranks: list[int], until: int = 10**9, value: float = torch.nan, **arguments: Any) -> Tensor:
+    torch.manual_seed(3)
+    return fit(ByzantineDDPStrategy(**arguments), FaultyRank(ranks, until, value))
+
+
+@pytest.mark.parametrize("faulty", [0, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_a_faulty_rank_is_outvoted(three_ranks: RankPool, faulty: int, value: float) -> None:
+    histories = three_ranks.run(fit_faulty, [faulty], value=value)
+    assert histories[0].isfinite().all()
+    assert all(torch.equal(histories[0], history) for history in histories[1:])
+    # It still learns: the parameters go on moving, and not far.
+    step = histories[0].diff(dim=0).norm(dim=1)
+    assert step[-1] > 0
+    assert step[3:].max() < 3 * step[:3].max()
+
+
+def fit_and_keep_momentum(until: int) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    strategy = ByzantineDDPStrategy()
+    fit(strategy, FaultyRank([1], until), limit_train_batches=until)
+    return strategy.estimator.worker_state()
+
+
+def test_a_non_finite_gradient_never_enters_the_momentum(three_ranks: RankPool) -> None:
+    before, during = (three_ranks.run(fit_and_keep_momentum, until)[1] for until in (3, 6))
+    for name, value in before.items():
+        assert torch.equal(during[name], value)
+
+
+def fit_until_breakdown(ranks: list[int]) -> str:
+    with pytest.raises(ByzantineBreakdownError) as caught:
+        fit_faulty(ranks)
+    assert caught.value.workers == ranks
+    return str(caught.value)
+
+
+def test_breakdown_names_the_ranks(three_ranks: RankPool) -> None:
+    messages = three_ranks.run(fit_until_breakdown, [0, 2])
+    assert messages == ["2 of 3 workers sent a non-finite or overflowing vector (ranks 0, 2), but num_byzantine=1"] * 3
+
+
+class Overflowing(Regression):
+    """Under a loss scale, the gradient of some ranks overflows at batch 3."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.scales: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * 1e38 if batch_idx == 3 and self.global_rank in self.ranks else loss
+
+
+def fit_scaled(ranks: list[int], **arguments: Any) -> tuple[Tensor, list[float]]:
+    torch.manual_seed(3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+    model = Overflowing(ranks)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    # bfloat16 autocast would hide what the scale does; the forward pass stays in float32.
+    plugin.autocast_context_manager = nullcontext
+    return fit(ByzantineDDPStrategy(**arguments), model, plugins=[plugin]), model.scales
+
+
+def test_a_gradient_scaler_sees_an_overflow_of_most_ranks(three_ranks: RankPool) -> None:
+    results = three_ranks.run(fit_scaled, [0, 1])
+    for history, scales in results:
+        assert torch.equal(history, results[0][0])
+        assert torch.equal(history[3], history[2])  # skipped
+        assert not torch.equal(history[4], history[3])
+        assert scales[3] == scales[2] / 2
+        assert history.isfinite().all()
+
+
+def test_one_overflowing_rank_is_outvoted_under_a_gradient_scaler(three_ranks: RankPool) -> None:
+    for history, scales in three_ranks.run(fit_scaled, [1]):
+        assert not torch.equal(history[3], history[2])
+        assert scales[3] >= scales[2]
+
+
+def test_momentum_does_not_see_the_loss_scale(three_ranks: RankPool) -> None:
+    history, scales = three_ranks.run(fit_scaled, [], aggregator=Mean())[0]
+    assert len(set(scales)) > 1
+    stock = three_ranks.run(fit_combination, "plain", "SGD", DDPStrategy)[0]
+    torch.testing.assert_close(history, stock, atol=1e-5, rtol=0)
+
+
+def test_one_worker_takes_a_plain_step(one_rank: RankPool) -> None:
+    stock = one_rank.run(fit_combination, "plain", "SGD", DDPStrategy)[0]
+    assert torch.equal(one_rank.run(fit_combination, "plain", "SGD", ByzantineDDPStrategy)[0], stock)
+    momentum = WorkerMomentum(transparent=False)
+    changed = one_rank.run(fit_combination, "plain", "SGD", ByzantineDDPStrategy, estimator=momentum)[0]
+    assert torch.equal(changed[0], stock[0])  # v_1 = g_1
+    assert not torch.allclose(changed[5], stock[5])
+
+
+def warnings_of_fit() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ByzantineDDPStrategy())
+    return [str(warning.message) for warning in caught if "outvote" in str(warning.message)]
+
+
+def test_two_workers_work_with_one_warning(two_ranks: RankPool, three_ranks: RankPool) -> None:
+    first, second = two_ranks.run(warnings_of_fit)
+    assert len(first) == 1
+    assert "f=0 with devices=2" in first[0]
+    assert second == []
+    assert three_ranks.run(warnings_of_fit) == [[], [], []]
+
+
+def fit_validate_test_predict() -> tuple[float, float, int]:
+    strategy = ByzantineDDPStrategy()
+    model = Regression()
+    runner = trainer(strategy)
+    runner.fit(model, loader(), loader(2))
+    fitted = float(runner.callback_metrics["val_loss"])
+    validated = runner.validate(model, loader(2))[0]["val_loss"]
+    runner.test(model, loader(2))
+    return fitted, validated, len(runner.predict(model, loader(2)))
+
+
+def test_validates_tests_and_predicts(two_ranks: RankPool) -> None:
+    for fitted, validated, batches in two_ranks.run(fit_validate_test_predict):
+        assert fitted == pytest.approx(validated)
+        assert batches == 2
+
+
+@pytest.mark.parametrize("argument", ["ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"])
+def test_refuses_another_communication_hook(argument: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"can't take `{argument}`, got {argument}=7"):
+        ByzantineDDPStrategy(**{argument: 7})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_byzantine": 4}, ValueError, "num_byzantine must satisfy 0 <= f < m / 2, got f=4 with m=8 workers"),
+        ({"num_byzantine": -1}, ValueError, "got f=-1 with m=8"),
+        ({"num_byzantine": "2"}, TypeError, "num_byzantine must be an int, got '2'"),
+        (
+            {"aggregator": MultiKrum(num_selected=7)},
+            ValueError,
+            "num_selected must be at most m - f, got num_selected=7",
+        ),
+        ({"aggregator": "Krum"}, TypeError, r"aggregator must be an Aggregator, such as Krum\(\), got 'Krum'"),
+        ({"estimator": "momentum"}, TypeError, "estimator must be an Estimator, 'auto' or None, got 'momentum'"),
+    ],
+)
+def test_misuse_is_named_before_any_process_starts(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pl.Trainer(strategy=ByzantineDDPStrategy(**arguments), accelerator="cpu", devices=8, logger=False)
+
+
+def test_refuses_a_device_that_ddp_does_not_know() -> None:
+    strategy = ByzantineDDPStrategy(parallel_devices=[torch.device("meta")] * 3)
+    with pytest.raises(MisconfigurationException, match="'cpu' or 'cuda', got a device of type 'meta'"):
+        pl.Trainer(strategy=strategy, accelerator="cpu", devices=3, logger=False)
+
+
+def test_a_breakdown_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(ByzantineBreakdownError([1, 2], 3, 1)))
+    assert (error.workers, error.num_workers, error.num_byzantine) == ([1, 2], 3, 1)

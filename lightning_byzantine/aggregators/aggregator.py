@@ -17,7 +17,7 @@ class Aggregator(nn.Module, ABC):
 
     A rule is written once, as :meth:`locate` on a :class:`~lightning_byzantine.matrix.WorkerMatrix`, and then serves
     plain tensors and DDP's buckets alike. It is a :class:`torch.nn.Module` without parameters, so that what it keeps
-    between steps is a buffer in its ``state_dict``, however rules are nested.
+    between steps is in its ``state_dict``, however rules are nested.
 
     Example:
         >>> from lightning_byzantine.aggregators import CoordinateWiseMedian

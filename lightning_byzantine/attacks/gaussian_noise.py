@@ -16,6 +16,9 @@ __all__ = ["GaussianNoise"]
 class GaussianNoise(VectorAttack):
     """Each Byzantine worker sends independent N(0, std^2) noise in every coordinate instead of its estimate.
 
+    Coordinates are drawn in the order in which DDP keeps them, which differs between the first step of a process and
+    the others; so a resumed run sees other noise in its first step.
+
     Args:
         std: standard deviation, in the units of the gradient.
         seed: seed of the noise, which is new at every step and the same on every rank.

@@ -1,0 +1,188 @@
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from rank_pool import RankPool
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from training import Regression, fit, loader, trainer
+
+from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
+from lightning_byzantine.aggregators import Mean
+from lightning_byzantine.attacks import (
+    ALittleIsEnough,
+    Attack,
+    GaussianNoise,
+    InnerProductManipulation,
+    LabelFlip,
+    NonFinite,
+    SignFlip,
+)
+from lightning_byzantine.callbacks import ByzantineSimulation
+
+VECTOR_ATTACKS: list[Attack] = [
+    SignFlip(),
+    InnerProductManipulation(),
+    ALittleIsEnough(z=1.0),
+    GaussianNoise(std=10.0),
+    NonFinite(),
+]
+
+
+def fit_attacked(strategy: type[DDPStrategy], attack: Attack, workers: list[int], **arguments: Any) -> Tensor:
+    torch.manual_seed(3)
+    return fit(strategy(**arguments), Regression(), callbacks=[ByzantineSimulation(attack, workers)])
+
+
+@pytest.mark.parametrize("byzantine", [0, 2])
+@pytest.mark.parametrize("attack", VECTOR_ATTACKS, ids=repr)
+def test_every_attack_is_the_same_on_all_ranks(three_ranks: RankPool, attack: Attack, byzantine: int) -> None:
+    for strategy in (ByzantineDDPStrategy, DDPStrategy):
+        histories = three_ranks.run(fit_attacked, strategy, attack, [byzantine])
+        for history in histories[1:]:
+            torch.testing.assert_close(history, histories[0], rtol=0, atol=0, equal_nan=True)
+        if strategy is ByzantineDDPStrategy:
+            assert histories[0].isfinite().all()
+
+
+def test_stock_ddp_feels_the_attack_as_its_formula_says(three_ranks: RankPool) -> None:
+    honest, attacked = (
+        three_ranks.run(fit_attacked, DDPStrategy, InnerProductManipulation(epsilon), [1])[0] for epsilon in (0.0, 0.5)
+    )
+    start = three_ranks.run(initial_parameters)[0]
+    # One of three sends -epsilon * mean of the other two: the first mean is (2 - epsilon) / 3 of theirs, against 2 / 3.
+    torch.testing.assert_close(attacked[0] - start, 0.75 * (honest[0] - start), rtol=0, atol=1e-7)
+
+
+def initial_parameters() -> Tensor:
+    torch.manual_seed(3)
+    return torch.cat([parameter.detach().double().flatten() for parameter in Regression().parameters()])
+
+
+def test_stock_ddp_lets_nan_through(two_ranks: RankPool) -> None:
+    assert two_ranks.run(fit_attacked, DDPStrategy, NonFinite(), [1])[0].isnan().all()
+
+
+def test_more_attackers_than_num_byzantine_break_down(three_ranks: RankPool) -> None:
+    three_ranks.run(fit_until_breakdown)
+
+
+def fit_until_breakdown() -> None:
+    with pytest.raises(ByzantineBreakdownError, match="ranks 0, 1"):
+        fit_attacked(ByzantineDDPStrategy, NonFinite(), [0, 1])
+
+
+class Classification(pl.LightningModule):
+    """Keeps the true labels, which are in the first input, beside those it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Linear(8, 10)
+        self.trained_on: list[tuple[float, int]] = []
+        self.validated_on: list[tuple[float, int]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.trained_on += zip(batch[0][:, 0].tolist(), batch[1].tolist(), strict=True)
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.validated_on += zip(batch[0][:, 0].tolist(), batch[1].tolist(), strict=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class FetchesItsOwn(Classification):
+    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+def labels_of_fit(strategy: type[DDPStrategy], workers: list[int]) -> list[list[tuple[float, int]]]:
+    """Train and validate under the attack, then train without it."""
+    labels = torch.arange(24) % 10
+    data = DataLoader(TensorDataset(labels[:, None].repeat(1, 8).float(), labels), batch_size=4)
+    model = Classification()
+    runner = trainer(strategy(), callbacks=[ByzantineSimulation(LabelFlip(num_classes=10), workers)])
+    runner.fit(model, data, data)
+    attacked, validated = list(model.trained_on), list(model.validated_on)
+    runner.callbacks.clear()
+    runner.fit_loop.max_epochs = 2
+    runner.fit(model, data)
+    return [attacked, validated, model.trained_on[len(attacked) :]]
+
+
+@pytest.mark.parametrize("strategy", [ByzantineDDPStrategy, DDPStrategy])
+def test_label_flip_poisons_the_training_of_its_workers_only(
+    three_ranks: RankPool, strategy: type[DDPStrategy]
+) -> None:
+    for rank, (attacked, validated, afterwards) in enumerate(three_ranks.run(labels_of_fit, strategy, [2])):
+        assert len(attacked) == len(afterwards) == 8
+        assert all(label == (9 - truth if rank == 2 else truth) for truth, label in attacked)
+        assert all(label == truth for truth, label in [*validated, *afterwards])
+
+
+def fit_error(callback: ByzantineSimulation, strategy: Any, model: type[pl.LightningModule] = Regression) -> str:
+    with pytest.raises((ValueError, MisconfigurationException)) as caught:
+        trainer(strategy, callbacks=[callback]).fit(model(), loader())
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_misuse_is_named_before_training(two_ranks: RankPool) -> None:
+    def message(*args: Any) -> str:
+        return two_ranks.run(fit_error, *args)[0]
+
+    assert (
+        message(ByzantineSimulation(SignFlip(), [2]), "byzantine_ddp")
+        == "ValueError: workers must be indices in [0, 2) for 2 workers, got 2"
+    )
+    assert "workers must leave at least one honest worker" in message(ByzantineSimulation(SignFlip(), [0, 1]), "ddp")
+    assert "z must be given" in message(ByzantineSimulation(ALittleIsEnough(), [0]), "byzantine_ddp")
+    assert "in DDP's only communication hook" in message(
+        ByzantineSimulation(SignFlip(), [0]), DDPStrategy(ddp_comm_hook=fit_error)
+    )
+    assert "`training_step(dataloader_iter)` that fetches its own" in message(
+        ByzantineSimulation(LabelFlip(10), [0]), "byzantine_ddp", FetchesItsOwn
+    )
+
+
+def test_needs_ddp() -> None:
+    runner = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[ByzantineSimulation(SignFlip(), [0])],
+    )
+    with pytest.raises(MisconfigurationException, match="strategy='byzantine_ddp' or 'ddp', got SingleDeviceStrategy"):
+        runner.fit(Regression(), DataLoader(TensorDataset(torch.zeros(4, 8), torch.zeros(4, 1))))
+
+
+def test_needs_an_attack() -> None:
+    with pytest.raises(TypeError, match=r"attack must be an Attack, such as SignFlip\(\), got 'SignFlip'"):
+        ByzantineSimulation("SignFlip", [0])
+
+
+def test_needs_a_trainer_of_lightning() -> None:
+    class Trainer:
+        __module__ = "pytorch_lightning.trainer.trainer"
+
+    with pytest.raises(TypeError, match=r"needs a Trainer of `lightning.pytorch`, got one of `pytorch_lightning`"):
+        ByzantineSimulation(SignFlip(), [0]).setup(Trainer(), Regression(), "fit")
+
+
+def test_the_attack_is_in_the_checkpoint() -> None:
+    callback, other = ByzantineSimulation(GaussianNoise(), [0]), ByzantineSimulation(GaussianNoise(), [0])
+    callback.attack(torch.zeros(2, 2), [0])
+    other.load_state_dict(callback.state_dict())
+    assert torch.equal(other.attack(torch.zeros(2, 2), [0]), callback.attack(torch.zeros(2, 2), [0]))
+
+
+def test_mean_is_moved_and_the_default_is_not(three_ranks: RankPool) -> None:
+    clean = three_ranks.run(fit_attacked, ByzantineDDPStrategy, GaussianNoise(std=0.0), [1], aggregator=Mean())[0]
+    moved = three_ranks.run(fit_attacked, ByzantineDDPStrategy, GaussianNoise(std=10.0), [1], aggregator=Mean())[0]
+    robust = three_ranks.run(fit_attacked, ByzantineDDPStrategy, GaussianNoise(std=10.0), [1])[0]
+    assert (robust - clean).norm() < 0.05 * (moved - clean).norm()

@@ -1,0 +1,179 @@
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from rank_pool import RankPool
+from torch import Tensor
+from training import Regression, fit, parameters
+
+from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import CTMA, Bucketing, CoordinateWiseMedian, Krum
+from lightning_byzantine.attacks import InnerProductManipulation
+from lightning_byzantine.callbacks import ByzantineSimulation
+from lightning_byzantine.estimators import WorkerMomentum
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper's momentum": {"estimator": WorkerMomentum(transparent=False)},
+    "no estimator": {"estimator": None},
+    "rule with state": {"aggregator": CTMA(Bucketing(CoordinateWiseMedian()))},
+    "many buckets": {"aggregator": Krum(), "bucket_cap_mb": 0.0005},
+}
+
+
+class DataOfTheStep(Regression):
+    """Makes its batches from the step and the rank: Lightning resumes in mid-epoch, but plain loaders start over."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(100 * batch_idx + self.global_rank)
+        inputs = torch.randn(4, 8, generator=generator)
+        return super().training_step([inputs, inputs.sum(1, keepdim=True)], batch_idx)
+
+
+def fit_and_save(folder: Path, optimizer: str, arguments: dict[str, Any], **trainer_arguments: Any) -> Tensor:
+    """Train 8 steps, saving after step 5, in the middle of the epoch."""
+    return fit(
+        ByzantineDDPStrategy(**arguments),
+        DataOfTheStep(optimizer),
+        num_batches=8,
+        callbacks=[
+            ByzantineSimulation(InnerProductManipulation(), workers=[1]),
+            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1),
+        ],
+        enable_checkpointing=True,
+        **trainer_arguments,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resume_is_bit_identical(three_ranks: RankPool, tmp_path: Path, name: str, optimizer: str) -> None:
+    whole = three_ranks.run(fit_and_save, tmp_path, optimizer, STRATEGIES[name])
+    checkpoint = tmp_path / "step=5.ckpt"
+    torch.load(checkpoint, weights_only=True)
+    resumed = three_ranks.run(fit_and_save, tmp_path / "again", optimizer, STRATEGIES[name], ckpt_path=checkpoint)
+    for rank in range(3):
+        assert resumed[rank].shape == (3, whole[rank].shape[1])
+        assert torch.equal(resumed[rank], whole[rank][5:])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resume_without_the_state_is_another_run(three_ranks: RankPool, tmp_path: Path, name: str) -> None:
+    if name == "no estimator":
+        return
+    whole = three_ranks.run(fit_and_save, tmp_path, "SGD", STRATEGIES[name])
+    arguments = STRATEGIES[name] | {"restart_estimator": True}
+    resumed = three_ranks.run(fit_and_save, tmp_path, "SGD", arguments, ckpt_path=tmp_path / "step=5.ckpt")
+    assert not torch.equal(resumed[0], whole[0][5:])
+    assert all(torch.equal(resumed[0], other) for other in resumed)
+
+
+def fit_from(checkpoint: Path, **arguments: Any) -> tuple[Tensor | None, str]:
+    """Return the parameters of the steps after the checkpoint, and what an error or a warning said."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            steps = fit(ByzantineDDPStrategy(**arguments), num_batches=12, ckpt_path=checkpoint)
+        except ValueError as error:
+            return None, str(error)
+    return steps, "\n".join(str(warning.message) for warning in caught if "afresh" in str(warning.message))
+
+
+def test_another_number_of_workers_is_refused_and_the_way_out_works(
+    two_ranks: RankPool, three_ranks: RankPool, tmp_path: Path
+) -> None:
+    three_ranks.run(fit_and_save, tmp_path, "SGD", {})
+    for steps, message in two_ranks.run(fit_from, tmp_path / "step=5.ckpt"):
+        assert steps is None
+        assert "the estimators of 3 workers, but this run has 2" in message
+        assert "devices * num_nodes = 3" in message
+        assert "`ByzantineDDPStrategy(restart_estimator=True)`" in message
+    first, second = two_ranks.run(fit_from, tmp_path / "step=5.ckpt", restart_estimator=True)
+    assert first[0] is not None and torch.equal(first[0], second[0])
+
+
+def fit_stock_and_save(folder: Path) -> None:
+    callbacks = [ModelCheckpoint(folder, filename="stock", every_n_train_steps=5)]
+    fit(DDPStrategy(), num_batches=8, callbacks=callbacks, enable_checkpointing=True)
+
+
+def test_a_checkpoint_of_stock_ddp_can_be_continued(three_ranks: RankPool, tmp_path: Path) -> None:
+    three_ranks.run(fit_stock_and_save, tmp_path)
+    results = three_ranks.run(fit_from, tmp_path / "stock.ckpt")
+    assert all(steps is not None and torch.equal(steps, results[0][0]) for steps, _ in results)
+    assert "was not written by ByzantineDDPStrategy" in results[0][1]
+
+
+class Failing(Regression):
+    """Raises in its seventh step, on all ranks."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 6:
+            raise OSError("disk full")
+        return super().training_step(batch, batch_idx)
+
+
+class SavesOnException(Callback):
+    """As Lightning's OnExceptionCheckpoint, but without the barrier that follows, and on some ranks only."""
+
+    def __init__(self, path: Path, only_rank: int | None) -> None:
+        self.path = path
+        self.only_rank = only_rank
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        if self.only_rank in (None, trainer.global_rank):
+            trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), self.path)
+
+
+def fit_until_exception(path: Path, only_rank: int | None) -> None:
+    with pytest.raises(OSError, match="disk full"):
+        fit(ByzantineDDPStrategy(), Failing(), callbacks=[SavesOnException(path, only_rank)])
+
+
+@pytest.mark.parametrize("only_rank", [None, 0])
+def test_saving_while_being_interrupted_waits_for_nobody(
+    three_ranks: RankPool, tmp_path: Path, only_rank: int | None
+) -> None:
+    three_ranks.run(fit_until_exception, tmp_path / "on_exception.ckpt", only_rank)
+    results = three_ranks.run(fit_from, tmp_path / "on_exception.ckpt")
+    assert all(steps is not None and torch.equal(steps, results[0][0]) for steps, _ in results)
+    assert "1 of 3 workers' states, so all estimators start afresh" in results[0][1]
+
+
+def save_weights_only(folder: Path) -> Tensor:
+    model = Regression()
+    callback = ModelCheckpoint(folder, filename="weights", save_weights_only=True)
+    fit(ByzantineDDPStrategy(), model, callbacks=[callback], enable_checkpointing=True)
+    return parameters(model)
+
+
+def test_a_checkpoint_of_weights_only_has_no_state(two_ranks: RankPool, tmp_path: Path) -> None:
+    weights = two_ranks.run(save_weights_only, tmp_path)[0]
+    checkpoint = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert "byzantine_ddp" not in checkpoint
+    loaded = Regression()
+    loaded.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(parameters(loaded), weights)
+
+
+class DroppedSinceTheFirstStep(DataOfTheStep):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.global_rank == 2 else loss
+
+
+def fit_dropped(folder: Path, **trainer_arguments: Any) -> Tensor:
+    callbacks = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)]
+    model = DroppedSinceTheFirstStep()
+    return fit(ByzantineDDPStrategy(), model, 8, callbacks=callbacks, enable_checkpointing=True, **trainer_arguments)
+
+
+def test_resumes_with_a_worker_that_never_had_a_state(three_ranks: RankPool, tmp_path: Path) -> None:
+    whole = three_ranks.run(fit_dropped, tmp_path)
+    resumed = three_ranks.run(fit_dropped, tmp_path / "again", ckpt_path=tmp_path / "step=5.ckpt")
+    assert torch.equal(resumed[0], whole[0][5:])
