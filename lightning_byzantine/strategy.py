@@ -23,6 +23,20 @@ __all__ = ["ByzantineDDPStrategy"]
 
 _CHECKPOINT_KEY = "byzantine_ddp"
 
+# Arguments of DDPStrategy and DistributedDataParallel by which gradients would go around the aggregation.
+_REFUSED = (
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "delay_all_reduce_named_params",
+    "device_mesh",
+    "mixed_precision",
+    "model_averaging_period",
+    "param_to_hook_all_reduce",
+    "process_group",
+    "skip_all_reduce_unused_params",
+)
+
 
 class ByzantineDDPStrategy(DDPStrategy):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
@@ -43,7 +57,8 @@ class ByzantineDDPStrategy(DDPStrategy):
     Raises:
         TypeError: if the aggregator or the estimator is none.
         ValueError: if f is not under m / 2, or the aggregator can't serve m and f; when the Trainer is made.
-        MisconfigurationException: if another communication hook is given, or the accelerator is neither CPU nor CUDA.
+        MisconfigurationException: if another communication hook is given, or an argument that takes gradients around
+            this one, or the accelerator is neither CPU nor CUDA.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -64,11 +79,11 @@ class ByzantineDDPStrategy(DDPStrategy):
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
-            if kwargs.get(name) is not None:
+        for name in _REFUSED:
+            if kwargs.get(name):
                 raise MisconfigurationException(
-                    f"{type(self).__name__} aggregates gradients in DDP's only communication hook, so it can't take"
-                    f" `{name}`, got {name}={kwargs[name]!r}. Use `strategy='ddp'` to run that hook instead."
+                    f"{type(self).__name__} aggregates all gradients of all ranks in DDP's only communication hook, so"
+                    f" it can't take `{name}`, got {name}={kwargs[name]!r}. Leave it out, or use `strategy='ddp'`."
                 )
         super().__init__(**kwargs)
         self.aggregator = CTMA(NNM(CoordinateWiseMedian())) if aggregator is None else aggregator

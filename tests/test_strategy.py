@@ -320,8 +320,11 @@ def test_validates_tests_and_predicts(two_ranks: RankPool) -> None:
         assert batches == 2
 
 
-@pytest.mark.parametrize("argument", ["ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"])
-def test_refuses_another_communication_hook(argument: str) -> None:
+@pytest.mark.parametrize(
+    "argument",
+    ["ddp_comm_hook", "ddp_comm_state", "model_averaging_period", "delay_all_reduce_named_params", "process_group"],
+)
+def test_refuses_what_would_take_gradients_around_the_rule(argument: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"can't take `{argument}`, got {argument}=7"):
         ByzantineDDPStrategy(**{argument: 7})
 

@@ -1,0 +1,140 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from training import Regression
+
+import lightning_byzantine.callbacks  # noqa: F401
+from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian, GeometricMedian, Krum
+from lightning_byzantine.attacks import GaussianNoise
+from lightning_byzantine.estimators import WorkerMomentum
+
+ON_THREE_CPUS = ["--trainer.accelerator=cpu", "--trainer.devices=3", "--trainer.logger=false"]
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+
+
+def parse(*arguments: str) -> LightningCLI:
+    return LightningCLI(Regression, run=False, save_config_callback=None, args=[*ON_THREE_CPUS, *arguments])
+
+
+def test_a_strategy_by_name() -> None:
+    strategy = parse("--trainer.strategy", "byzantine_ddp").trainer.strategy
+    assert isinstance(strategy, ByzantineDDPStrategy)
+    assert isinstance(strategy.aggregator.base.base, CoordinateWiseMedian)
+    assert isinstance(strategy.estimator, WorkerMomentum) and strategy.estimator.beta == 0.9
+
+
+@pytest.mark.parametrize("name", ["lightning_byzantine.ByzantineDDPStrategy", "ByzantineDDPStrategy"])
+def test_a_rule_over_a_rule_on_the_command_line(name: str) -> None:
+    arguments = ["--trainer.strategy", name, "--trainer.strategy.aggregator", "CTMA"]
+    arguments += ["--trainer.strategy.aggregator.base", "Krum", "--trainer.strategy.num_byzantine", "1"]
+    strategy = parse(*arguments).trainer.strategy
+    assert isinstance(strategy.aggregator, CTMA)
+    assert isinstance(strategy.aggregator.base, Krum)
+    assert strategy.num_byzantine == 1
+
+
+YAML = """
+trainer:
+  strategy:
+    class_path: lightning_byzantine.ByzantineDDPStrategy
+    init_args:
+      num_byzantine: 1
+      find_unused_parameters: true
+      estimator:
+        class_path: lightning_byzantine.estimators.WorkerMomentum
+        init_args: {beta: 0.5, transparent: false}
+      aggregator:
+        class_path: lightning_byzantine.aggregators.CTMA
+        init_args:
+          base:
+            class_path: NNM
+            init_args:
+              base:
+                class_path: GeometricMedian
+                init_args: {max_iterations: 3, smoothing: 0.1, init: zero}
+  callbacks:
+    - class_path: lightning_byzantine.callbacks.ByzantineSimulation
+      init_args:
+        workers: [2]
+        attack: {class_path: GaussianNoise, init_args: {std: 10}}
+"""
+
+
+def test_everything_in_one_file(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(YAML)
+    trainer = parse("--config", str(config)).trainer
+    strategy = trainer.strategy
+    assert isinstance(strategy.aggregator.base, NNM)
+    base = strategy.aggregator.base.base
+    assert isinstance(base, GeometricMedian) and (base.max_iterations, base.init) == (3, "zero")
+    assert (strategy.estimator.beta, strategy.estimator.transparent) == (0.5, False)
+    assert strategy._ddp_kwargs["find_unused_parameters"] is True
+    assert isinstance(trainer.callbacks[0].attack, GaussianNoise)
+
+
+def test_no_estimator_in_yaml() -> None:
+    arguments = ["--trainer.strategy=ByzantineDDPStrategy", "--trainer.strategy.estimator=null"]
+    assert parse(*arguments).trainer.strategy.estimator is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.strategy", "byzantine_ddp"],
+        [
+            "--trainer.strategy=ByzantineDDPStrategy",
+            "--trainer.strategy.aggregator=Bucketing",
+            "--trainer.strategy.aggregator.base=Krum",
+        ],
+    ],
+)
+def test_a_printed_config_runs(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(*arguments, "--print_config")
+    config = tmp_path / "printed.yaml"
+    config.write_text(capsys.readouterr().out)
+    assert isinstance(parse("--config", str(config)).trainer.strategy, ByzantineDDPStrategy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.strategy=ByzantineDDPStrategy", "--trainer.strategy.aggregator=Krumm"], "Krumm"),
+        (["--trainer.strategy=ByzantineDDPStrategy", "--trainer.strategy.num_byzantin=1"], "num_byzantin"),
+        (["--trainer.strategy=ByzantineDDPStrategy", "--trainer.strategy.num_byzantine=one"], "one"),
+        (["--trainer.strategy=ByzantineDDPStrategy", "--trainer.strategy.aggregator=CTMA"], "base"),
+    ],
+)
+def test_a_typo_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_config_parses(config: Path) -> None:
+    trainer = LightningCLI(Regression, run=False, save_config_callback=None, args=["--config", str(config)]).trainer
+    assert trainer.world_size == 5
+
+
+def test_the_attacked_configs_differ_by_one_word() -> None:
+    attacked, byzantine = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("attacked", "byzantine"))
+    changed: dict[str, Any] = byzantine["trainer"] | {"strategy": "ddp"}
+    assert attacked["trainer"] == changed
+
+
+def test_the_ready_made_command_line() -> None:
+    command = [sys.executable, "-m", "lightning_byzantine", "fit", "--trainer.strategy=byzantine_ddp"]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=3", "--trainer.logger=false"]
+    command += ["--trainer.enable_checkpointing=false", "--model=lightning.pytorch.demos.boring_classes.BoringModel"]
+    command += ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule", "--trainer.limit_val_batches=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "`max_steps=3` reached" in done.stderr
