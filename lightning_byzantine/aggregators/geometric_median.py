@@ -91,7 +91,7 @@ class GeometricMedian(Aggregator):
             inverse = 1 / distances.clamp(min=self.smoothing)
             return inverse / inverse.sum()
         met = distances <= _SITS_ON * distances.median()
-        sits_on = met.double() / max(1, met.sum())
+        sits_on = met.double() / met.sum().clamp(min=1)
         if met.all():
             return sits_on
         inverse = torch.where(met, 0.0, 1 / distances)
