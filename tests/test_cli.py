@@ -130,11 +130,11 @@ def test_the_attacked_configs_differ_by_one_word() -> None:
     assert attacked["trainer"] == changed
 
 
-def test_the_ready_made_command_line() -> None:
+def test_the_ready_made_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_byzantine", "fit", "--trainer.strategy=byzantine_ddp"]
     command += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=3", "--trainer.logger=false"]
     command += ["--trainer.enable_checkpointing=false", "--model=lightning.pytorch.demos.boring_classes.BoringModel"]
     command += ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule", "--trainer.limit_val_batches=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "`max_steps=3` reached" in done.stderr

@@ -13,12 +13,8 @@ SCRIPT = Path(__file__).parent / "scripts" / "fit.py"
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    # A worker's variables, left in this process by an earlier Trainer, would make the script one of its ranks.
-    foreign = ("LOCAL_RANK", "NODE_RANK", "GLOBAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in foreign}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | {"OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def finish(*processes: subprocess.Popen[str]) -> dict[int, str]:
