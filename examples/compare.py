@@ -52,7 +52,7 @@ def run(config: str, attack: str | None, seed: int, options: list[str]) -> float
     print(f"seed {seed}: {config}" + (f", {attack}" if attack else ""), file=sys.stderr, flush=True)
     with TemporaryDirectory() as folder:
         command = [sys.executable, EXAMPLES / "train.py", "fit", "--config", EXAMPLES / "configs" / f"{config}.yaml"]
-        command += [f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+        command += [f"--seed_everything={seed}", f"--trainer.logger.save_dir={folder}"]
         command += ["--trainer.enable_progress_bar=false", *options]
         if attack is not None:
             spec = {"class_path": f"lightning_byzantine.attacks.{attack}", "init_args": ATTACKS[attack]}

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -71,7 +71,7 @@ class DigitData(pl.LightningDataModule):
 
     """
 
-    def __init__(self, path: str | None = None, batch_size: int = 16) -> None:
+    def __init__(self, path: str | None = None, batch_size: int = 32) -> None:
         super().__init__()
         self.path = path
         self.batch_size = batch_size
@@ -85,14 +85,17 @@ class DigitData(pl.LightningDataModule):
             pixels = torch.from_numpy((images - mean) / deviation).float()
             return TensorDataset(pixels[:, None], torch.from_numpy(labels).long())
 
-        self.train_set = dataset(train_images, train_labels)
+        # A tenth of the training images is for validation, the same on every rank.
+        self.train_set, self.val_set = random_split(
+            dataset(train_images, train_labels), [0.9, 0.1], generator=torch.Generator().manual_seed(0)
+        )
         self.test_set = dataset(test_images, test_labels)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.test_set, batch_size=256)
+        return DataLoader(self.val_set, batch_size=256)
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.test_set, batch_size=256)
@@ -104,5 +107,8 @@ class DigitData(pl.LightningDataModule):
                 digits.images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
             )
             return train_x, train_y, test_x, test_y
+        keys = ("x_train", "y_train", "x_test", "y_test")
         with np.load(self.path) as archive:
-            return tuple(archive[key] for key in ("x_train", "y_train", "x_test", "y_test"))
+            if missing := set(keys) - set(archive.files):
+                raise ValueError(f"path must be an archive of {', '.join(keys)}, got {self.path} without {missing}")
+            return tuple(archive[key] for key in keys)

@@ -9,7 +9,13 @@ import lightning_byzantine.callbacks  # noqa: F401  (registers the strategies an
 
 def main() -> None:
     """Run the command line."""
-    cli = LightningCLI(DigitClassifier, DigitData, seed_everything_default=1)
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "."}}
+    cli = LightningCLI(
+        DigitClassifier,
+        DigitData,
+        seed_everything_default=1,
+        trainer_defaults={"logger": logger, "log_every_n_steps": 5},
+    )
     if cli.subcommand == "fit":
         cli.trainer.test(cli.model, cli.datamodule)
     # gloo's threads would abort a process that ends without this.

@@ -1,12 +1,21 @@
 """Checks of user input that more than one module needs."""
 
+import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_at_least", "check_num_byzantine", "check_vectors", "check_worker_indices"]
+__all__ = [
+    "check_at_least",
+    "check_integer_at_least",
+    "check_num_byzantine",
+    "check_number",
+    "check_vectors",
+    "check_worker_indices",
+]
 
 
 def check_num_byzantine(num_byzantine: int, num_workers: int) -> None:
@@ -47,7 +56,7 @@ def check_vectors(vectors: Tensor) -> None:
 
 
 def check_worker_indices(name: str, workers: Iterable[int], num_workers: int) -> None:
-    """Raise unless ``workers`` are different indices in [0, m) and leave at least one worker out.
+    """Raise unless ``workers`` are one or more different indices in [0, m) that leave at least one worker out.
 
     Example:
         >>> check_worker_indices("workers", [1, 7], num_workers=5)
@@ -56,35 +65,63 @@ def check_worker_indices(name: str, workers: Iterable[int], num_workers: int) ->
         ValueError: workers must be indices in [0, 5) for 5 workers, got 7
 
     """
+    if not isinstance(workers, Iterable) or isinstance(workers, str):
+        raise TypeError(f"{name} must be a list of worker indices, got {workers!r}")
     indices = list(workers)
     for index in indices:
-        _check_integer(name, index)
+        _check_integer(f"each of {name}", index)
         if not 0 <= index < num_workers:
             raise ValueError(f"{name} must be indices in [0, {num_workers}) for {num_workers} workers, got {index}")
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"{name} must name each worker once, got {indices}")
+    if not indices or len(set(indices)) != len(indices):
+        raise ValueError(f"{name} must name at least one worker, and each once, got {indices}")
     if len(indices) == num_workers:
         raise ValueError(f"{name} must leave at least one honest worker, got all {num_workers} of them: {indices}")
 
 
-def check_at_least(name: str, value: float, bound: float, *, integer: bool = False) -> None:
-    """Raise unless ``value`` is a number (an integer if asked) of at least ``bound``.
+def check_at_least(name: str, value: float, bound: int) -> None:
+    """Raise unless ``value`` is a finite number of at least ``bound``.
 
     Example:
-        >>> check_at_least("bucket_size", 0, 1, integer=True)
+        >>> check_at_least("std", -0.5, 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: std must be finite and at least 0, got -0.5
+
+    """
+    check_number(name, value)
+    if not value >= bound or not math.isfinite(value):
+        raise ValueError(f"{name} must be finite and at least {bound}, got {value}")
+
+
+def check_integer_at_least(name: str, value: int, bound: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``bound``.
+
+    Example:
+        >>> check_integer_at_least("bucket_size", 0, 1)
         Traceback (most recent call last):
         ...
         ValueError: bucket_size must be at least 1, got 0
 
     """
-    if integer:
-        _check_integer(name, value)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not value >= bound:
+    _check_integer(name, value)
+    if value < bound:
         raise ValueError(f"{name} must be at least {bound}, got {value}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is an int or a float.
+
+    Example:
+        >>> check_number("beta", "high")
+        Traceback (most recent call last):
+        ...
+        TypeError: beta must be a number, got 'high'
+
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")

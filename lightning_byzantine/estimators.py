@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_byzantine.checks import check_number
+
 __all__ = ["Estimator", "WorkerMomentum"]
 
 
@@ -101,8 +103,7 @@ class WorkerMomentum(Estimator):
     """
 
     def __init__(self, beta: float = 0.9, transparent: bool = True) -> None:
-        if isinstance(beta, bool) or not isinstance(beta, int | float):
-            raise TypeError(f"beta must be a number, got {beta!r}")
+        check_number("beta", beta)
         if not 0 <= beta < 1:
             raise ValueError(f"beta must satisfy 0 <= beta < 1, got {beta}")
         self.beta = beta

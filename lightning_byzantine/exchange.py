@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_byzantine.matrix import WorkerMatrix
 
-__all__ = ["AllGather", "Exchange", "gather_to_first"]
+__all__ = ["AllGather", "Exchange", "gather", "gather_to_first"]
 
 
 class Exchange(Protocol):
@@ -50,6 +50,13 @@ class AllGather:
             if work is not None:
                 work.wait()
         return WorkerMatrix([rows for rows, _ in started])
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """Return every rank's tensor on every rank, moved to the CPU; shapes must agree."""
+    exchange = AllGather(dist.get_world_size())
+    exchange.start(tensor)
+    return list(exchange.finish().blocks[0].cpu())
 
 
 def gather_to_first(tensor: Tensor) -> list[Tensor] | None:

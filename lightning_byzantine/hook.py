@@ -19,17 +19,13 @@ __all__ = ["AggregationHook"]
 
 @dataclass
 class _Bucket:
-    """One DDP bucket on its way: its gradients, what the worker sent for them, and DDP's claim to the result."""
+    """One DDP bucket on its way: what the worker sent for it, and DDP's claim to the result."""
 
-    names: list[str]
-    gradients: list[Tensor]
-    buffer: Tensor
+    names: list[str | None]  # by parameter; None for one that is switched off, as `toggle_optimizer` does
+    sizes: list[int]
+    dtype: torch.dtype
     sent: Tensor
     future: Future[Tensor]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [gradient.numel() for gradient in self.gradients]
 
 
 class AggregationHook:
@@ -72,12 +68,12 @@ class AggregationHook:
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
         """Send one bucket, and after the last one aggregate."""
         buffer = bucket.buffer()
-        names = [self._names[parameter] for parameter in bucket.parameters()]
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
-        gradients = bucket.gradients()
-        sent = self._estimate(names, gradients, buffer)
-        self._buckets.append(_Bucket(names, gradients, buffer, sent, future))
+        names = [self._names[parameter] if parameter.requires_grad else None for parameter in bucket.parameters()]
+        sizes = [parameter.numel() for parameter in bucket.parameters()]
+        sent = buffer if self._estimator is None else self._estimate(self._estimator, names, sizes, buffer)
+        self._buckets.append(_Bucket(names, sizes, buffer.dtype, sent, future))
         self.exchange.start(sent)
         if bucket.is_last():
             buckets, self._buckets = self._buckets, []
@@ -85,17 +81,17 @@ class AggregationHook:
                 done.future.set_result(gradient)
         return future
 
-    def _estimate(self, names: list[str], gradients: list[Tensor], buffer: Tensor) -> Tensor:
-        if self._estimator is None:
-            return buffer
+    def _estimate(self, estimator: Estimator, names: list[str | None], sizes: list[int], buffer: Tensor) -> Tensor:
         # Half precision is too coarse to add up momentum in, and DDP's buffer is not ours to keep.
-        sent = torch.empty_like(buffer, dtype=torch.promote_types(buffer.dtype, torch.float32))
-        parts = torch.split(sent, [gradient.numel() for gradient in gradients])
+        gradients = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
         # Momentum mixes steps, and so must not see a loss scale that changes between them.
-        scale = self._loss_scale() or 1.0
-        for name, gradient, part in zip(names, gradients, parts, strict=True):
-            gradient = gradient.flatten().to(part.dtype)
-            self._estimator.estimate(name, gradient / scale if scale != 1 else gradient, out=part)
+        scale = self._loss_scale()
+        if scale is not None:
+            gradients = gradients / scale
+        sent = torch.zeros_like(gradients)
+        for name, gradient, part in zip(names, torch.split(gradients, sizes), torch.split(sent, sizes), strict=True):
+            if name is not None:
+                estimator.estimate(name, gradient, out=part)
         return sent
 
     def _aggregated_gradients(self, buckets: list[_Bucket]) -> list[Tensor]:
@@ -103,29 +99,27 @@ class AggregationHook:
         try:
             aggregates = self._aggregate(matrix)
         except ByzantineBreakdownError:
-            self._settle(accept=False)
+            if self._estimator is not None:
+                self._estimator.discard()
             if self._loss_scale() is None:
                 raise
             # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
-            return [torch.full_like(bucket.buffer, torch.nan) for bucket in buckets]
-        # What would be dropped by everybody else must not stay in this worker's own state either.
-        own = WorkerMatrix([bucket.sent[None] for bucket in buckets])
-        self._settle(accept=self._estimator is not None and bool(own.measurable()))
-        return [self._gradient(bucket, part) for bucket, part in zip(buckets, aggregates, strict=True)]
-
-    def _settle(self, *, accept: bool) -> None:
-        if self._estimator is not None:
-            if accept:
-                self._estimator.commit()
-            else:
-                self._estimator.discard()
-
-    def _gradient(self, bucket: _Bucket, aggregate: Tensor) -> Tensor:
+            return [torch.full_like(bucket.sent, torch.nan, dtype=bucket.dtype) for bucket in buckets]
         if self._estimator is None:
-            return aggregate
-        parts = torch.split(aggregate, bucket.sizes)
-        gradients = [self._estimator.gradient(name, part) for name, part in zip(bucket.names, parts, strict=True)]
-        return (torch.cat(gradients) * (self._loss_scale() or 1.0)).to(bucket.buffer.dtype)
+            return aggregates
+        # What would be dropped by everybody else must not stay in this worker's own state either.
+        if WorkerMatrix([bucket.sent[None] for bucket in buckets]).measurable():
+            self._estimator.commit()
+        else:
+            self._estimator.discard()
+        return [self._gradient(self._estimator, *pair) for pair in zip(buckets, aggregates, strict=True)]
+
+    def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:
+        gradients = [
+            part if name is None else estimator.gradient(name, part)
+            for name, part in zip(bucket.names, torch.split(aggregate, bucket.sizes), strict=True)
+        ]
+        return (torch.cat(gradients) * (self._loss_scale() or 1.0)).to(bucket.dtype)
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:

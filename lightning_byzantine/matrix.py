@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_byzantine.gram import centred_gram, squared_distances
+
 __all__ = ["Combination", "Point", "WorkerMatrix"]
 
 # Elements of one chunk: small enough that a CPU's cache holds it through all that is done to it, and large enough
@@ -14,9 +16,8 @@ __all__ = ["Combination", "Point", "WorkerMatrix"]
 _CPU_CHUNK = 2**18
 _ACCELERATOR_CHUNK = 2**25
 
-# A squared distance below this part of the squared norms it is the difference of has lost too many digits.
-_DIGITS = 1e-6
-_ROUNDING = 1e-13
+# Largest squared norm of float64 rows: sums of squared distances over the workers must not overflow either.
+_LARGEST_SQUARED_NORM = 1e300
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class WorkerMatrix:
         """Keep the given rows only; the others are never read again (0 * inf would be nan).
 
         Args:
-            rows: indices into this matrix, which must not be the result of :meth:`mix`.
+            rows: indices into this matrix.
 
         """
+        if self._mixing is not None:
+            return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
         selected = WorkerMatrix(self.blocks)
         selected._rows = self._rows[rows]
         return selected
@@ -129,7 +132,7 @@ class WorkerMatrix:
     def squared_distances(self) -> Tensor:
         """Return ||x_i - x_j||^2, [m, m]: through the Gram matrix, one pass for all rules and views together."""
         gram = self._mixing_matrix @ self._source._centred_gram @ self._mixing_matrix.T
-        return _squared_distances(gram)
+        return squared_distances(gram)
 
     def distances(self, center: Point) -> Tensor:
         """Return ||x_i - center||, [m]: no pass over the columns when ``center`` is a :class:`Combination`."""
@@ -159,11 +162,12 @@ class WorkerMatrix:
     def measurable(self) -> Tensor:
         """Return a mask [m]: rows that are finite and whose squared norm does not overflow the columns' dtype.
 
-        The limit is float32's for half-precision columns, whose sums are never kept in half precision.
+        The limit is float32's for half-precision columns, whose sums are never kept in half precision, and 1e300 for
+        float64 columns, which leaves room for sums over the workers.
         """
         widest = max((_at_least_float32(block.dtype) for block in self.blocks), key=lambda dtype: dtype.itemsize)
         norms = self.squared_norms()
-        return norms.isfinite() & (norms <= torch.finfo(widest).max)
+        return norms.isfinite() & (norms <= min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM))
 
     @property
     def _mixing_matrix(self) -> Tensor:
@@ -171,23 +175,7 @@ class WorkerMatrix:
 
     @cached_property
     def _centred_gram(self) -> Tensor:
-        """Inner products of the stored rows as seen from one of them, or from 0 where that is accurate already.
-
-        ||x_i||^2 + ||x_j||^2 - 2 x_i.x_j loses all digits when rows share an offset far larger than their spread, and
-        momentum makes that normal. Only then the origin moves, to a row that at least half of the rows are near to, so
-        that nobody can choose it far from the honest rows. Every product involves its own two rows and the origin
-        alone: no other row can take digits from it, which a mean as the origin would allow.
-        """
-        gram, origin = self._gram(None), None
-        for _ in range(2):
-            if not _lost_digits(gram):
-                break
-            central = _most_central_row(_squared_distances(gram))
-            if central == origin:
-                break
-            origin = central
-            gram = self._gram(origin)
-        return gram
+        return centred_gram(self._gram)
 
     def _gram(self, origin: int | None) -> Tensor:
         total = torch.zeros(len(self._rows), len(self._rows), dtype=torch.float64, device=self.blocks[0].device)
@@ -210,7 +198,10 @@ class WorkerMatrix:
         return total.cpu()
 
     def _mixed(self, chunk: Tensor) -> Tensor:
-        return chunk if self._mixing is None else self._mixing.to(chunk) @ chunk
+        if self._mixing is None:
+            return chunk
+        # In float64, which neither autocast nor TensorFloat-32 touches: both would round to three digits.
+        return (self._mixing.to(chunk.device) @ chunk.double()).to(chunk.dtype)
 
     def _chunks(
         self, index: int, dtype: Callable[[torch.dtype], torch.dtype], subset: Tensor | None = None
@@ -221,7 +212,8 @@ class WorkerMatrix:
         every_row = len(rows) == block.shape[0]
         elements = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
         width = max(1, elements // len(rows))
-        for start in range(0, block.shape[1], width):
+        # A block without columns has one empty chunk, so that its result is empty and not missing.
+        for start in range(0, max(1, block.shape[1]), width):
             columns = slice(start, start + width)
             chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]
             yield columns, chunk.to(dtype(block.dtype))
@@ -242,25 +234,3 @@ def _weighted_sum(rows: Tensor, weights: list[float]) -> Tensor:
     for row, weight in zip(rows[1:], weights[1:], strict=True):
         total += row * weight
     return total
-
-
-def _squared_distances(gram: Tensor) -> Tensor:
-    norms = gram.diagonal()
-    sums = norms + norms[:, None]
-    squared = sums - 2 * gram
-    # Below the rounding of the sums, rows are the same row: colluders' copies must tie exactly.
-    squared[squared <= _ROUNDING * sums] = 0
-    return squared.fill_diagonal_(0)
-
-
-def _lost_digits(gram: Tensor) -> bool:
-    norms = gram.diagonal()
-    sums = norms + norms[:, None]
-    close = sums - 2 * gram < _DIGITS * sums
-    return bool(close.fill_diagonal_(False).any())
-
-
-def _most_central_row(squared_distances: Tensor) -> int:
-    """Return the row with the nearest majority: it is within two honest diameters of every honest row."""
-    majority = squared_distances.shape[0] // 2
-    return int(squared_distances.kthvalue(majority + 1, dim=1).values.argmin())

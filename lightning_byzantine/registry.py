@@ -1,5 +1,9 @@
 """The strategies' names in Lightning's registry."""
 
+import sys
+from typing import Any, NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_byzantine.strategy import ByzantineDDPStrategy
@@ -14,12 +18,25 @@ def register_strategies() -> None:
     for suffix, start_method in _START_METHODS.items():
         name = f"byzantine_ddp{suffix}"
         description = f"DDP with Byzantine-robust aggregation and `start_method` '{start_method}'"
-        StrategyRegistry.register(name, ByzantineDDPStrategy, description, override=True, start_method=start_method)
-        StrategyRegistry.register(
+        _register(name, description, start_method=start_method)
+        _register(
             f"{name}_find_unused_parameters_true",
-            ByzantineDDPStrategy,
             f"{description}, and `find_unused_parameters` as True",
-            override=True,
             start_method=start_method,
             find_unused_parameters=True,
         )
+
+
+def _register(name: str, description: str, **arguments: Any) -> None:
+    StrategyRegistry.register(name, ByzantineDDPStrategy, description, override=True, **arguments)
+    other_package = sys.modules.get("pytorch_lightning")
+    if other_package is not None:
+        registry = other_package.strategies.StrategyRegistry
+        registry.register(name, _refuse_pytorch_lightning, description, override=True)
+
+
+def _refuse_pytorch_lightning() -> NoReturn:
+    raise MisconfigurationException(
+        "strategy='byzantine_ddp' needs a Trainer of `lightning.pytorch`, got one of `pytorch_lightning`."
+        " Import `lightning.pytorch` everywhere."
+    )

@@ -5,7 +5,7 @@ from hashlib import sha256
 import torch
 from torch import nn
 
-from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.checks import check_integer_at_least
 
 __all__ = ["StepSeed"]
 
@@ -25,7 +25,7 @@ class StepSeed(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        check_at_least("seed", seed, 0, integer=True)
+        check_integer_at_least("seed", seed, 0)
         self.seed = seed
         # Not a buffer: Lightning's spawn launcher would put it in memory that all ranks share, and count for all.
         self._calls = 0

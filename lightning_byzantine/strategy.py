@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -55,7 +56,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        TypeError: if the aggregator or the estimator is none.
+        TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
         ValueError: if f is not under m / 2, or the aggregator can't serve m and f; when the Trainer is made.
         MisconfigurationException: if another communication hook is given, or an argument that takes gradients around
             this one, or the accelerator is neither CPU nor CUDA.
@@ -139,9 +140,17 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.hook.register(self.model)
 
     @override
+    def teardown(self) -> None:
+        # As Lightning does with optimizers: what is kept for a checkpoint after fit need not stay on the device.
+        if self.estimator is not None:
+            self.estimator.load_state(*map(_to_cpu, (self.estimator.worker_state(), self.estimator.shared_state())))
+        self.hook = None
+        super().teardown()
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        # Absent from checkpoints of weights only, and from those of a process that has not trained.
-        if "optimizer_states" in checkpoint and self.hook is not None:
+        # Not for weights only, nor in the process from which other start methods have spawned the ranks.
+        if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
             checkpoint[_CHECKPOINT_KEY] = self._states().save(alone=self._is_interrupted())
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -149,6 +158,8 @@ class ByzantineDDPStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         super().load_optimizer_state_dict(checkpoint)
         if self.restart_estimator:
+            if self.estimator is not None:
+                self.estimator.reset()
             return
         if _CHECKPOINT_KEY not in checkpoint:
             rank_zero_warn(
@@ -163,18 +174,29 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     def _loss_scale(self) -> float | None:
         plugin = self.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.is_enabled():
             return float(plugin.scaler.get_scale())
         return None
 
     def _states(self) -> WorkerStates:
         assert self.lightning_module is not None
-        return WorkerStates(self.lightning_module, self.aggregator, self.estimator, self.global_rank, self.world_size)
+        return WorkerStates(
+            dict(self.lightning_module.named_parameters()),
+            self.aggregator,
+            self.estimator,
+            self.global_rank,
+            self.world_size,
+            self.root_device,
+        )
 
     def _is_interrupted(self) -> bool:
         # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
         assert self.lightning_module is not None
         return self.lightning_module.trainer.interrupted
+
+
+def _to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in state.items()}
 
 
 def _only_row(matrix: WorkerMatrix) -> list[Tensor]:

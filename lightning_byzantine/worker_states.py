@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator
-from lightning_byzantine.exchange import gather_to_first
+from lightning_byzantine.exchange import gather, gather_to_first
 
 __all__ = ["WorkerStates"]
 
@@ -17,22 +17,30 @@ class WorkerStates:
     """Collects the estimators of all workers, and the rule's own state, into plain tensors and back.
 
     Args:
-        module: the module whose parameters the estimator knows by name.
+        parameters: the parameters that estimators may know, by name, in the same order on every rank.
         aggregator: the rule.
         estimator: this rank's estimator.
         rank: this rank.
         num_workers: number of ranks, m.
+        device: where this rank trains.
 
     """
 
     def __init__(
-        self, module: nn.Module, aggregator: Aggregator, estimator: Estimator | None, rank: int, num_workers: int
+        self,
+        parameters: dict[str, nn.Parameter],
+        aggregator: Aggregator,
+        estimator: Estimator | None,
+        rank: int,
+        num_workers: int,
+        device: torch.device,
     ) -> None:
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters = parameters
         self._aggregator = aggregator
         self._estimator = estimator
         self._rank = rank
         self._num_workers = num_workers
+        self._device = device
 
     def save(self, *, alone: bool) -> dict[str, Any]:
         """Return the state for the checkpoint; complete on rank 0, which writes it.
@@ -44,6 +52,7 @@ class WorkerStates:
         state: dict[str, Any] = {
             "num_workers": self._num_workers,
             "aggregator": self._aggregator.state_dict(),
+            "estimator": repr(self._estimator),
             "shared": {} if self._estimator is None else self._estimator.shared_state(),
             "workers": {},
         }
@@ -56,41 +65,48 @@ class WorkerStates:
         """Continue from what :meth:`save` returned.
 
         Raises:
-            ValueError: if the checkpoint is of another number of workers.
+            ValueError: if the checkpoint is of another number of workers, another estimator, or a rule whose state
+                this one can't take.
 
         """
-        if state["num_workers"] != self._num_workers:
-            raise ValueError(
-                f"The checkpoint holds the estimators of {state['num_workers']} workers, but this run has"
-                f" {self._num_workers}. Resume with devices * num_nodes = {state['num_workers']}, or start the"
-                " estimators afresh with `ByzantineDDPStrategy(restart_estimator=True)`."
-            )
+        self._check("number of workers", state["num_workers"], self._num_workers)
+        self._check("estimator", state["estimator"], repr(self._estimator))
+        self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self._aggregator.state_dict()))
         self._aggregator.load_state_dict(state["aggregator"])
         if self._estimator is None:
             return
         if len(state["workers"]) != self._num_workers:
             rank_zero_warn(
-                f"The checkpoint was written while its run was being interrupted or without an estimator: it holds"
+                "The checkpoint was written while its run was being interrupted: it holds"
                 f" {len(state['workers'])} of {self._num_workers} workers' states, so all estimators start afresh."
             )
             return
-        worker = self._to_devices(state["workers"][self._rank])
-        self._estimator.load_state(worker, self._to_devices(state["shared"]))
+        worker, shared = self._to_device(state["workers"][self._rank]), self._to_device(state["shared"])
+        self._estimator.load_state(worker, shared)
+
+    def _check(self, what: str, saved: Any, current: Any) -> None:
+        if saved != current:
+            raise ValueError(
+                f"The checkpoint and this run differ in the {what}: {saved} in the checkpoint, {current} now. Resume"
+                " with what the checkpoint has, or start the estimators and the aggregator afresh with"
+                " `ByzantineDDPStrategy(restart_estimator=True)`."
+            )
 
     def _gather(self, own: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """Gather states on rank 0. A worker that was dropped since its first step has none for a parameter."""
         workers: dict[int, dict[str, Tensor]] = {rank: {} for rank in range(self._num_workers)}
-        for name, parameter in self._parameters.items():
-            empty = torch.zeros(
-                parameter.numel(), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device
-            )
-            has_state = gather_to_first(torch.tensor(name in own, dtype=torch.uint8, device=parameter.device))
-            values = gather_to_first(own.get(name, empty))
-            if has_state is not None and values is not None:
-                for rank in range(self._num_workers):
-                    if has_state[rank]:
-                        workers[rank][name] = values[rank]
+        # On all ranks, so that they agree on which parameters to gather, whatever one of them claims.
+        present = gather(torch.tensor([name in own for name in self._parameters], dtype=torch.uint8).to(self._device))
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            if not any(flags[index] for flags in present):
+                continue
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            value = own.get(name, torch.zeros(parameter.numel(), dtype=dtype))
+            received = gather_to_first(value.to(self._device))
+            for rank, part in enumerate(received or []):
+                if present[rank][index]:
+                    workers[rank][name] = part
         return workers
 
-    def _to_devices(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self._parameters[name].device) for name, value in state.items()}
+    def _to_device(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self._device) for name, value in state.items()}

@@ -65,10 +65,17 @@ def test_rows_that_are_not_selected_are_never_read() -> None:
     torch.testing.assert_close(whole(mixed.materialize(mixed.mean())), affine(2, 3, seed=1).mean(0) @ vectors[kept])
 
 
+def test_rows_of_a_mixed_matrix_can_be_selected() -> None:
+    vectors, mixing = rows(), affine(4, 6, seed=1)
+    selected = WorkerMatrix(blocks(vectors)).mix(mixing).select(torch.tensor([1, 3]))
+    torch.testing.assert_close(whole(selected.materialize(selected.mean())), mixing[[1, 3]].mean(0) @ vectors)
+
+
 def test_measurable_rows() -> None:
     vectors = torch.ones(6, 4)
     vectors[1, 2], vectors[2, 0], vectors[3, 1], vectors[4, 3] = torch.nan, -torch.inf, 2e19, 1e19
     assert WorkerMatrix([vectors]).measurable().tolist() == [True, False, False, False, True, True]
+    assert WorkerMatrix([torch.tensor([[1e149], [1e151]], dtype=torch.float64)]).measurable().tolist() == [True, False]
     # float64 goes farther, half precision is never summed up in half precision.
     assert WorkerMatrix([vectors.double()]).measurable().tolist() == [True, False, False, True, True, True]
     assert WorkerMatrix([torch.full((2, 4), 6e4, dtype=torch.float16)]).measurable().all()

@@ -3,6 +3,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -286,6 +287,46 @@ def test_one_worker_takes_a_plain_step(one_rank: RankPool) -> None:
     changed = one_rank.run(fit_combination, "plain", "SGD", ByzantineDDPStrategy, estimator=momentum)[0]
     assert torch.equal(changed[0], stock[0])  # v_1 = g_1
     assert not torch.allclose(changed[5], stock[5])
+
+
+def fit_without_collectives() -> Tensor:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a collective")
+
+    with mock.patch("lightning_byzantine.exchange._all_gather", refuse), mock.patch("torch.distributed.gather", refuse):
+        return fit_combination("plain", "SGD", ByzantineDDPStrategy)
+
+
+def test_one_worker_gathers_nothing(one_rank: RankPool) -> None:
+    assert one_rank.run(fit_without_collectives)[0].isfinite().all()
+
+
+class Alternating(TwoOptimizers):
+    """Keeps what the momentum of the critic is before and after a step of the other network."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        before = self.critic_momentum()
+        first, _ = self.optimizers()
+        self.toggle_optimizer(first)
+        self.manual_backward(self.network(batch[0]).square().mean())
+        self.untoggle_optimizer(first)
+        self.unchanged = before is None or torch.equal(before, self.critic_momentum())
+        first.zero_grad()
+        super().training_step(batch, batch_idx)
+
+    def critic_momentum(self) -> Tensor | None:
+        momentum = self.trainer.strategy.estimator.worker_state().get("critic.weight")
+        return None if momentum is None else momentum.clone()
+
+
+def fit_alternating() -> bool:
+    model = Alternating()
+    fit(ByzantineDDPStrategy(find_unused_parameters=True), model)
+    return model.unchanged and model.critic_momentum() is not None
+
+
+def test_a_network_that_is_switched_off_keeps_its_momentum(three_ranks: RankPool) -> None:
+    assert three_ranks.run(fit_alternating) == [True, True, True]
 
 
 def warnings_of_fit() -> list[str]:

@@ -4,7 +4,7 @@ import torch
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
-from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.matrix import Point, WorkerMatrix
 from lightning_byzantine.seeding import StepSeed
 
@@ -35,7 +35,7 @@ class Bucketing(MetaAggregator):
     def __init__(self, base: Aggregator, bucket_size: int | None = None, seed: int = 0) -> None:
         super().__init__(base)
         if bucket_size is not None:
-            check_at_least("bucket_size", bucket_size, 1, integer=True)
+            check_integer_at_least("bucket_size", bucket_size, 1)
         self.bucket_size = bucket_size
         self.draws = StepSeed(seed)
 

@@ -1,5 +1,8 @@
 """The mean of every coordinate without its extremes."""
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
@@ -14,7 +17,6 @@ class CoordinateWiseTrimmedMean(Aggregator):
     Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
 
     Example:
-        >>> import torch
         >>> CoordinateWiseTrimmedMean()(torch.tensor([[-90.0], [2.0], [4.0], [90.0]]), num_byzantine=1)
         tensor([3.])
 
@@ -25,6 +27,9 @@ class CoordinateWiseTrimmedMean(Aggregator):
         kept = slice(num_byzantine, matrix.num_workers - num_byzantine)
 
         def trimmed_mean(chunk: Tensor) -> Tensor:
-            return chunk.sort(dim=0).values[kept].mean(dim=0)
+            # Row by row, so that a coordinate's result does not depend on where its chunk was cut.
+            rows = chunk.sort(dim=0).values[kept]
+            total: Tensor = reduce(torch.add, rows)
+            return total / len(rows)
 
         return matrix.coordinatewise(trimmed_mean)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
-from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.checks import check_at_least, check_integer_at_least
 from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["GeometricMedian"]
@@ -27,7 +27,8 @@ class GeometricMedian(Aggregator):
         tolerance: stop when an iteration moves by less than this part of the median distance to the rows, which
             outliers can't stretch. 0 for never.
         smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
-        init: where to start: "mean", "median" (coordinate-wise; one pass more) or "zero".
+        init: where to start: "median" (coordinate-wise, one pass more), "mean" or "zero". Attackers choose where the
+            mean is, and from far away the way back takes many iterations.
 
     ``GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")`` is the unconverged form of the
     paper's public code ("rfa") and of ByzFL.
@@ -46,14 +47,14 @@ class GeometricMedian(Aggregator):
         max_iterations: int = 1000,
         tolerance: float = 1e-8,
         smoothing: float = 0.0,
-        init: Literal["mean", "median", "zero"] = "mean",
+        init: Literal["median", "mean", "zero"] = "median",
     ) -> None:
         super().__init__()
-        check_at_least("max_iterations", max_iterations, 1, integer=True)
+        check_integer_at_least("max_iterations", max_iterations, 1)
         check_at_least("tolerance", tolerance, 0)
         check_at_least("smoothing", smoothing, 0)
-        if init not in ("mean", "median", "zero"):
-            raise ValueError(f"init must be 'mean', 'median' or 'zero', got {init!r}")
+        if init not in ("median", "mean", "zero"):
+            raise ValueError(f"init must be 'median', 'mean' or 'zero', got {init!r}")
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.smoothing = smoothing

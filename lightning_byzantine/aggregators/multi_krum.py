@@ -2,7 +2,7 @@
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.krum import krum_scores
-from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.matrix import Point, WorkerMatrix
 from lightning_byzantine.ordering import mean_of_nearest
 
@@ -27,7 +27,7 @@ class MultiKrum(Aggregator):
     def __init__(self, num_selected: int | None = None) -> None:
         super().__init__()
         if num_selected is not None:
-            check_at_least("num_selected", num_selected, 1, integer=True)
+            check_integer_at_least("num_selected", num_selected, 1)
         self.num_selected = num_selected
 
     def extra_repr(self) -> str:
@@ -45,5 +45,7 @@ class MultiKrum(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the average of the rows of the lowest scores."""
-        count = self.num_selected or matrix.num_workers - num_byzantine
+        # Fewer than asked for where Bucketing has left fewer rows, after some were dropped.
+        most = matrix.num_workers - num_byzantine
+        count = most if self.num_selected is None else min(self.num_selected, most)
         return matrix.combine(mean_of_nearest(krum_scores(matrix, num_byzantine), count))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
+from lightning_byzantine.checks import check_number
 
 __all__ = ["ALittleIsEnough"]
 
@@ -33,8 +34,10 @@ class ALittleIsEnough(VectorAttack):
 
     def __init__(self, z: float | None = None) -> None:
         super().__init__()
-        if z is not None and not math.isfinite(z):
-            raise ValueError(f"z must be finite, got {z}")
+        if z is not None:
+            check_number("z", z)
+            if not math.isfinite(z):
+                raise ValueError(f"z must be finite, got {z}")
         self.z = z
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import DataAttack
-from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.checks import check_integer_at_least
 
 __all__ = ["LabelFlip"]
 
@@ -28,7 +28,9 @@ class LabelFlip(DataAttack):
 
     def __init__(self, num_classes: int, target: int | str = 1) -> None:
         super().__init__()
-        check_at_least("num_classes", num_classes, 2, integer=True)
+        check_integer_at_least("num_classes", num_classes, 2)
+        if isinstance(target, bool) or not isinstance(target, int | str):
+            raise TypeError(f"target must be an index or a key of a batch, got {target!r}")
         self.num_classes = num_classes
         self.target = target
 

@@ -1,5 +1,6 @@
 """Puts an attack into a training run."""
 
+import warnings
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
@@ -32,8 +33,8 @@ class ByzantineSimulation(pl.Callback):
         workers: their indices; one worker is one rank.
 
     Raises:
-        TypeError: if ``attack`` is none, or the Trainer is not ``lightning.pytorch``'s.
-        ValueError: in ``setup``, if an index is out of range or named twice, or no honest worker is left.
+        TypeError: if ``attack`` is not an Attack, or the Trainer is not ``lightning.pytorch``'s.
+        ValueError: in ``setup``, unless the indices are one or more different workers that leave an honest one.
         MisconfigurationException: in ``setup``, if the strategy is not from the DDP family.
 
     Example:
@@ -46,7 +47,7 @@ class ByzantineSimulation(pl.Callback):
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be an Attack, such as SignFlip(), got {attack!r}")
         self.attack = attack
-        self.workers = list(workers)
+        self.workers = workers
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -59,7 +60,10 @@ class ByzantineSimulation(pl.Callback):
             raise MisconfigurationException(
                 f"ByzantineSimulation needs strategy='byzantine_ddp' or 'ddp', got {type(trainer.strategy).__name__}"
             )
-        self.attack.check(trainer.world_size, self.workers)
+        with warnings.catch_warnings():
+            if trainer.global_rank != 0:
+                warnings.simplefilter("ignore")  # once is enough
+            self.attack.check(trainer.world_size, self.workers)
         if stage != "fit" or not isinstance(self.attack, DataAttack):
             return
         if "dataloader_iter" in signature(pl_module.training_step).parameters:
@@ -93,6 +97,17 @@ class ByzantineSimulation(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # DDP's hook goes with the model that was wrapped for this fit.
         trainer.strategy.__dict__.pop("batch_to_device", None)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Lightning does not tear callbacks down then, and labels flipped twice would be the true ones.
+        self.teardown(trainer, pl_module, "fit")
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # One Trainer may run several simulations.
+        return self._generate_state_key(attack=repr(self.attack), workers=self.workers)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -109,9 +109,11 @@ def test_every_row_and_every_block_has_its_own_noise() -> None:
     [
         ([7], ValueError, r"workers must be indices in \[0, 7\) for 7 workers, got 7"),
         ([-1], ValueError, r"\[0, 7\) for 7 workers, got -1"),
-        ([1, 1], ValueError, r"workers must name each worker once, got \[1, 1\]"),
+        ([1, 1], ValueError, r"workers must name at least one worker, and each once, got \[1, 1\]"),
         (list(range(7)), ValueError, "workers must leave at least one honest worker, got all 7"),
-        (["0"], TypeError, "workers must be an int, got '0'"),
+        ([], ValueError, r"workers must name at least one worker, and each once, got \[\]"),
+        (["0"], TypeError, "each of workers must be an int, got '0'"),
+        (1, TypeError, "workers must be a list of worker indices, got 1"),
     ],
 )
 def test_bad_workers_are_named(byzantine: list[Any], error: type[Exception], message: str) -> None:
@@ -122,10 +124,16 @@ def test_bad_workers_are_named(byzantine: list[Any], error: type[Exception], mes
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="2D tensor"):
         SignFlip()(torch.zeros(3), [0])
-    with pytest.raises(ValueError, match="epsilon must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="epsilon must be finite and at least 0, got -1"):
         InnerProductManipulation(epsilon=-1)
-    with pytest.raises(ValueError, match="std must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="std must be finite and at least 0, got -1"):
         GaussianNoise(std=-1)
+    with pytest.raises(ValueError, match="std must be finite and at least 0, got inf"):
+        GaussianNoise(std=float("inf"))
+    with pytest.raises(TypeError, match="z must be a number, got '1'"):
+        ALittleIsEnough(z="1")
+    with pytest.raises(TypeError, match="target must be an index or a key of a batch, got None"):
+        LabelFlip(num_classes=10, target=None)
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
         LabelFlip(num_classes=1)
 

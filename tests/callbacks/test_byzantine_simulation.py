@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,12 +167,65 @@ def test_needs_an_attack() -> None:
         ByzantineSimulation("SignFlip", [0])
 
 
-def test_needs_a_trainer_of_lightning() -> None:
-    class Trainer:
-        __module__ = "pytorch_lightning.trainer.trainer"
+def fit_with_pytorch_lightning() -> str:
+    import pytorch_lightning as other
+    from pytorch_lightning.demos.boring_classes import BoringModel
 
-    with pytest.raises(TypeError, match=r"needs a Trainer of `lightning.pytorch`, got one of `pytorch_lightning`"):
-        ByzantineSimulation(SignFlip(), [0]).setup(Trainer(), Regression(), "fit")
+    callbacks = [ByzantineSimulation(SignFlip(), [0])]
+    runner = other.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=callbacks)
+    with pytest.raises(TypeError) as caught:
+        runner.fit(BoringModel())
+    return str(caught.value)
+
+
+def test_needs_a_trainer_of_lightning(one_rank: RankPool) -> None:
+    assert one_rank.run(fit_with_pytorch_lightning) == [
+        "ByzantineSimulation needs a Trainer of `lightning.pytorch`, got one of `pytorch_lightning`."
+        " Import `lightning.pytorch` everywhere."
+    ]
+
+
+class FailsOnce(Classification):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise OSError("disk full")
+
+
+def labels_after_an_exception() -> list[tuple[float, int]]:
+    labels = torch.arange(24) % 10
+    data = DataLoader(TensorDataset(labels[:, None].repeat(1, 8).float(), labels), batch_size=4)
+    model = FailsOnce()
+    runner = trainer("byzantine_ddp", callbacks=[ByzantineSimulation(LabelFlip(num_classes=10), [0])])
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk full"):
+            runner.fit(model, data)
+    return model.trained_on
+
+
+def test_an_exception_leaves_no_flip_behind_that_would_undo_the_next(two_ranks: RankPool) -> None:
+    assert all(label == 9 - truth for truth, label in two_ranks.run(labels_after_an_exception)[0])
+
+
+def fit_two_attacks() -> Tensor:
+    torch.manual_seed(3)
+    callbacks = [ByzantineSimulation(NonFinite(), [0]), ByzantineSimulation(SignFlip(), [1])]
+    return fit(ByzantineDDPStrategy(), Regression(), callbacks=callbacks)
+
+
+def test_two_attacks_in_one_run(three_ranks: RankPool) -> None:
+    histories = three_ranks.run(fit_two_attacks)
+    assert histories[0].isfinite().all()
+    assert torch.equal(histories[0], histories[2])
+
+
+def warnings_of_setup() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_attacked(ByzantineDDPStrategy, ALittleIsEnough(), [0])
+    return [str(warning.message) for warning in caught if "does no harm" in str(warning.message)]
+
+
+def test_a_harmless_attack_warns_once(three_ranks: RankPool) -> None:
+    assert [len(messages) for messages in three_ranks.run(warnings_of_setup)] == [1, 0, 0]
 
 
 def test_the_attack_is_in_the_checkpoint() -> None:
