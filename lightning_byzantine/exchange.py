@@ -29,6 +29,12 @@ class AllGather:
     Args:
         num_workers: number of ranks, m.
 
+    Example:
+        >>> exchange = AllGather(num_workers=1)
+        >>> exchange.start(torch.tensor([1.0, 2.0]))
+        >>> exchange.finish().num_workers
+        1
+
     """
 
     def __init__(self, num_workers: int) -> None:

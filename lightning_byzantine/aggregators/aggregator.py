@@ -20,9 +20,11 @@ class Aggregator(nn.Module, ABC):
     between steps is in its ``state_dict``, however rules are nested.
 
     Example:
-        >>> from lightning_byzantine.aggregators import CoordinateWiseMedian
-        >>> CoordinateWiseMedian()(torch.tensor([[1.0, 1.0], [2.0, 3.0], [100.0, -50.0]]), num_byzantine=1)
-        tensor([2., 1.])
+        >>> class FirstRow(Aggregator):
+        ...     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        ...         return matrix.combine(torch.eye(matrix.num_workers)[0])
+        >>> FirstRow()(torch.tensor([[torch.nan, 1.0], [2.0, 3.0], [4.0, 5.0]]), num_byzantine=1)
+        tensor([2., 3.])
 
     """
 

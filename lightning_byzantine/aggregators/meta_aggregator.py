@@ -13,6 +13,13 @@ class MetaAggregator(Aggregator, ABC):
     Args:
         base: the rule to improve, itself any rule or meta-aggregator.
 
+    Example:
+        >>> import torch
+        >>> from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
+        >>> rule = CTMA(base=NNM(base=CoordinateWiseMedian()))
+        >>> rule(torch.tensor([[1.0], [2.0], [3.0], [-90.0]]), num_byzantine=1)
+        tensor([2.])
+
     """
 
     def __init__(self, base: Aggregator) -> None:

@@ -14,7 +14,10 @@ __all__ = ["Attack", "DataAttack", "VectorAttack"]
 
 
 class Attack(nn.Module, ABC):
-    """What Byzantine workers do. A module, so that what it keeps between steps is in its ``state_dict``."""
+    """What Byzantine workers do. A module, so that what it keeps between steps is in its ``state_dict``.
+
+    To write one, subclass :class:`VectorAttack` or :class:`DataAttack`.
+    """
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` when the attack can't be run by these workers."""
@@ -22,7 +25,17 @@ class Attack(nn.Module, ABC):
 
 
 class DataAttack(Attack):
-    """An attack on a Byzantine worker's own batch: it then follows the protocol, with poisoned data."""
+    """An attack on a Byzantine worker's own batch: it then follows the protocol, with poisoned data.
+
+    Example:
+        >>> class Blank(DataAttack):
+        ...     def poison(self, batch: Any) -> Any:
+        ...         images, labels = batch
+        ...         return torch.zeros_like(images), labels
+        >>> Blank().poison((torch.ones(2), torch.tensor([3, 4])))
+        (tensor([0., 0.]), tensor([3, 4]))
+
+    """
 
     @abstractmethod
     def poison(self, batch: Any) -> Any:
@@ -33,10 +46,13 @@ class VectorAttack(Attack):
     """An attack on the vectors that Byzantine workers send, with full sight of what the honest ones send.
 
     Example:
-        >>> from lightning_byzantine.attacks import SignFlip
-        >>> SignFlip()(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), byzantine=[1])
-        tensor([[ 1.,  2.],
-                [-3., -4.]])
+        >>> class Mimic(VectorAttack):
+        ...     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
+        ...         return honest[0].expand_as(own)
+        >>> Mimic()(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), byzantine=[0, 2])
+        tensor([[3., 4.],
+                [3., 4.],
+                [3., 4.]])
 
     """
 

@@ -40,6 +40,7 @@ class ByzantineSimulation(pl.Callback):
     Example:
         >>> from lightning_byzantine.attacks import SignFlip
         >>> simulation = ByzantineSimulation(SignFlip(), workers=[0, 3])
+        >>> trainer = pl.Trainer(strategy="ddp", accelerator="cpu", devices=5, callbacks=[simulation], logger=False)
 
     """
 
