@@ -4,11 +4,11 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_byzantine.matrix import WorkerMatrix
 
-__all__ = ["AllGather", "Exchange", "gather", "gather_to_first"]
+__all__ = ["AllGather", "AllToAll", "Exchange", "gather", "gather_to_first"]
 
 
 class Exchange(Protocol):
@@ -19,6 +19,9 @@ class Exchange(Protocol):
 
     def finish(self) -> WorkerMatrix:
         """Wait for all blocks and return them as a matrix, in the order they were started."""
+
+    def collect(self, parts: list[Tensor]) -> list[Tensor]:
+        """Turn what this rank made of the matrix's blocks into whole blocks [c], the same on every rank."""
 
 
 class AllGather:
@@ -56,6 +59,70 @@ class AllGather:
             if work is not None:
                 work.wait()
         return WorkerMatrix([rows for rows, _ in started])
+
+    def collect(self, parts: list[Tensor]) -> list[Tensor]:
+        """Return the parts: every rank has aggregated all columns."""
+        return parts
+
+
+class AllToAll:
+    """Every rank receives all workers' values of its 1/m of the columns, aggregates those, and shares the result.
+
+    A rank moves about 2 d elements, as in a ring all-reduce, and holds about 2 d. Statistics of whole rows are
+    completed by a small float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have
+    them decide. It trusts that every rank aggregates its own columns, and reports their statistics, correctly.
+
+    Args:
+        num_workers: number of ranks, m.
+
+    Example:
+        >>> exchange = AllToAll(num_workers=1)
+        >>> exchange.start(torch.tensor([1.0, 2.0]))
+        >>> exchange.collect([exchange.finish().blocks[0][0]])
+        [tensor([1., 2.])]
+
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._started: list[tuple[Tensor, int, dist.Work | None]] = []
+        self._lengths: list[int] = []
+
+    def start(self, block: Tensor) -> None:
+        """Send every rank its columns of one block asynchronously, so that backward goes on meanwhile."""
+        if self.num_workers == 1:
+            self._started.append((block[None], block.numel(), None))
+            return
+        # Equal shards for all: the zeros that fill up the last one change no norm and no distance.
+        width = -(-block.numel() // self.num_workers)
+        padded = nn.functional.pad(block, (0, self.num_workers * width - block.numel()))
+        shards = torch.empty(self.num_workers, width, dtype=block.dtype, device=block.device)
+        work = dist.all_to_all_single(shards.view(-1), padded, async_op=True)
+        self._started.append((shards, block.numel(), work))
+
+    def finish(self) -> WorkerMatrix:
+        """Wait for all shards."""
+        started, self._started = self._started, []
+        for *_, work in started:
+            if work is not None:
+                work.wait()
+        self._lengths = [length for _, length, _ in started]
+        return WorkerMatrix([shards for shards, *_ in started], complete=self._sum_over_ranks)
+
+    def collect(self, parts: list[Tensor]) -> list[Tensor]:
+        """Gather the aggregated shards of each block."""
+        if self.num_workers == 1:
+            return parts
+        wholes = [part.new_empty(self.num_workers * part.numel()) for part in parts]
+        works = [_all_gather(whole, part, async_op=True) for whole, part in zip(wholes, parts, strict=True)]
+        for work in works:
+            work.wait()
+        return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
+
+    def _sum_over_ranks(self, statistic: Tensor) -> Tensor:
+        if self.num_workers > 1:
+            dist.all_reduce(statistic)
+        return statistic
 
 
 def gather(tensor: Tensor) -> list[Tensor]:

@@ -97,7 +97,7 @@ class AggregationHook:
     def _aggregated_gradients(self, buckets: list[_Bucket]) -> list[Tensor]:
         matrix = self.exchange.finish()
         try:
-            aggregates = self._aggregate(matrix)
+            aggregates = self.exchange.collect(self._aggregate(matrix))
         except ByzantineBreakdownError:
             if self._estimator is not None:
                 self._estimator.discard()

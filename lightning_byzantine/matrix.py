@@ -45,6 +45,7 @@ class WorkerMatrix:
 
     Args:
         blocks: column blocks, each [m, c_b], on one device.
+        complete: sums a statistic over all ranks, where each holds other columns of the same rows.
 
     Example:
         >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
@@ -56,8 +57,11 @@ class WorkerMatrix:
 
     """
 
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
+    def __init__(
+        self, blocks: Sequence[Tensor], complete: Callable[[Tensor], Tensor] = lambda partial: partial
+    ) -> None:
         self.blocks = list(blocks)
+        self._complete = _already_complete if complete is None else complete
         self._rows = torch.arange(self.blocks[0].shape[0])
         self._mixing: Tensor | None = None
         self._source = self
@@ -76,7 +80,7 @@ class WorkerMatrix:
         """
         if self._mixing is not None:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
-        selected = WorkerMatrix(self.blocks)
+        selected = WorkerMatrix(self.blocks, self._complete)
         selected._rows = self._rows[rows]
         return selected
 
@@ -87,7 +91,7 @@ class WorkerMatrix:
             weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
 
         """
-        mixed = WorkerMatrix(self.blocks)
+        mixed = WorkerMatrix(self.blocks, self._complete)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
         mixed._source = self._source
@@ -95,7 +99,7 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return WorkerMatrix([function(block) for block in self.blocks])
+        return WorkerMatrix([function(block) for block in self.blocks], self._complete)
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
@@ -183,7 +187,7 @@ class WorkerMatrix:
             for _, chunk in self._chunks(index, _float64):
                 rows = chunk if origin is None else chunk - chunk[origin]
                 total.addmm_(rows, rows.T)
-        return total.cpu()
+        return self._complete(total).cpu()
 
     def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 [m] statistic of mixed chunks; ``at(vector)`` is the vector's part that a chunk covers."""
@@ -195,7 +199,7 @@ class WorkerMatrix:
                     return vector[index][columns]
 
                 total += statistic(self._mixed(chunk), at)
-        return total.cpu()
+        return self._complete(total).cpu()
 
     def _mixed(self, chunk: Tensor) -> Tensor:
         if self._mixing is None:
@@ -217,6 +221,10 @@ class WorkerMatrix:
             columns = slice(start, start + width)
             chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]
             yield columns, chunk.to(dtype(block.dtype))
+
+
+def _already_complete(statistic: Tensor) -> Tensor:
+    return statistic
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

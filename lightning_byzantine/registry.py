@@ -1,6 +1,7 @@
 """The strategies' names in Lightning's registry."""
 
 import sys
+from itertools import product
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -10,20 +11,24 @@ from lightning_byzantine.strategy import ByzantineDDPStrategy
 
 __all__ = ["register_strategies"]
 
+_EXCHANGES: dict[str, dict[str, Any]] = {"": {}, "_sharded": {"exchange": "all_to_all"}}
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
 def register_strategies() -> None:
     """Register ``byzantine_ddp`` and its variants, named as Lightning names those of ``ddp``."""
-    for suffix, start_method in _START_METHODS.items():
-        name = f"byzantine_ddp{suffix}"
+    for (sharded, exchange), (suffix, start_method) in product(_EXCHANGES.items(), _START_METHODS.items()):
+        name = f"byzantine_ddp{sharded}{suffix}"
         description = f"DDP with Byzantine-robust aggregation and `start_method` '{start_method}'"
-        _register(name, description, start_method=start_method)
+        if sharded:
+            description += ", by `exchange` 'all_to_all'"
+        _register(name, description, start_method=start_method, **exchange)
         _register(
             f"{name}_find_unused_parameters_true",
             f"{description}, and `find_unused_parameters` as True",
             start_method=start_method,
             find_unused_parameters=True,
+            **exchange,
         )
 
 

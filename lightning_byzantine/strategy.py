@@ -1,5 +1,6 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.distributed
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
-from lightning_byzantine.exchange import AllGather
+from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.worker_states import WorkerStates
@@ -23,6 +24,8 @@ from lightning_byzantine.worker_states import WorkerStates
 __all__ = ["ByzantineDDPStrategy"]
 
 _CHECKPOINT_KEY = "byzantine_ddp"
+
+_EXCHANGES: dict[str, Callable[[int], Exchange]] = {"all_gather": AllGather, "all_to_all": AllToAll}
 
 # Arguments of DDPStrategy and DistributedDataParallel by which gradients would go around the aggregation.
 _REFUSED = (
@@ -50,6 +53,8 @@ class ByzantineDDPStrategy(DDPStrategy):
         num_byzantine: how many of the m workers may be Byzantine, f < m / 2. None for the largest such f.
         estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which changes nothing
             while all workers are honest; None for raw gradients.
+        exchange: "all_gather" lets every rank aggregate for itself and trusts nobody's values; "all_to_all" lets every
+            rank aggregate 1/m of the columns, at the traffic of a ring all-reduce, and trusts it with them.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
             the number of workers has changed.
         **kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
@@ -57,7 +62,8 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
-        ValueError: if f is not under m / 2, or the aggregator can't serve m and f; when the Trainer is made.
+        ValueError: if the exchange is unknown; and when the Trainer is made, if f is not under m / 2, or the aggregator
+            can't serve m and f.
         MisconfigurationException: if another communication hook is given, or an argument that takes gradients around
             this one, or the accelerator is neither CPU nor CUDA.
 
@@ -77,6 +83,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         aggregator: Aggregator | None = None,
         num_byzantine: int | None = None,
         estimator: Estimator | Literal["auto"] | None = "auto",
+        exchange: Literal["all_gather", "all_to_all"] = "all_gather",
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -93,6 +100,9 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.estimator = WorkerMomentum() if estimator == "auto" else estimator
         if not isinstance(self.estimator, Estimator | None):
             raise TypeError(f"estimator must be an Estimator, 'auto' or None, got {estimator!r}")
+        if exchange not in _EXCHANGES:
+            raise ValueError(f"exchange must be one of {', '.join(_EXCHANGES)}, got {exchange!r}")
+        self.exchange = exchange
         self.restart_estimator = restart_estimator
         self.hook: AggregationHook | None = None
         self._num_byzantine = num_byzantine
@@ -132,7 +142,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             self.estimator.reset()
         self.hook = AggregationHook(
             self.model.module,
-            exchange=AllGather(self.world_size),
+            exchange=_EXCHANGES[self.exchange](self.world_size),
             aggregate=_only_row if alone else self._aggregate,
             estimator=None if alone else self.estimator,
             loss_scale=self._loss_scale,

@@ -143,6 +143,9 @@ class _TamperedExchange:
     def finish(self) -> WorkerMatrix:
         return self._attack.tamper(self._exchange.finish(), self._workers)
 
+    def collect(self, parts: list[Tensor]) -> list[Tensor]:
+        return self._exchange.collect(parts)
+
 
 def _plain_mean(matrix: WorkerMatrix) -> list[Tensor]:
     # Not the rule Mean, which would drop what stock DDP lets through.

@@ -1,0 +1,136 @@
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import RankPool
+from test_strategy import COMBINATIONS, RULES, fit_combination, fit_faulty, fit_scaled
+from torch import Tensor
+from training import Regression, fit
+
+from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import CTMA, Aggregator, CoordinateWiseMedian, GeometricMedian, Krum, MultiKrum
+from lightning_byzantine.attacks import ALittleIsEnough, Attack, InnerProductManipulation, NonFinite, SignFlip
+from lightning_byzantine.callbacks import ByzantineSimulation
+from lightning_byzantine.exchange import AllGather, AllToAll
+
+EXCHANGES = {"all_gather": AllGather, "all_to_all": AllToAll}
+
+
+def exchange_blocks(name: str, blocks: list[list[Tensor]], rule: Aggregator, num_byzantine: int) -> list[Tensor]:
+    """Start this rank's row of every block, aggregate twice, return the second result."""
+    exchange = EXCHANGES[name](torch.distributed.get_world_size())
+    for _ in range(2):
+        for block in blocks:
+            exchange.start(block[torch.distributed.get_rank()].clone())
+        result = exchange.collect(rule.aggregate(exchange.finish(), num_byzantine))
+    return result
+
+
+def blocks_of(lengths: list[int], dtypes: list[torch.dtype], m: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(m, length, generator=generator).to(dtype) for length, dtype in zip(lengths, dtypes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("lengths", [[9], [1, 2, 3], [100, 1, 0, 7], [40_000, 3]], ids=str)
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_every_rank_gets_whole_blocks_in_their_dtypes(ranks: RankPool, name: str, lengths: list[int]) -> None:
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float32][: len(lengths)]
+    blocks = blocks_of(lengths, dtypes, ranks.num_ranks)
+    results = ranks.run(exchange_blocks, name, blocks, CTMA(CoordinateWiseMedian()), (ranks.num_ranks - 1) // 2)
+    expected = results_on_one_process(blocks, CTMA(CoordinateWiseMedian()), (ranks.num_ranks - 1) // 2)
+    for result in results:
+        for actual, wanted in zip(result, expected, strict=True):
+            assert actual.dtype == wanted.dtype
+            assert torch.equal(actual, wanted)
+
+
+def results_on_one_process(blocks: list[Tensor], rule: Aggregator, num_byzantine: int) -> list[Tensor]:
+    from lightning_byzantine.matrix import WorkerMatrix
+
+    return rule.aggregate(WorkerMatrix(blocks), num_byzantine)
+
+
+@pytest.mark.parametrize("rule", [Krum(), MultiKrum(num_selected=1), CTMA(CoordinateWiseMedian())], ids=str)
+def test_near_ties_are_decided_alike(three_ranks: RankPool, rule: Aggregator) -> None:
+    # Row 1 is as far from row 0 as row 2 is, but for the last bit of one entry; the sum's order would decide.
+    base = torch.randn(1, 999, generator=torch.Generator().manual_seed(1))
+    step = torch.randn(1, 999, generator=torch.Generator().manual_seed(2))
+    rows = torch.cat([base, base + step, base - step])
+    rows[2, 500] = torch.nextafter(rows[2, 500], torch.tensor(torch.inf))
+    gathered, sharded = (three_ranks.run(exchange_blocks, name, [rows], rule, 1) for name in EXCHANGES)
+    for result in [*gathered, *sharded]:
+        assert torch.equal(result[0], gathered[0][0])
+
+
+def iterates(rule: Aggregator) -> bool:
+    return any(isinstance(part, GeometricMedian) for part in rule.modules())
+
+
+@pytest.mark.parametrize("estimator", ["auto", None])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: repr(rule).replace("\n", " "))
+def test_both_exchanges_train_alike(three_ranks: RankPool, rule: Aggregator, estimator: Any) -> None:
+    gathered, sharded = (
+        three_ranks.run(
+            fit_combination,
+            "many buckets",
+            "SGD",
+            ByzantineDDPStrategy,
+            aggregator=rule,
+            estimator=estimator,
+            exchange=name,
+        )
+        for name in EXCHANGES
+    )
+    for history in sharded:
+        assert torch.equal(history, sharded[0])
+    # The weights of the geometric median are sums, whose order differs; the others select.
+    torch.testing.assert_close(sharded[0], gathered[0], rtol=0, atol=1e-6 if iterates(rule) else 0)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_all_to_all_holds_wherever_all_gather_does(three_ranks: RankPool, name: str) -> None:
+    gathered, sharded = (
+        three_ranks.run(fit_combination, name, "SGD", ByzantineDDPStrategy, exchange=exchange) for exchange in EXCHANGES
+    )
+    for history in sharded:
+        assert torch.equal(history, gathered[0])
+
+
+def fit_attacked(attack: Attack, byzantine: int, exchange: str) -> Tensor:
+    torch.manual_seed(3)
+    callbacks = [ByzantineSimulation(attack, [byzantine])]
+    return fit(ByzantineDDPStrategy(exchange=exchange), Regression(), callbacks=callbacks)
+
+
+@pytest.mark.parametrize("byzantine", [0, 2])
+@pytest.mark.parametrize(
+    "attack", [SignFlip(), InnerProductManipulation(), ALittleIsEnough(z=1.0), NonFinite()], ids=repr
+)
+def test_attacks_are_the_same_under_both(three_ranks: RankPool, attack: Attack, byzantine: int) -> None:
+    gathered, sharded = (three_ranks.run(fit_attacked, attack, byzantine, exchange) for exchange in EXCHANGES)
+    for history in sharded:
+        assert torch.equal(history, gathered[0])
+
+
+def test_faults_and_loss_scales_are_handled_alike(three_ranks: RankPool) -> None:
+    for function, faulty in ((fit_faulty, [0]), (fit_faulty, [2])):
+        gathered, sharded = (three_ranks.run(function, faulty, exchange=exchange) for exchange in EXCHANGES)
+        assert torch.equal(sharded[1], gathered[1])
+    for faulty in ([1], [0, 1]):
+        gathered, sharded = (three_ranks.run(fit_scaled, faulty, exchange=exchange) for exchange in EXCHANGES)
+        assert torch.equal(sharded[1][0], gathered[1][0])
+        assert sharded[1][1] == gathered[1][1]
+
+
+def test_one_worker_needs_no_exchange(one_rank: RankPool) -> None:
+    gathered, sharded = (
+        one_rank.run(fit_combination, "plain", "SGD", ByzantineDDPStrategy, exchange=exchange) for exchange in EXCHANGES
+    )
+    assert torch.equal(gathered[0], sharded[0])
+
+
+def test_an_unknown_exchange_is_named() -> None:
+    with pytest.raises(ValueError, match="exchange must be one of all_gather, all_to_all, got 'all_reduce'"):
+        ByzantineDDPStrategy(exchange="all_reduce")
