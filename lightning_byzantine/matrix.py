@@ -11,10 +11,10 @@ from lightning_byzantine.gram import centred_gram, squared_distances
 
 __all__ = ["Combination", "Point", "WorkerMatrix"]
 
-# Elements of one chunk: small enough that a CPU's cache holds it through all that is done to it, and large enough
-# on an accelerator that launching kernels costs nothing beside running them.
-_CPU_CHUNK = 2**18
-_ACCELERATOR_CHUNK = 2**25
+# Bytes of one chunk: small enough that a CPU's cache holds it through all that is done to it but large enough to be
+# shared among its cores, and on an accelerator so large that launching kernels costs nothing beside running them.
+_CPU_CHUNK = 2**22
+_ACCELERATOR_CHUNK = 2**27
 
 # Largest squared norm of float64 rows: sums of squared distances over the workers must not overflow either.
 _LARGEST_SQUARED_NORM = 1e300
@@ -154,10 +154,8 @@ class WorkerMatrix:
         """Compute a point: one [c_b] tensor a block, in the block's dtype. One pass for a :class:`Combination`."""
         if not isinstance(point, Combination):
             return [part.to(block.dtype) for part, block in zip(point, self.blocks, strict=True)]
-        used = point.weights.nonzero().flatten()
-        weights = point.weights[used].tolist()
         return [
-            torch.cat([_weighted_sum(chunk, weights) for _, chunk in self._chunks(index, _at_least_float32, used)]).to(
+            torch.cat([_weighted_sum(chunk, point.weights) for _, chunk in self._chunks(index, _at_least_float32)]).to(
                 block.dtype
             )
             for index, block in enumerate(self.blocks)
@@ -202,25 +200,20 @@ class WorkerMatrix:
         return self._complete(total).cpu()
 
     def _mixed(self, chunk: Tensor) -> Tensor:
-        if self._mixing is None:
-            return chunk
-        # In float64, which neither autocast nor TensorFloat-32 touches: both would round to three digits.
-        return (self._mixing.to(chunk.device) @ chunk.double()).to(chunk.dtype)
+        return chunk if self._mixing is None else torch.stack([_weighted_sum(chunk, row) for row in self._mixing])
 
-    def _chunks(
-        self, index: int, dtype: Callable[[torch.dtype], torch.dtype], subset: Tensor | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, index: int, dtype: Callable[[torch.dtype], torch.dtype]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (columns, stored rows of those columns) of one block, cut to fit the cache."""
         block = self.blocks[index]
-        rows = self._rows if subset is None else self._rows[subset]
-        every_row = len(rows) == block.shape[0]
-        elements = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
-        width = max(1, elements // len(rows))
+        every_row = len(self._rows) == block.shape[0]
+        size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
+        working_dtype = dtype(block.dtype)
+        width = max(1, size // (len(self._rows) * working_dtype.itemsize))
         # A block without columns has one empty chunk, so that its result is empty and not missing.
         for start in range(0, max(1, block.shape[1]), width):
             columns = slice(start, start + width)
-            chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]
-            yield columns, chunk.to(dtype(block.dtype))
+            chunk = block[:, columns] if every_row else block[:, columns][self._rows.to(block.device)]
+            yield columns, chunk.to(working_dtype)
 
 
 def _already_complete(statistic: Tensor) -> Tensor:
@@ -235,10 +228,13 @@ def _float64(_: torch.dtype) -> torch.dtype:
     return torch.float64
 
 
-def _weighted_sum(rows: Tensor, weights: list[float]) -> Tensor:
+def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_i w_i x_i of the rows whose weight is not 0, of which there is at least one."""
     # Row by row and without fused operations, not as a product of matrices: each coordinate then comes out the same
-    # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it.
-    total = rows[0] * weights[0]
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
+    # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it; and
+    # neither autocast nor TensorFloat-32, which round to three digits, have a say in it.
+    first, *others = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
+    total: Tensor = first[0] * first[1]
+    for row, weight in others:
         total += row * weight
     return total

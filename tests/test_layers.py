@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
 FLOORS = {
-    0: ["checks", "errors", "gram", "matrix", "ordering", "seeding"],
+    0: ["checks", "errors", "gram", "matrix", "ordering", "seeding", "selection"],
     1: ["aggregators", "attacks", "estimators"],
     2: ["exchange"],
     3: ["callbacks", "hook", "registry", "strategy", "worker_states"],

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.selection import order_statistics
 
 __all__ = ["CoordinateWiseMedian"]
 
@@ -27,5 +28,5 @@ class CoordinateWiseMedian(Aggregator):
 
 def _median(chunk: Tensor) -> Tensor:
     num_workers = chunk.shape[0]
-    ascending = chunk.sort(dim=0).values
-    return (ascending[(num_workers - 1) // 2] + ascending[num_workers // 2]) / 2
+    low, high = order_statistics(chunk, [(num_workers - 1) // 2, num_workers // 2])
+    return (low + high) / 2

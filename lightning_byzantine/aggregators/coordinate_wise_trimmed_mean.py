@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.selection import order_statistics
 
 __all__ = ["CoordinateWiseTrimmedMean"]
 
@@ -24,12 +25,10 @@ class CoordinateWiseTrimmedMean(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the vector of trimmed means."""
-        kept = slice(num_byzantine, matrix.num_workers - num_byzantine)
+        kept = range(num_byzantine, matrix.num_workers - num_byzantine)
 
         def trimmed_mean(chunk: Tensor) -> Tensor:
             # Row by row, so that a coordinate's result does not depend on where its chunk was cut.
-            rows = chunk.sort(dim=0).values[kept]
-            total: Tensor = reduce(torch.add, rows)
-            return total / len(rows)
+            return reduce(torch.add, order_statistics(chunk, kept)) / len(kept)
 
         return matrix.coordinatewise(trimmed_mean)

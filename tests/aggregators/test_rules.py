@@ -104,7 +104,7 @@ def test_rules_without_iterations_give_the_same_bits_however_columns_are_cut(nam
 
 
 def test_a_matrix_larger_than_one_chunk_gives_the_same_result() -> None:
-    rows = workers(5, 150_000, seed=3)
+    rows = workers(5, 250_000, seed=3)
     for name in ("median", "ctma(krum)", "nnm(trimmed mean)"):
         rule, oracle = WITH_ORACLE[name]
         assert relative_error(rule(rows, num_byzantine=2), oracle(list(rows.double().numpy()), 2), rows) < 1e-5
