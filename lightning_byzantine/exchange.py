@@ -68,9 +68,10 @@ class AllGather:
 class AllToAll:
     """Every rank receives all workers' values of its 1/m of the columns, aggregates those, and shares the result.
 
-    A rank moves about 2 d elements, as in a ring all-reduce, and holds about 2 d. Statistics of whole rows are
-    completed by a small float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have
-    them decide. It trusts that every rank aggregates its own columns, and reports their statistics, correctly.
+    A rank moves about 2 d elements, as in a ring all-reduce, and holds about 3 d: its vector, its columns of all
+    vectors, and the result. Statistics of whole rows are completed by a small float64 all-reduce each, so that all
+    ranks decide alike, and as :class:`AllGather` would have them decide. It trusts that every rank aggregates its own
+    columns, and reports their statistics, correctly.
 
     Args:
         num_workers: number of ranks, m.

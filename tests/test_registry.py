@@ -9,21 +9,22 @@ from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.registry import register_strategies
 
 START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
-
-
 LAUNCHERS = {suffix: _MultiProcessingLauncher if suffix else _SubprocessScriptLauncher for suffix in START_METHODS}
 
 
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("suffix", START_METHODS)
-def test_every_variant_is_registered_and_described(suffix: str, unused: bool) -> None:
-    name = f"byzantine_ddp{suffix}" + "_find_unused_parameters_true" * unused
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_variant_is_registered_and_described(sharded: bool, suffix: str, unused: bool) -> None:
+    name = "byzantine_ddp" + "_sharded" * sharded + suffix + "_find_unused_parameters_true" * unused
     entry = StrategyRegistry[name]
     assert f"'{START_METHODS[suffix]}'" in entry["description"]
     assert ("`find_unused_parameters` as True" in entry["description"]) == unused
     assert entry["init_params"].get("find_unused_parameters", False) == unused
+    assert ("'all_to_all'" in entry["description"]) == sharded
     trainer = Trainer(strategy=name, accelerator="cpu", devices=3, logger=False)
     assert isinstance(trainer.strategy, ByzantineDDPStrategy)
+    assert trainer.strategy.exchange == ("all_to_all" if sharded else "all_gather")
     assert isinstance(trainer.strategy.launcher, LAUNCHERS[suffix])
 
 

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "paper's momentum": {"estimator": WorkerMomentum(transparent=False)},
     "no estimator": {"estimator": None},
     "rule with state": {"aggregator": CTMA(Bucketing(CoordinateWiseMedian()))},
+    "all_to_all": {"exchange": "all_to_all"},
     "many buckets": {"aggregator": Krum(), "bucket_cap_mb": 0.0005},
 }
 
