@@ -2,9 +2,7 @@
 
 from lightning.pytorch.cli import LightningCLI
 
-import lightning_byzantine.aggregators
-import lightning_byzantine.attacks
-import lightning_byzantine.callbacks  # noqa: F401  (makes class names such as `Krum` known to the parser)
+import lightning_byzantine.callbacks  # noqa: F401  (makes class names such as `SignFlip` known to the parser)
 
 __all__ = ["main"]
 

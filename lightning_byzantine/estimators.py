@@ -14,7 +14,8 @@ class Estimator(ABC):
     """A worker's estimate of the gradient, kept over steps and per parameter.
 
     One step is: :meth:`estimate` for every parameter, an exchange, then either :meth:`commit` or :meth:`discard`, then
-    :meth:`gradient` for every parameter. Parameters go by name, since DDP moves them from bucket to bucket.
+    :meth:`gradient` for every parameter. Parameters go by name, since DDP moves them from bucket to bucket. All tensors
+    are flat, [n] for a parameter of n elements, and float32 where the parameter has half precision.
 
     Attributes:
         transparent: whether the optimizer receives exactly the mean gradient when the rule is the mean, so that a
@@ -23,6 +24,10 @@ class Estimator(ABC):
     """
 
     transparent: bool
+
+    @abstractmethod
+    def __repr__(self) -> str:
+        """Show all arguments: a checkpoint is resumed from by an estimator that shows the same only."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -34,8 +39,8 @@ class Estimator(ABC):
 
         Args:
             name: the parameter's name in the LightningModule.
-            gradient: the worker's gradient, in the dtype of ``out``.
-            out: float32 or float64, of the gradient's shape.
+            gradient: [n], the worker's gradient, in the dtype of ``out``.
+            out: [n], float32 or float64.
 
         """
 
@@ -53,7 +58,7 @@ class Estimator(ABC):
 
         Args:
             name: the parameter's name in the LightningModule.
-            aggregate: the same on every rank; the estimator may keep it.
+            aggregate: [n], the same on every rank; the estimator may keep it.
 
         """
 

@@ -27,7 +27,8 @@ class Exchange(Protocol):
 class AllGather:
     """Every rank receives every worker's vector and aggregates for itself: it trusts nobody's values.
 
-    A rank moves (m - 1) d elements and holds m d. A single worker needs no process group.
+    A rank moves (m - 1) d elements and holds (m + 2) d: all vectors, its own, and the result. A single worker needs no
+    process group.
 
     Args:
         num_workers: number of ranks, m.
@@ -108,7 +109,7 @@ class AllToAll:
             if work is not None:
                 work.wait()
         self._lengths = [length for _, length, _ in started]
-        return WorkerMatrix([shards for shards, *_ in started], complete=self._sum_over_ranks)
+        return WorkerMatrix([shards for shards, *_ in started], complete=self._sum_over_ranks, shard=self._rank())
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Gather the aggregated shards of each block."""
@@ -120,6 +121,9 @@ class AllToAll:
             work.wait()
         return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
 
+    def _rank(self) -> int:
+        return dist.get_rank() if self.num_workers > 1 else 0
+
     def _sum_over_ranks(self, statistic: Tensor) -> Tensor:
         if self.num_workers > 1:
             dist.all_reduce(statistic)
@@ -127,10 +131,10 @@ class AllToAll:
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """Return every rank's tensor on every rank, moved to the CPU; shapes must agree."""
-    exchange = AllGather(dist.get_world_size())
-    exchange.start(tensor)
-    return list(exchange.finish().blocks[0].cpu())
+    """Return every rank's flat tensor on every rank, moved to the CPU; lengths must agree."""
+    rows = tensor.new_empty(dist.get_world_size(), tensor.numel())
+    _all_gather(rows.view(-1), tensor)
+    return list(rows.cpu())
 
 
 def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
@@ -147,5 +151,6 @@ def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
     return [part.cpu() for part in received]
 
 
-# torch 2.13 renamed all_gather_into_tensor and warns of the old name, which is the only one on torch before that.
+# torch 2.13 renamed all_gather_into_tensor and warns of the old name. Older ones, which have that name alone, are not
+# supported as installations, but GPU images lag, and a source tree should run there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -6,8 +6,9 @@ from torch import Tensor
 
 __all__ = ["centred_gram", "squared_distances"]
 
-# A squared distance below this part of the squared norms it is the difference of has lost too many digits.
-_DIGITS = 1e-6
+# A squared distance below this part of the squared norms it is the difference of has lost too many of their 16 digits.
+_LOST = 1e-6
+# Below this part it is rounding alone.
 _ROUNDING = 1e-13
 
 
@@ -49,7 +50,9 @@ def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
 
 
 def squared_distances(gram: Tensor) -> Tensor:
-    """Return ||x_i - x_j||^2, [m, m], from inner products about any origin; rows alike to 13 digits are at distance 0.
+    """Return ||x_i - x_j||^2, [m, m], from inner products about any origin.
+
+    A squared distance below 1e-13 of the squared norms, seen from that origin, counts as 0.
 
     Example:
         >>> import torch
@@ -61,7 +64,7 @@ def squared_distances(gram: Tensor) -> Tensor:
     norms = gram.diagonal()
     sums = norms + norms[:, None]
     squared = sums - 2 * gram
-    # Below the rounding of the sums, rows are the same row: colluders' copies must tie exactly.
+    # Colluders' copies must tie exactly.
     squared[squared <= _ROUNDING * sums] = 0
     return squared.fill_diagonal_(0)
 
@@ -69,7 +72,7 @@ def squared_distances(gram: Tensor) -> Tensor:
 def _lost_digits(gram: Tensor) -> bool:
     norms = gram.diagonal()
     sums = norms + norms[:, None]
-    close = sums - 2 * gram < _DIGITS * sums
+    close = sums - 2 * gram < _LOST * sums
     return bool(close.fill_diagonal_(False).any())
 
 

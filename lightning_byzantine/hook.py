@@ -123,5 +123,5 @@ class AggregationHook:
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:
-    # DDP insists on these parameter names and annotations.
+    # DDP insists on a parameter called `bucket`, and on these annotations if there are any.
     return state(bucket)

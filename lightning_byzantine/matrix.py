@@ -46,6 +46,7 @@ class WorkerMatrix:
     Args:
         blocks: column blocks, each [m, c_b], on one device.
         complete: sums a statistic over all ranks, where each holds other columns of the same rows.
+        shard: which of those columns these are; 0 where a rank holds them all.
 
     Example:
         >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
@@ -58,10 +59,11 @@ class WorkerMatrix:
     """
 
     def __init__(
-        self, blocks: Sequence[Tensor], complete: Callable[[Tensor], Tensor] = lambda partial: partial
+        self, blocks: Sequence[Tensor], complete: Callable[[Tensor], Tensor] = lambda total: total, shard: int = 0
     ) -> None:
         self.blocks = list(blocks)
-        self._complete = _already_complete if complete is None else complete
+        self.shard = shard
+        self._complete = complete
         self._rows = torch.arange(self.blocks[0].shape[0])
         self._mixing: Tensor | None = None
         self._source = self
@@ -80,7 +82,7 @@ class WorkerMatrix:
         """
         if self._mixing is not None:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
-        selected = WorkerMatrix(self.blocks, self._complete)
+        selected = WorkerMatrix(self.blocks, self._complete, self.shard)
         selected._rows = self._rows[rows]
         return selected
 
@@ -91,7 +93,7 @@ class WorkerMatrix:
             weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
 
         """
-        mixed = WorkerMatrix(self.blocks, self._complete)
+        mixed = WorkerMatrix(self.blocks, self._complete, self.shard)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
         mixed._source = self._source
@@ -99,7 +101,7 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return WorkerMatrix([function(block) for block in self.blocks], self._complete)
+        return WorkerMatrix([function(block) for block in self.blocks], self._complete, self.shard)
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
@@ -205,7 +207,7 @@ class WorkerMatrix:
     def _chunks(self, index: int, dtype: Callable[[torch.dtype], torch.dtype]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (columns, stored rows of those columns) of one block, cut to fit the cache."""
         block = self.blocks[index]
-        every_row = len(self._rows) == block.shape[0]
+        every_row = torch.equal(self._rows, torch.arange(block.shape[0]))
         size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
         working_dtype = dtype(block.dtype)
         width = max(1, size // (len(self._rows) * working_dtype.itemsize))
@@ -214,10 +216,6 @@ class WorkerMatrix:
             columns = slice(start, start + width)
             chunk = block[:, columns] if every_row else block[:, columns][self._rows.to(block.device)]
             yield columns, chunk.to(working_dtype)
-
-
-def _already_complete(statistic: Tensor) -> Tensor:
-    return statistic
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -5,8 +5,9 @@ from torch import Tensor
 
 __all__ = ["mean_of_nearest", "nearest"]
 
-# Distances that should be equal differ by rounding (about 1e-15 relative, depending on how columns are cut into
-# blocks). Anything this close counts as a tie, so that rounding never decides which worker is kept.
+# Distances that should be equal differ by rounding, 1e-10 of them at worst where they come from a Gram matrix, and
+# depending on how columns are cut into blocks. Anything this close counts as a tie, so that rounding never decides
+# which worker is kept.
 _TIE = 1e-9
 
 

@@ -30,10 +30,15 @@ class StepSeed(nn.Module):
         # Not a buffer: Lightning's spawn launcher would put it in memory that all ranks share, and count for all.
         self._calls = 0
 
-    def next(self) -> torch.Generator:
-        """Return a CPU generator seeded by (seed, number of calls so far)."""
-        # torch's CPU generator looks at 32 bits of its seed only, so both numbers must have been mixed into those.
-        digest = sha256(f"{self.seed},{self._calls}".encode()).digest()
+    def next(self, stream: int = 0) -> torch.Generator:
+        """Return a CPU generator seeded by (seed, number of calls so far, stream).
+
+        Args:
+            stream: tells apart ranks that must not draw the same.
+
+        """
+        # torch's CPU generator looks at 32 bits of its seed only, so all numbers must have been mixed into those.
+        digest = sha256(f"{self.seed},{self._calls},{stream}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         self._calls += 1
         return generator

@@ -46,13 +46,14 @@ class ByzantineDDPStrategy(DDPStrategy):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
     Every rank is one worker. It sends an estimate of the gradient, receives those of all others, and applies the same
-    rule to the same rows, so that parameters stay bit-identical without trust in any rank's values.
+    rule to the same rows, so that parameters stay bit-identical without trust in any rank's values; see ``exchange``
+    for a cheaper way that trusts more.
 
     Args:
         aggregator: the rule. None for ``CTMA(base=NNM(base=CoordinateWiseMedian()))``.
         num_byzantine: how many of the m workers may be Byzantine, f < m / 2. None for the largest such f.
-        estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which changes nothing
-            while all workers are honest; None for raw gradients.
+        estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which leaves the
+            gradient as it is under the rule ``Mean``; None for raw gradients.
         exchange: "all_gather" lets every rank aggregate for itself and trusts nobody's values; "all_to_all" lets every
             rank aggregate 1/m of the columns, at the traffic of a ring all-reduce, and trusts it with them.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
@@ -129,7 +130,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING and self.world_size == 2:
             rank_zero_warn(
                 "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
-                " f=0 with devices=2. Use 3 workers or more."
+                " f=0 with 2 workers. Use 3 workers or more."
             )
 
     @override

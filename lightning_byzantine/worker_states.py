@@ -76,6 +76,7 @@ class WorkerStates:
         if self._estimator is None:
             return
         if len(state["workers"]) != self._num_workers:
+            self._estimator.reset()
             rank_zero_warn(
                 "The checkpoint was written while its run was being interrupted: it holds"
                 f" {len(state['workers'])} of {self._num_workers} workers' states, so all estimators start afresh."

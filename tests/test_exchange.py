@@ -9,7 +9,14 @@ from training import Regression, fit
 
 from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.aggregators import CTMA, Aggregator, CoordinateWiseMedian, GeometricMedian, Krum, MultiKrum
-from lightning_byzantine.attacks import ALittleIsEnough, Attack, InnerProductManipulation, NonFinite, SignFlip
+from lightning_byzantine.attacks import (
+    ALittleIsEnough,
+    Attack,
+    GaussianNoise,
+    InnerProductManipulation,
+    NonFinite,
+    SignFlip,
+)
 from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.exchange import AllGather, AllToAll
 
@@ -112,6 +119,21 @@ def test_attacks_are_the_same_under_both(three_ranks: RankPool, attack: Attack, 
     gathered, sharded = (three_ranks.run(fit_attacked, attack, byzantine, exchange) for exchange in EXCHANGES)
     for history in sharded:
         assert torch.equal(history, gathered[0])
+
+
+def tamper_shards(attack: Attack, length: int) -> Tensor:
+    """Return the noise that the workers 0 and 1 were given, put together from all ranks' shards."""
+    exchange = AllToAll(torch.distributed.get_world_size())
+    exchange.start(torch.zeros(length))
+    matrix = attack.tamper(exchange.finish(), [0, 1])
+    return torch.stack([exchange.collect([matrix.blocks[0][row]])[0] for row in (0, 1)])
+
+
+def test_noise_is_independent_over_shards(three_ranks: RankPool) -> None:
+    noise, *others = three_ranks.run(tamper_shards, GaussianNoise(), 3_000)
+    assert all(torch.equal(noise, other) for other in others)
+    shards = [row[start : start + 1000] for row in noise for start in (0, 1000, 2000)]
+    assert torch.corrcoef(torch.stack(shards)).fill_diagonal_(0).abs().max() < 0.15
 
 
 def test_faults_and_loss_scales_are_handled_alike(three_ranks: RankPool) -> None:

@@ -71,6 +71,12 @@ def test_rows_of_a_mixed_matrix_can_be_selected() -> None:
     torch.testing.assert_close(whole(selected.materialize(selected.mean())), mixing[[1, 3]].mean(0) @ vectors)
 
 
+def test_rows_may_be_selected_in_any_order() -> None:
+    vectors = rows(3)
+    selected = WorkerMatrix(blocks(vectors)).select(torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(selected.squared_norms(), vectors[[2, 0, 1]].square().sum(1))
+
+
 def test_measurable_rows() -> None:
     vectors = torch.ones(6, 4)
     vectors[1, 2], vectors[2, 0], vectors[3, 1], vectors[4, 3] = torch.nan, -torch.inf, 2e19, 1e19

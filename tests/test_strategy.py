@@ -339,7 +339,7 @@ def warnings_of_fit() -> list[str]:
 def test_two_workers_work_with_one_warning(two_ranks: RankPool, three_ranks: RankPool) -> None:
     first, second = two_ranks.run(warnings_of_fit)
     assert len(first) == 1
-    assert "f=0 with devices=2" in first[0]
+    assert "f=0 with 2 workers" in first[0]
     assert second == []
     assert three_ranks.run(warnings_of_fit) == [[], [], []]
 

@@ -68,4 +68,4 @@ class Bucketing(MetaAggregator):
         if self.bucket_size is not None:
             return self.bucket_size
         # The largest s with ceil(m / s) > 2f.
-        return num_workers if num_byzantine == 0 else max(1, (num_workers - 1) // (2 * num_byzantine))
+        return num_workers if num_byzantine == 0 else (num_workers - 1) // (2 * num_byzantine)

@@ -17,7 +17,7 @@ class GaussianNoise(VectorAttack):
     """Each Byzantine worker sends independent N(0, std^2) noise in every coordinate instead of its estimate.
 
     Coordinates are drawn in the order in which DDP keeps them, which differs between the first step of a process and
-    the others; so a resumed run sees other noise in its first step.
+    the others; so a resumed run sees other noise in its first step. Each shard of a sharded matrix has its own noise.
 
     Args:
         std: standard deviation, in the units of the gradient.
@@ -45,7 +45,7 @@ class GaussianNoise(VectorAttack):
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with noise in the Byzantine rows, from one draw for all blocks of a step."""
-        self._generator = self.draws.next()
+        self._generator = self.draws.next(stream=matrix.shard)
         return super().tamper(matrix, byzantine)
 
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
