@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -65,6 +66,11 @@ class ByzantineSimulation(pl.Callback):
             if trainer.global_rank != 0:
                 warnings.simplefilter("ignore")  # once is enough
             self.attack.check(trainer.world_size, self.workers)
+        if isinstance(trainer.strategy, ByzantineDDPStrategy) and len(self.workers) > trainer.strategy.num_byzantine:
+            rank_zero_warn(
+                f"ByzantineSimulation makes {len(self.workers)} workers Byzantine, more than the strategy's"
+                f" num_byzantine={trainer.strategy.num_byzantine} allows for: no rule can be expected to survive."
+            )
         if stage != "fit" or not isinstance(self.attack, DataAttack):
             return
         if "dataloader_iter" in signature(pl_module.training_step).parameters:

@@ -217,15 +217,21 @@ def test_two_attacks_in_one_run(three_ranks: RankPool) -> None:
     assert torch.equal(histories[0], histories[2])
 
 
-def warnings_of_setup() -> list[str]:
+def warnings_of_setup(attack: Attack, workers: list[int], words: str) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit_attacked(ByzantineDDPStrategy, ALittleIsEnough(), [0])
-    return [str(warning.message) for warning in caught if "does no harm" in str(warning.message)]
+        fit_attacked(ByzantineDDPStrategy, attack, workers)
+    return sum(words in str(warning.message) for warning in caught)
 
 
 def test_a_harmless_attack_warns_once(three_ranks: RankPool) -> None:
-    assert [len(messages) for messages in three_ranks.run(warnings_of_setup)] == [1, 0, 0]
+    assert three_ranks.run(warnings_of_setup, ALittleIsEnough(), [0], "does no harm") == [1, 0, 0]
+
+
+def test_more_attackers_than_num_byzantine_warn_once(three_ranks: RankPool) -> None:
+    words = "makes 2 workers Byzantine, more than the strategy's num_byzantine=1"
+    assert three_ranks.run(warnings_of_setup, SignFlip(), [0, 1], words) == [1, 0, 0]
+    assert three_ranks.run(warnings_of_setup, SignFlip(), [0], "workers Byzantine, more than") == [0, 0, 0]
 
 
 def test_the_attack_is_in_the_checkpoint() -> None:
