@@ -1,53 +1,29 @@
 """The same results on a GPU, where one is there."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from test_strategy import RULES
 
-from lightning_byzantine.aggregators import (
-    CTMA,
-    NNM,
-    Aggregator,
-    Bucketing,
-    CoordinateWiseMedian,
-    CoordinateWiseTrimmedMean,
-    GeometricMedian,
-    Krum,
-    Mean,
-    MultiKrum,
-)
+from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.attacks import ALittleIsEnough, GaussianNoise, NonFinite, SignFlip, VectorAttack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "rule",
-    [
-        Mean(),
-        CoordinateWiseMedian(),
-        CoordinateWiseTrimmedMean(),
-        GeometricMedian(),
-        Krum(),
-        MultiKrum(),
-        CTMA(NNM(CoordinateWiseMedian())),
-        Bucketing(GeometricMedian(), bucket_size=1),
-    ],
-    ids=lambda rule: repr(rule).replace("\n", " "),
-)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: repr(rule).replace("\n", " "))
 def test_rules_give_what_they_give_on_the_cpu(rule: Aggregator, dtype: torch.dtype) -> None:
     rows = torch.randn(9, 10_000, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows[2] = torch.nan
-    result = rule(rows.cuda(), num_byzantine=4)
+    # Bucketing draws anew at every call.
+    result = deepcopy(rule)(rows.cuda(), num_byzantine=4)
     assert result.is_cuda
-    torch.testing.assert_close(result.cpu(), rule(rows, num_byzantine=4))
+    torch.testing.assert_close(result.cpu(), deepcopy(rule)(rows, num_byzantine=4))
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [SignFlip(), ALittleIsEnough(z=1.0), GaussianNoise(std=2.0), NonFinite()],
-    ids=lambda attack: str(type(attack)),
-)
+@pytest.mark.parametrize("attack", [SignFlip(), ALittleIsEnough(z=1.0), GaussianNoise(std=2.0), NonFinite()], ids=repr)
 def test_attacks_leave_honest_rows_alone(attack: VectorAttack) -> None:
     rows = torch.randn(5, 100).cuda()
     forged = attack(rows, byzantine=[1])
