@@ -13,6 +13,7 @@ __all__ = [
     "check_integer_at_least",
     "check_num_byzantine",
     "check_number",
+    "check_positive",
     "check_vectors",
     "check_worker_indices",
 ]
@@ -91,6 +92,21 @@ def check_at_least(name: str, value: float, bound: int) -> None:
     check_number(name, value)
     if not value >= bound or not math.isfinite(value):
         raise ValueError(f"{name} must be finite and at least {bound}, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number above 0.
+
+    Example:
+        >>> check_positive("max_worker_grad_norm", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: max_worker_grad_norm must be finite and above 0, got 0
+
+    """
+    check_number(name, value)
+    if not value > 0 or not math.isfinite(value):
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 
 def check_integer_at_least(name: str, value: int, bound: int) -> None:

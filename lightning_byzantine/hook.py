@@ -1,7 +1,7 @@
 """DDP's communication hook: the path of one step from local gradients to the aggregated one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
 from lightning_byzantine.matrix import WorkerMatrix
 
-__all__ = ["AggregationHook"]
+__all__ = ["AggregationHook", "clipping_factor", "unscaled"]
 
 
 @dataclass
@@ -23,9 +23,14 @@ class _Bucket:
 
     names: list[str | None]  # by parameter; None for one that is switched off, as `toggle_optimizer` does
     sizes: list[int]
-    dtype: torch.dtype
-    sent: Tensor
+    gradient: Tensor  # DDP's buffer, which is not ours to write to
     future: Future[Tensor]
+    sent: Tensor = field(init=False)
+
+    def split(self, buffer: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Return a buffer's part for each parameter that is not switched off."""
+        named = zip(self.names, torch.split(buffer, self.sizes), strict=True)
+        return ((name, part) for name, part in named if name is not None)
 
 
 class AggregationHook:
@@ -42,6 +47,8 @@ class AggregationHook:
         aggregate: the rule: from the matrix to one vector, block by block.
         estimator: what a worker sends; None for the raw gradient.
         loss_scale: returns the factor that the loss was multiplied by, None without a gradient scaler.
+        max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
+            then before backward has ended, for only then is the norm known.
 
     """
 
@@ -52,11 +59,13 @@ class AggregationHook:
         aggregate: Callable[[WorkerMatrix], list[Tensor]],
         estimator: Estimator | None = None,
         loss_scale: Callable[[], float | None] = lambda: None,
+        max_norm: float | None = None,
     ) -> None:
         self.exchange = exchange
         self._aggregate = aggregate
         self._estimator = estimator
         self._loss_scale = loss_scale
+        self._max_norm = max_norm
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self._buckets: list[_Bucket] = []
 
@@ -72,26 +81,40 @@ class AggregationHook:
         future: Future[Tensor] = Future(devices=devices)
         names = [self._names[parameter] if parameter.requires_grad else None for parameter in bucket.parameters()]
         sizes = [parameter.numel() for parameter in bucket.parameters()]
-        sent = buffer if self._estimator is None else self._estimate(self._estimator, names, sizes, buffer)
-        self._buckets.append(_Bucket(names, sizes, buffer.dtype, sent, future))
-        self.exchange.start(sent)
+        self._buckets.append(_Bucket(names, sizes, buffer, future))
+        if self._max_norm is None:
+            self._send(self._buckets[-1])
         if bucket.is_last():
             buckets, self._buckets = self._buckets, []
+            if self._max_norm is not None:
+                factor = self._clipping_factor(buckets, self._max_norm)
+                for waiting in buckets:
+                    self._send(waiting, factor)
             for done, gradient in zip(buckets, self._aggregated_gradients(buckets), strict=True):
                 done.future.set_result(gradient)
         return future
 
-    def _estimate(self, estimator: Estimator, names: list[str | None], sizes: list[int], buffer: Tensor) -> Tensor:
-        # Half precision is too coarse to add up momentum in, and DDP's buffer is not ours to keep.
-        gradients = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
-        # Momentum mixes steps, and so must not see a loss scale that changes between them.
+    def _clipping_factor(self, buckets: list[_Bucket], max_norm: float) -> Tensor:
+        # By name, for the last digit not to depend on how DDP made its buckets.
+        parts = dict(pair for bucket in buckets for pair in bucket.split(bucket.gradient))
         scale = self._loss_scale()
-        if scale is not None:
-            gradients = gradients / scale
+        return clipping_factor([unscaled(parts[name], scale) for name in sorted(parts)], max_norm)
+
+    def _send(self, bucket: _Bucket, factor: Tensor | None = None) -> None:
+        if self._estimator is None:
+            bucket.sent = bucket.gradient if factor is None else bucket.gradient * factor
+        else:
+            bucket.sent = self._estimate(self._estimator, bucket, factor)
+        self.exchange.start(bucket.sent)
+
+    def _estimate(self, estimator: Estimator, bucket: _Bucket, factor: Tensor | None) -> Tensor:
+        # Momentum mixes steps, and so must not see a loss scale that changes between them.
+        gradients = unscaled(bucket.gradient, self._loss_scale())
+        if factor is not None:
+            gradients = gradients * factor
         sent = torch.zeros_like(gradients)
-        for name, gradient, part in zip(names, torch.split(gradients, sizes), torch.split(sent, sizes), strict=True):
-            if name is not None:
-                estimator.estimate(name, gradient, out=part)
+        for (name, gradient), (_, part) in zip(bucket.split(gradients), bucket.split(sent), strict=True):
+            estimator.estimate(name, gradient, out=part)
         return sent
 
     def _aggregated_gradients(self, buckets: list[_Bucket]) -> list[Tensor]:
@@ -104,7 +127,7 @@ class AggregationHook:
             if self._loss_scale() is None:
                 raise
             # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
-            return [torch.full_like(bucket.sent, torch.nan, dtype=bucket.dtype) for bucket in buckets]
+            return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
         if self._estimator is None:
             return aggregates
         # What would be dropped by everybody else must not stay in this worker's own state either.
@@ -119,7 +142,30 @@ class AggregationHook:
             part if name is None else estimator.gradient(name, part)
             for name, part in zip(bucket.names, torch.split(aggregate, bucket.sizes), strict=True)
         ]
-        return (torch.cat(gradients) * (self._loss_scale() or 1.0)).to(bucket.dtype)
+        return (torch.cat(gradients) * (self._loss_scale() or 1.0)).to(bucket.gradient.dtype)
+
+
+def unscaled(gradient: Tensor, scale: float | None) -> Tensor:
+    """Return the gradient without the loss scale, in float32 at least: half precision is too coarse to add steps up in.
+
+    Args:
+        gradient: [n].
+        scale: the factor that the loss was multiplied by; None for none.
+
+    """
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return gradient if scale is None else gradient / scale
+
+
+def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Return min(1, max_norm / (norm + 1e-6)), as :func:`torch.nn.utils.clip_grad_norm_` has it, a tensor [].
+
+    Args:
+        gradients: [n] each, together one vector; empty for the vector 0.
+        max_norm: norm to clip to.
+
+    """
+    return (max_norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:

@@ -1,12 +1,14 @@
 """The strategies' names in Lightning's registry."""
 
 import sys
+from collections.abc import Callable
 from itertools import product
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_byzantine.optim import DoubleMomentumEstimator
 from lightning_byzantine.strategy import ByzantineDDPStrategy
 
 __all__ = ["register_strategies"]
@@ -17,14 +19,20 @@ _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": 
 
 def register_strategies() -> None:
     """Register ``byzantine_ddp`` and its variants, named as Lightning names those of ``ddp``."""
-    for (sharded, exchange), (suffix, start_method) in product(_EXCHANGES.items(), _START_METHODS.items()):
-        name = f"byzantine_ddp{sharded}{suffix}"
+    estimators = {"": ByzantineDDPStrategy, "_double_momentum": _with_double_momentum}
+    for (momentum, strategy), (sharded, exchange), (suffix, start_method) in product(
+        estimators.items(), _EXCHANGES.items(), _START_METHODS.items()
+    ):
+        name = f"byzantine_ddp{momentum}{sharded}{suffix}"
         description = f"DDP with Byzantine-robust aggregation and `start_method` '{start_method}'"
+        if momentum:
+            description += ", of double momentum"
         if sharded:
             description += ", by `exchange` 'all_to_all'"
-        _register(name, description, start_method=start_method, **exchange)
+        _register(name, strategy, description, start_method=start_method, **exchange)
         _register(
             f"{name}_find_unused_parameters_true",
+            strategy,
             f"{description}, and `find_unused_parameters` as True",
             start_method=start_method,
             find_unused_parameters=True,
@@ -32,12 +40,17 @@ def register_strategies() -> None:
         )
 
 
-def _register(name: str, description: str, **arguments: Any) -> None:
-    StrategyRegistry.register(name, ByzantineDDPStrategy, description, override=True, **arguments)
+def _register(name: str, strategy: Callable[..., ByzantineDDPStrategy], description: str, **arguments: Any) -> None:
+    StrategyRegistry.register(name, strategy, description, override=True, **arguments)
     other_package = sys.modules.get("pytorch_lightning")
     if other_package is not None:
         registry = other_package.strategies.StrategyRegistry
         registry.register(name, _refuse_pytorch_lightning, description, override=True)
+
+
+def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
+    # Not an argument in the registry, where all strategies of that name would share one estimator.
+    return ByzantineDDPStrategy(estimator=DoubleMomentumEstimator(), **arguments)
 
 
 def _refuse_pytorch_lightning() -> NoReturn:

@@ -3,22 +3,28 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch.distributed
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
+from lightning_byzantine.checks import check_positive
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.optim import DoubleMomentum, DoubleMomentumEstimator
+from lightning_byzantine.previous_point import PreviousPointRedirection, check_two_passes
 from lightning_byzantine.worker_states import WorkerStates
 
 __all__ = ["ByzantineDDPStrategy"]
@@ -53,7 +59,10 @@ class ByzantineDDPStrategy(DDPStrategy):
         aggregator: the rule. None for ``CTMA(base=NNM(base=CoordinateWiseMedian()))``.
         num_byzantine: how many of the m workers may be Byzantine, f < m / 2. None for the largest such f.
         estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which leaves the
-            gradient as it is under the rule ``Mean``; None for raw gradients.
+            gradient as it is under the rule ``Mean``; None for raw gradients. With ``DoubleMomentumEstimator()`` the
+            optimizer gets wrapped in ``DoubleMomentum``, unless ``configure_optimizers`` returns it wrapped already;
+            then "auto" stands for what it was wrapped with.
+        max_worker_grad_norm: clips each worker's raw gradient to this norm, before the estimator. None for no clipping.
         exchange: "all_gather" lets every rank aggregate for itself and trusts nobody's values; "all_to_all" lets every
             rank aggregate 1/m of the columns, at the traffic of a ring all-reduce, and trusts it with them.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
@@ -84,6 +93,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         aggregator: Aggregator | None = None,
         num_byzantine: int | None = None,
         estimator: Estimator | Literal["auto"] | None = "auto",
+        max_worker_grad_norm: float | None = None,
         exchange: Literal["all_gather", "all_to_all"] = "all_gather",
         restart_estimator: bool = False,
         **kwargs: Any,
@@ -98,15 +108,19 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.aggregator = CTMA(NNM(CoordinateWiseMedian())) if aggregator is None else aggregator
         if not isinstance(self.aggregator, Aggregator):
             raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
-        self.estimator = WorkerMomentum() if estimator == "auto" else estimator
-        if not isinstance(self.estimator, Estimator | None):
+        if estimator != "auto" and not isinstance(estimator, Estimator | None):
             raise TypeError(f"estimator must be an Estimator, 'auto' or None, got {estimator!r}")
+        self.estimator = WorkerMomentum() if estimator == "auto" else estimator
+        if max_worker_grad_norm is not None:
+            check_positive("max_worker_grad_norm", max_worker_grad_norm)
         if exchange not in _EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(_EXCHANGES)}, got {exchange!r}")
         self.exchange = exchange
         self.restart_estimator = restart_estimator
         self.hook: AggregationHook | None = None
         self._num_byzantine = num_byzantine
+        self._given_estimator = self.estimator if estimator != "auto" else estimator
+        self._max_worker_grad_norm = max_worker_grad_norm
 
     @property
     def num_byzantine(self) -> int:
@@ -135,18 +149,25 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     @override
     def _register_ddp_hooks(self) -> None:
-        # Lightning registers hooks on CUDA only.
+        # Lightning registers hooks on CUDA only, and before it knows the optimizers: see setup_optimizers.
+        pass
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        self._set_up_estimator()
         assert isinstance(self.model, DistributedDataParallel)
-        assert isinstance(self.model.module, LightningModule)
+        assert self.lightning_module is not None
         alone = self.world_size == 1 and (self.estimator is None or self.estimator.transparent)
         if self.estimator is not None:
             self.estimator.reset()
         self.hook = AggregationHook(
-            self.model.module,
+            self.lightning_module,
             exchange=_EXCHANGES[self.exchange](self.world_size),
             aggregate=_only_row if alone else self._aggregate,
             estimator=None if alone else self.estimator,
             loss_scale=self._loss_scale,
+            max_norm=self._max_worker_grad_norm,
         )
         self.hook.register(self.model)
 
@@ -155,7 +176,11 @@ class ByzantineDDPStrategy(DDPStrategy):
         # As Lightning does with optimizers: what is kept for a checkpoint after fit need not stay on the device.
         if self.estimator is not None:
             self.estimator.load_state(*map(_to_cpu, (self.estimator.worker_state(), self.estimator.shared_state())))
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, DoubleMomentum):
+                _optimizer_to_device(optimizer.base, torch.device("cpu"))
         self.hook = None
+        self._forward_redirection = _DDPForwardRedirection()
         super().teardown()
 
     @override
@@ -167,18 +192,51 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        super().load_optimizer_state_dict(checkpoint)
         if self.restart_estimator:
             if self.estimator is not None:
                 self.estimator.reset()
-            return
-        if _CHECKPOINT_KEY not in checkpoint:
+        elif _CHECKPOINT_KEY in checkpoint:
+            self._states().load(checkpoint[_CHECKPOINT_KEY])
+        else:
             rank_zero_warn(
                 f"The checkpoint was not written by {type(self).__name__}, so the estimator and the aggregator start"
                 " afresh."
             )
+        # What was wrapped then need not be wrapped now.
+        states = [
+            state["base"] if "base" in state and not isinstance(optimizer, DoubleMomentum) else state
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False)
+        ]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def _set_up_estimator(self) -> None:
+        """Have double momentum on both sides or on none: what workers send, and how the optimizer steps."""
+        assert self.lightning_module is not None
+        given = self._given_estimator
+        self.estimator = WorkerMomentum() if given == "auto" else given
+        wrapped = [optimizer for optimizer in self.optimizers if isinstance(optimizer, DoubleMomentum)]
+        if wrapped:
+            if given != "auto" and not isinstance(given, DoubleMomentumEstimator):
+                raise MisconfigurationException(
+                    "A worker sends one estimate only, but `configure_optimizers` returned DoubleMomentum and the"
+                    f" strategy has estimator={given!r}. Leave out one of them."
+                )
+            self.estimator = wrapped[0].estimator
+        if not isinstance(self.estimator, DoubleMomentumEstimator):
             return
-        self._states().load(checkpoint[_CHECKPOINT_KEY])
+        check_two_passes(self.lightning_module, self.precision_plugin, self.estimator.schedule)
+        # One, since that is all that automatic optimization has.
+        (optimizer,) = wrapped or [self._wrap(self.optimizers[0], self.estimator)]
+        optimizer.receives_estimates = True
+        self._forward_redirection = PreviousPointRedirection(optimizer, self._max_worker_grad_norm, self._loss_scale)
+
+    def _wrap(self, base: Optimizer, estimator: DoubleMomentumEstimator) -> DoubleMomentum:
+        optimizer = DoubleMomentum.around(base, estimator)
+        # Where LearningRateMonitor looks for the optimizer that a scheduler has.
+        optimizer.optimizer = base  # type: ignore[attr-defined]
+        self.optimizers = [optimizer]
+        rank_zero_info(f"{type(self).__name__} wrapped {type(base).__name__} in DoubleMomentum, for {estimator!r}.")
+        return optimizer
 
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
         return self.aggregator.aggregate(matrix, self.num_byzantine)

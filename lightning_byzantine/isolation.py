@@ -1,0 +1,112 @@
+"""Runs a training step so that nobody notices."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_byzantine.rng import replayed_rng
+from lightning_byzantine.snapshot import Snapshot
+
+__all__ = ["unnoticed"]
+
+
+@contextmanager
+def unnoticed(module: pl.LightningModule, batch: Any) -> Iterator[None]:
+    """Undo at the end what a training step does beside computing its loss.
+
+    Random numbers, what the module and its submodules hold (buffers, metrics, attributes), logging and printing, and
+    containers in the batch.
+
+    Args:
+        module: the module that takes the step.
+        batch: what the step gets; its tensors must not be written to.
+
+    Raises:
+        MisconfigurationException: if the step writes to a tensor of its batch, or to a parameter.
+
+    """
+    trainer = module.trainer
+    own, handed_in, loggers = Snapshot(module), Snapshot(batch, copy_tensors=False), trainer.loggers
+    with ExitStack() as stack:
+        stack.enter_context(replayed_rng(module.device))
+        stack.callback(own.restore)
+        stack.callback(handed_in.restore)
+        stack.callback(setattr, trainer, "loggers", loggers)
+        trainer.loggers = [_SilentLogger(logger) for logger in loggers]
+        for part in module.modules():
+            if isinstance(part, pl.LightningModule):
+                vars(part).update(log=_nothing, log_dict=_nothing, print=_nothing, all_gather=_warning(part.all_gather))
+            elif isinstance(part, Metric):
+                part.distributed_available_fn = _never
+        yield
+        if handed_in.changed_tensors:
+            raise MisconfigurationException(
+                "Double momentum runs `training_step` twice on each batch, but this one writes to a tensor of its batch"
+                f" in place, of shape {tuple(handed_in.changed_tensors[0].shape)}. Write to a copy, such as"
+                " `x = x + noise` instead of `x += noise`."
+            )
+        if any(isinstance(tensor, nn.Parameter) for tensor in own.changed_tensors):
+            raise MisconfigurationException(
+                "Double momentum runs `training_step` at two points, but this one writes to a parameter. Do that in"
+                " `on_train_batch_end`."
+            )
+
+
+class _SilentLogger(DummyLogger):
+    """Knows where its logger logs to, and logs nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    @override
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    @override
+    def version(self) -> Any:
+        return self._logger.version
+
+    @property
+    @override
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    @override
+    def root_dir(self) -> Any:
+        return self._logger.root_dir
+
+    @property
+    @override
+    def log_dir(self) -> Any:
+        return self._logger.log_dir
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for what logs or prints."""
+
+
+def _never() -> bool:
+    return False
+
+
+def _warning(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    def warn_and_gather(*args: Any, **kwargs: Any) -> Any:
+        rank_zero_warn(
+            "`self.all_gather` in `training_step` runs twice a step under double momentum, since the loss may need it."
+        )
+        return all_gather(*args, **kwargs)
+
+    return warn_and_gather

@@ -1,0 +1,160 @@
+"""The second pass of double momentum: the training step at the previous query point, which nobody notices."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_byzantine.hook import clipping_factor, unscaled
+from lightning_byzantine.isolation import unnoticed
+from lightning_byzantine.optim import DoubleMomentum
+from lightning_byzantine.optim.schedule import Schedule
+
+__all__ = ["PreviousPointRedirection", "check_two_passes"]
+
+
+class PreviousPointRedirection(_DDPForwardRedirection):
+    """Runs ``training_step`` at x_{t-1} first, for the gradient g~_t alone, and then as Lightning would.
+
+    It happens within DDP's forward: DDP has sent its buffers to all ranks by then, and not yet prepared its backward.
+    With ``accumulate_grad_batches``, gradients are summed over the batches of one optimizer step.
+
+    Args:
+        optimizer: what knows x_{t-1}.
+        max_norm: clips g~_t to this norm; None for no clipping.
+        loss_scale: returns the factor that the loss is multiplied by, None without a gradient scaler.
+
+    """
+
+    def __init__(
+        self, optimizer: DoubleMomentum, max_norm: float | None, loss_scale: Callable[[], float | None]
+    ) -> None:
+        self._optimizer = optimizer
+        self._max_norm = max_norm
+        self._loss_scale = loss_scale
+        self._sum: dict[str, Tensor] = {}
+
+    @override
+    def __call__(
+        self,
+        wrapper_module: nn.Module,
+        original_module: pl.LightningModule,
+        method_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Lightning's Stochastic Weight Averaging has epochs without backward.
+        loop = original_module.trainer.fit_loop.epoch_loop.automatic_optimization
+        if method_name != "training_step" or loop._skip_backward:
+            return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
+        training_step = original_module.training_step
+
+        def both_passes(*args: Any, **kwargs: Any) -> Any:
+            vars(original_module).pop("training_step")
+            assert isinstance(wrapper_module, DistributedDataParallel)
+            self._collect(original_module, training_step, args, kwargs, wrapper_module.require_backward_grad_sync)
+            return training_step(*args, **kwargs)
+
+        vars(original_module)["training_step"] = both_passes
+        try:
+            return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
+        finally:
+            vars(original_module).pop("training_step", None)
+
+    def _collect(
+        self,
+        module: pl.LightningModule,
+        training_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_last: bool,
+    ) -> None:
+        trainer = module.trainer
+        if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            self._sum = {}
+        # At the same steps on all ranks, for a training step may have collectives of its own.
+        if self._optimizer.estimator.step > 1:
+            with unnoticed(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
+                gradients = self._gradients(module, training_step(*args, **kwargs))
+            for name, gradient in gradients.items():
+                self._sum[name] = self._sum[name] + gradient if name in self._sum else gradient
+        if is_last:
+            gradients, self._sum = self._sum, {}
+            if self._max_norm is not None:
+                factor = clipping_factor(list(gradients.values()), self._max_norm)
+                gradients = {name: gradient * factor for name, gradient in gradients.items()}
+            self._optimizer.estimator.begin(gradients)
+
+    def _gradients(self, module: pl.LightningModule, output: Any) -> dict[str, Tensor]:
+        """Return the flat gradients of what the training step returned, without the loss scale."""
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is None:
+            return {}  # Lightning has something to say about it when it gets the same
+        scale = self._loss_scale()
+        parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        # Backward runs without autocast in the ordinary pass.
+        with torch.autocast(module.device.type, enabled=False), _saying_what_to_do():
+            loss = loss / module.trainer.accumulate_grad_batches * (1.0 if scale is None else scale)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return {
+            name: unscaled(gradient.flatten(), scale)
+            for name, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None
+        }
+
+
+def check_two_passes(module: pl.LightningModule, precision: Precision, schedule: Schedule) -> None:
+    """Refuse modules whose gradient at a second point can't be had, and warn of what costs more there.
+
+    Raises:
+        MisconfigurationException: if the module optimizes manually, fetches its own batches, or has a ``backward`` of
+            its own.
+
+    """
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "Double momentum needs automatic optimization, got automatic_optimization=False. Use"
+            " `strategy='byzantine_ddp'`, whose worker momentum works with manual optimization."
+        )
+    if "dataloader_iter" in signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            "Double momentum runs `training_step` twice on each batch, got a `training_step(dataloader_iter)` that"
+            " fetches its own. Take `batch` instead."
+        )
+    if is_overridden("backward", module):
+        raise MisconfigurationException(
+            "Double momentum takes the gradient of what `training_step` returns, got a"
+            f" `{type(module).__name__}.backward` of its own. Use `strategy='byzantine_ddp'`, or put it into the loss."
+        )
+    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
+        rank_zero_warn("SyncBatchNorm communicates twice a step under double momentum.")
+    bfloat16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
+    if bfloat16 and (schedule.beta or schedule.min_beta) < 0.05:
+        rank_zero_warn(
+            "Under precision='bf16-mixed', rounding builds up in double momentum while beta_t goes to"
+            f" {schedule.beta or schedule.min_beta}. Set beta=0.05 or more, or min_beta=0.05."
+        )
+
+
+@contextmanager
+def _saying_what_to_do() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise MisconfigurationException(
+            "Double momentum can't compute gradients through `torch.utils.checkpoint` with use_reentrant=True. Use"
+            " use_reentrant=False."
+        ) from error
