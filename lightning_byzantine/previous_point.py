@@ -1,7 +1,6 @@
 """The second pass of double momentum: the training step at the previous query point, which nobody notices."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -104,9 +103,9 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         scale = self._loss_scale()
         parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         # Backward runs without autocast in the ordinary pass.
-        with torch.autocast(module.device.type, enabled=False), _saying_what_to_do():
+        with torch.autocast(module.device.type, enabled=False):
             loss = loss / module.trainer.accumulate_grad_batches * (1.0 if scale is None else scale)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients = _gradients_of(loss, list(parameters.values()))
         return {
             name: unscaled(gradient.flatten(), scale)
             for name, gradient in zip(parameters, gradients, strict=True)
@@ -147,14 +146,31 @@ def check_two_passes(module: pl.LightningModule, precision: Precision, schedule:
         )
 
 
-@contextmanager
-def _saying_what_to_do() -> Iterator[None]:
+def _gradients_of(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    reason: Exception | None = None
     try:
-        yield
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
+        reason = error
+    # torch says so only if something before the checkpoint needs a gradient as well, and returns None otherwise.
+    if reason is not None or (any(gradient is None for gradient in gradients) and _has_reentrant_checkpoint(loss)):
         raise MisconfigurationException(
             "Double momentum can't compute gradients through `torch.utils.checkpoint` with use_reentrant=True. Use"
             " use_reentrant=False."
-        ) from error
+        ) from reason
+    return gradients
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False

@@ -59,9 +59,7 @@ class Schedule:
             if not 0 < constant <= 1:
                 raise ValueError(f"{name} must satisfy 0 < {name} <= 1, got {constant}")
             if floor:
-                raise ValueError(
-                    f"min_{name} is the floor of a schedule, got min_{name}={floor} with {name}={constant}"
-                )
+                raise ValueError(f"min_{name} is a schedule's floor, got min_{name}={floor} with {name}={constant}")
         if not isinstance(self.weighted, bool):
             raise TypeError(f"weighted must be a bool, got {self.weighted!r}")
         if self.schedule not in ("paper", "code"):
