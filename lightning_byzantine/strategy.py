@@ -12,7 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -119,6 +120,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.restart_estimator = restart_estimator
         self.hook: AggregationHook | None = None
         self._num_byzantine = num_byzantine
+        self._unknown_to_ddp: dict[str, nn.Parameter] = {}
         self._given_estimator = self.estimator if estimator != "auto" else estimator
         self._max_worker_grad_norm = max_worker_grad_norm
 
@@ -149,8 +151,14 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     @override
     def _register_ddp_hooks(self) -> None:
-        # Lightning registers hooks on CUDA only, and before it knows the optimizers: see setup_optimizers.
-        pass
+        # Lightning registers hooks on CUDA only. Ours waits for the optimizers, in setup_optimizers; what DDP has just
+        # left out is known now.
+        assert self.lightning_module is not None
+        self._unknown_to_ddp = {
+            name: parameter
+            for name, parameter in self.lightning_module.named_parameters()
+            if not parameter.requires_grad
+        }
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -170,6 +178,16 @@ class ByzantineDDPStrategy(DDPStrategy):
             max_norm=self._max_worker_grad_norm,
         )
         self.hook.register(self.model)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        for name, parameter in self._unknown_to_ddp.items():
+            if parameter.requires_grad:
+                raise MisconfigurationException(
+                    f"The parameter {name!r} was frozen when DDP was set up, so its gradient would go around the"
+                    " aggregation now. Freeze in `on_train_start`, and have find_unused_parameters=True."
+                )
+        return super().training_step(*args, **kwargs)
 
     @override
     def teardown(self) -> None:

@@ -15,7 +15,8 @@ from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.aggregators import CTMA, Bucketing, CoordinateWiseMedian, Krum
 from lightning_byzantine.attacks import InnerProductManipulation
 from lightning_byzantine.callbacks import ByzantineSimulation
-from lightning_byzantine.estimators import WorkerMomentum
+from lightning_byzantine.estimators import Estimator, WorkerMomentum
+from lightning_byzantine.optim import DoubleMomentumEstimator
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -24,6 +25,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "rule with state": {"aggregator": CTMA(Bucketing(CoordinateWiseMedian()))},
     "all_to_all": {"exchange": "all_to_all"},
     "many buckets": {"aggregator": Krum(), "bucket_cap_mb": 0.0005},
+    "double momentum": {"estimator": DoubleMomentumEstimator(), "max_worker_grad_norm": 1.0},
+    "double momentum, accumulating": {"estimator": DoubleMomentumEstimator(), "accumulate_grad_batches": 2},
 }
 
 
@@ -38,10 +41,12 @@ class DataOfTheStep(Regression):
 
 def fit_and_save(folder: Path, optimizer: str, arguments: dict[str, Any], **trainer_arguments: Any) -> Tensor:
     """Train 8 steps, saving after step 5, in the middle of the epoch."""
-    return fit(
-        ByzantineDDPStrategy(**arguments),
+    accumulate = arguments.get("accumulate_grad_batches", 1)
+    steps = fit(
+        ByzantineDDPStrategy(**{name: value for name, value in arguments.items() if name != "accumulate_grad_batches"}),
         DataOfTheStep(optimizer),
-        num_batches=8,
+        num_batches=8 * accumulate,
+        accumulate_grad_batches=accumulate,
         callbacks=[
             ByzantineSimulation(InnerProductManipulation(), workers=[1]),
             ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1),
@@ -49,6 +54,7 @@ def fit_and_save(folder: Path, optimizer: str, arguments: dict[str, Any], **trai
         enable_checkpointing=True,
         **trainer_arguments,
     )
+    return steps[accumulate - 1 :: accumulate]
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
@@ -73,7 +79,7 @@ def test_resume_without_the_state_is_another_run(three_ranks: RankPool, tmp_path
 
 
 def fit_from(checkpoint: Path, **arguments: Any) -> tuple[Tensor | None, str]:
-    """Return the parameters of the steps after the checkpoint, and what an error or a warning said."""
+    """Return the parameters of the steps after the checkpoint, and what an error or warnings said."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -83,16 +89,29 @@ def fit_from(checkpoint: Path, **arguments: Any) -> tuple[Tensor | None, str]:
     return steps, "\n".join(str(warning.message) for warning in caught if "afresh" in str(warning.message))
 
 
+@pytest.mark.parametrize("estimator", [WorkerMomentum(), DoubleMomentumEstimator()], ids=repr)
 def test_another_number_of_workers_is_refused_and_the_way_out_works(
-    two_ranks: RankPool, three_ranks: RankPool, tmp_path: Path
+    two_ranks: RankPool, three_ranks: RankPool, tmp_path: Path, estimator: Estimator
 ) -> None:
-    three_ranks.run(fit_and_save, tmp_path, "SGD", {})
-    for steps, message in two_ranks.run(fit_from, tmp_path / "step=5.ckpt"):
+    three_ranks.run(fit_and_save, tmp_path, "SGD", {"estimator": estimator})
+    for steps, message in two_ranks.run(fit_from, tmp_path / "step=5.ckpt", estimator=estimator):
         assert steps is None
         assert "differ in the number of workers: 3 in the checkpoint, 2 now" in message
         assert "`ByzantineDDPStrategy(restart_estimator=True)`" in message
-    first, second = two_ranks.run(fit_from, tmp_path / "step=5.ckpt", restart_estimator=True)
+    first, second = two_ranks.run(fit_from, tmp_path / "step=5.ckpt", estimator=estimator, restart_estimator=True)
     assert first[0] is not None and torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_double_momentum_can_begin_and_end_at_a_checkpoint(two_ranks: RankPool, tmp_path: Path, optimizer: str) -> None:
+    two_ranks.run(fit_and_save, tmp_path / "one", optimizer, {})
+    double = {"estimator": DoubleMomentumEstimator(), "restart_estimator": True}
+    steps = two_ranks.run(fit_and_save, tmp_path, optimizer, double, ckpt_path=tmp_path / "one" / "step=5.ckpt")
+    assert torch.equal(*steps) and len(steps[0]) == 3
+    two_ranks.run(fit_and_save, tmp_path / "two", optimizer, {"estimator": DoubleMomentumEstimator()})
+    plain = {"restart_estimator": True}
+    steps = two_ranks.run(fit_and_save, tmp_path, optimizer, plain, ckpt_path=tmp_path / "two" / "step=5.ckpt")
+    assert torch.equal(*steps) and len(steps[0]) == 3
 
 
 def fit_stock_and_save(folder: Path) -> None:
@@ -128,17 +147,18 @@ class SavesOnException(Callback):
             trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), self.path)
 
 
-def fit_until_exception(path: Path, only_rank: int | None) -> None:
+def fit_until_exception(path: Path, only_rank: int | None, estimator: Estimator) -> None:
     with pytest.raises(OSError, match="disk full"):
-        fit(ByzantineDDPStrategy(), Failing(), callbacks=[SavesOnException(path, only_rank)])
+        fit(ByzantineDDPStrategy(estimator=estimator), Failing(), callbacks=[SavesOnException(path, only_rank)])
 
 
+@pytest.mark.parametrize("estimator", [WorkerMomentum(), DoubleMomentumEstimator()], ids=repr)
 @pytest.mark.parametrize("only_rank", [None, 0])
 def test_saving_while_being_interrupted_waits_for_nobody(
-    three_ranks: RankPool, tmp_path: Path, only_rank: int | None
+    three_ranks: RankPool, tmp_path: Path, only_rank: int | None, estimator: Estimator
 ) -> None:
-    three_ranks.run(fit_until_exception, tmp_path / "on_exception.ckpt", only_rank)
-    results = three_ranks.run(fit_from, tmp_path / "on_exception.ckpt")
+    three_ranks.run(fit_until_exception, tmp_path / "on_exception.ckpt", only_rank, estimator)
+    results = three_ranks.run(fit_from, tmp_path / "on_exception.ckpt", estimator=estimator)
     assert all(steps is not None and torch.equal(steps, results[0][0]) for steps, _ in results)
     assert "1 of 3 workers' states, so all estimators start afresh" in results[0][1]
 
@@ -177,6 +197,28 @@ def test_resumes_with_a_worker_that_never_had_a_state(three_ranks: RankPool, tmp
     assert torch.equal(resumed[0], whole[0][5:])
 
 
+def fit_last(folder: Path, max_epochs: int) -> Tensor:
+    torch.manual_seed(1)
+    callback = ModelCheckpoint(folder, save_last=True)
+    strategy = ByzantineDDPStrategy(estimator=DoubleMomentumEstimator())
+    return fit(
+        strategy,
+        DataOfTheStep(),
+        4,
+        callbacks=[callback],
+        enable_checkpointing=True,
+        max_epochs=max_epochs,
+        ckpt_path="last",
+    )
+
+
+def test_double_momentum_resumes_from_the_last_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+    whole = two_ranks.run(fit_last, tmp_path / "whole", 3)[0]
+    two_ranks.run(fit_last, tmp_path / "parts", 2)
+    for resumed in two_ranks.run(fit_last, tmp_path / "parts", 3):
+        assert torch.equal(resumed, whole[8:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +227,7 @@ def test_resumes_with_a_worker_that_never_had_a_state(three_ranks: RankPool, tmp
             "differ in the estimator: WorkerMomentum(beta=0.9, transparent=True) in the checkpoint, None",
         ),
         ({"estimator": WorkerMomentum(0.5)}, "WorkerMomentum(beta=0.5, transparent=True) now"),
+        ({"estimator": DoubleMomentumEstimator(beta=0.5)}, "DoubleMomentumEstimator(beta=0.5) now"),
         (
             {"aggregator": STRATEGIES["rule with state"]["aggregator"]},
             "differ in the state of the aggregator: [] in the",
