@@ -1,13 +1,13 @@
 """Stock DDP and byzantine_ddp, five workers on one machine, two of them Byzantine: ``python examples/compare.py``.
 
-Each run is ``examples/train.py`` with one of the three files in ``examples/configs``; the accuracy is read from its
-TensorBoard log.
+Each run is ``examples/train.py`` with a file in ``examples/configs``; the accuracy is read from its TensorBoard log.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -25,25 +25,35 @@ ATTACKS = {
 }
 
 
+COLUMNS = {
+    "clean": "ddp, no attack",
+    "attacked": "ddp, attacked",
+    "byzantine": "byzantine_ddp, attacked",
+    "double_momentum": "byzantine_ddp, double momentum, attacked",
+}
+
+
 def main() -> None:
     """Run the comparison and print it as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=["GaussianNoise"], help="one row each")
+    default = ["clean", "attacked", "byzantine"]
+    parser.add_argument("--configs", nargs="+", choices=COLUMNS, default=default, help="one column each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="the table shows the mean over them")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest goes to examples/train.py")
     arguments = parser.parse_args()
 
-    def accuracy(config: str, attack: str | None = None) -> float:
+    @cache
+    def accuracy(config: str, attack: str | None) -> float:
         return mean(run(config, attack, seed, arguments.options) for seed in arguments.seeds)
 
-    clean = accuracy("clean")
-    rows = [
-        (attack, clean, accuracy("attacked", attack), accuracy("byzantine", attack)) for attack in arguments.attacks
-    ]
+    rows = []
+    for attack in arguments.attacks:
+        rows.append([accuracy(config, None if config == "clean" else attack) for config in arguments.configs])
     print(f"\nTest accuracy, 5 workers of which 2 are Byzantine, mean over seeds {arguments.seeds}\n")
-    print("| attack | ddp, no attack | ddp, attacked | byzantine_ddp, attacked |")
-    print("|---|---|---|---|")
-    for attack, *accuracies in rows:
+    print("| attack | " + " | ".join(COLUMNS[config] for config in arguments.configs) + " |")
+    print("|---" * (1 + len(arguments.configs)) + "|")
+    for attack, accuracies in zip(arguments.attacks, rows, strict=True):
         print(f"| {attack} | " + " | ".join(f"{value:.3f}" for value in accuracies) + " |")
 
 

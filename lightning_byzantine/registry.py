@@ -49,8 +49,10 @@ def _register(name: str, strategy: Callable[..., ByzantineDDPStrategy], descript
 
 
 def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
-    # Not an argument in the registry, where all strategies of that name would share one estimator.
-    return ByzantineDDPStrategy(estimator=DoubleMomentumEstimator(), **arguments)
+    # Made anew, for a registry's argument would be shared by all strategies of that name. The paper's own weights,
+    # alpha_t = t, would ask for a learning rate divided by the number of steps, but the optimizer is the user's.
+    estimator = DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)
+    return ByzantineDDPStrategy(estimator=estimator, **arguments)
 
 
 def _refuse_pytorch_lightning() -> NoReturn:

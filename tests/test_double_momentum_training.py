@@ -33,15 +33,15 @@ from lightning_byzantine.optim import DoubleMomentum, DoubleMomentumEstimator
 class Gentle(Regression):
     """Plain SGD at a learning rate that suits double momentum."""
 
-    def __init__(self, optimizer: str = "SGD", wrapped: bool = False, scheduler: bool = False) -> None:
+    def __init__(self, optimizer: str = "SGD", wrapped: dict[str, Any] | None = None, scheduler: bool = False) -> None:
         super().__init__(optimizer)
         self.wrapped, self.scheduler = wrapped, scheduler
 
     def configure_optimizers(self) -> Any:
         kind = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[self.optimizer]
         optimizer = kind(self.parameters(), lr=0.02)
-        if self.wrapped:
-            optimizer = DoubleMomentum(optimizer)
+        if self.wrapped is not None:
+            optimizer = DoubleMomentum(optimizer, **self.wrapped)
         if not self.scheduler:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
@@ -57,22 +57,31 @@ def double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
     return ByzantineDDPStrategy(estimator=DoubleMomentumEstimator(), **arguments)
 
 
-def fit_gentle(strategy: Any = "byzantine_ddp_double_momentum", **arguments: Any) -> Tensor:
+def fit_gentle(strategy: Any = None, **arguments: Any) -> Tensor:
     torch.manual_seed(3)
+    strategy = double_momentum() if strategy is None else strategy
     model = arguments.pop("model", Gentle)(**arguments.pop("options", {}))
     return fit(strategy, model, **arguments)
 
 
+BY_NAME = {"min_beta": 0.05, "min_gamma": 0.05, "weighted": False}
+
+
 def test_a_name_an_argument_and_a_wrapped_optimizer_are_the_same(three_ranks: RankPool) -> None:
-    by_name = three_ranks.run(fit_gentle)
-    by_argument = three_ranks.run(fit_gentle, double_momentum())
-    by_hand = three_ranks.run(fit_gentle, "byzantine_ddp", options={"wrapped": True})
-    both = three_ranks.run(fit_gentle, options={"wrapped": True})
+    by_name = three_ranks.run(fit_gentle, "byzantine_ddp_double_momentum")
+    by_argument = three_ranks.run(fit_gentle, ByzantineDDPStrategy(estimator=DoubleMomentumEstimator(**BY_NAME)))
+    by_hand = three_ranks.run(fit_gentle, "byzantine_ddp", options={"wrapped": BY_NAME})
+    both = three_ranks.run(fit_gentle, "byzantine_ddp_double_momentum", options={"wrapped": BY_NAME})
     sharded = three_ranks.run(fit_gentle, "byzantine_ddp_double_momentum_sharded")
     plain = three_ranks.run(fit_gentle, "byzantine_ddp")
     assert not torch.equal(by_name[0], plain[0])
     for histories in (by_name, by_argument, by_hand, both, sharded):
         assert all(torch.equal(history, by_name[0]) for history in histories)
+
+
+def test_a_wrapped_optimizer_keeps_its_settings(two_ranks: RankPool) -> None:
+    by_hand = two_ranks.run(fit_gentle, "byzantine_ddp_double_momentum", options={"wrapped": {}})
+    assert torch.equal(by_hand[0], two_ranks.run(fit_gentle)[0])
 
 
 def test_one_worker_needs_no_other(one_rank: RankPool) -> None:
@@ -95,7 +104,7 @@ class Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def messages_of_fit(wrapped: bool) -> list[str]:
+def messages_of_fit(wrapped: dict[str, Any] | None) -> list[str]:
     handler = Messages()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
     fit_gentle(options={"wrapped": wrapped})
@@ -105,8 +114,8 @@ def messages_of_fit(wrapped: bool) -> list[str]:
 
 def test_one_sentence_says_what_was_wrapped(two_ranks: RankPool) -> None:
     sentence = "ByzantineDDPStrategy wrapped SGD in DoubleMomentum, for DoubleMomentumEstimator()."
-    assert two_ranks.run(messages_of_fit, False) == [[sentence], []]
-    assert two_ranks.run(messages_of_fit, True) == [[], []]
+    assert two_ranks.run(messages_of_fit, None) == [[sentence], []]
+    assert two_ranks.run(messages_of_fit, {}) == [[], []]
 
 
 def fit_with(callbacks: list[Callback]) -> tuple[Tensor, dict[str, float], int]:
@@ -190,7 +199,7 @@ def test_an_epoch_without_backward_takes_no_steps(two_ranks: RankPool) -> None:
         assert last.isfinite().all()
 
 
-def learning_rates(wrapped: bool, scheduler: bool, folder: Path) -> set[str]:
+def learning_rates(wrapped: dict[str, Any] | None, scheduler: bool, folder: Path) -> set[str]:
     monitor = LearningRateMonitor()
     runner = trainer(
         double_momentum(), callbacks=[monitor], max_epochs=2, logger=CSVLogger(folder), log_every_n_steps=1
@@ -202,8 +211,8 @@ def learning_rates(wrapped: bool, scheduler: bool, folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("scheduler", [False, True])
 def test_learning_rates_are_logged_once(two_ranks: RankPool, tmp_path: Path, scheduler: bool) -> None:
-    assert two_ranks.run(learning_rates, False, scheduler, tmp_path)[0] == {"lr-SGD"}
-    assert two_ranks.run(learning_rates, True, scheduler, tmp_path)[0] == {"lr-DoubleMomentum"}
+    assert two_ranks.run(learning_rates, None, scheduler, tmp_path)[0] == {"lr-SGD"}
+    assert two_ranks.run(learning_rates, {}, scheduler, tmp_path)[0] == {"lr-DoubleMomentum"}
 
 
 class WithBackbone(Regression):
@@ -357,7 +366,7 @@ def refit() -> list[str]:
     strategy = ByzantineDDPStrategy()
     kinds = []
     runner = trainer(strategy)
-    for wrapped in (False, True, False):
+    for wrapped in (None, {}, None):
         runner.fit(Gentle(wrapped=wrapped), loader(2))
         runner.fit_loop.epoch_progress.reset()
         kinds.append(type(strategy.estimator).__name__)
