@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
+from lightning_byzantine.gradients import clipping_factor, unscaled
 from lightning_byzantine.matrix import WorkerMatrix
 
-__all__ = ["AggregationHook", "clipping_factor", "unscaled"]
+__all__ = ["AggregationHook"]
 
 
 @dataclass
@@ -143,29 +144,6 @@ class AggregationHook:
             for name, part in zip(bucket.names, torch.split(aggregate, bucket.sizes), strict=True)
         ]
         return (torch.cat(gradients) * (self._loss_scale() or 1.0)).to(bucket.gradient.dtype)
-
-
-def unscaled(gradient: Tensor, scale: float | None) -> Tensor:
-    """Return the gradient without the loss scale, in float32 at least: half precision is too coarse to add steps up in.
-
-    Args:
-        gradient: [n].
-        scale: the factor that the loss was multiplied by; None for none.
-
-    """
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return gradient if scale is None else gradient / scale
-
-
-def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)), as :func:`torch.nn.utils.clip_grad_norm_` has it, a tensor [].
-
-    Args:
-        gradients: [n] each, together one vector; empty for the vector 0.
-        max_norm: norm to clip to.
-
-    """
-    return (max_norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:

@@ -11,7 +11,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
-from typing_extensions import override
 
 from lightning_byzantine.rng import replayed_rng
 from lightning_byzantine.snapshot import Snapshot
@@ -31,11 +30,17 @@ def unnoticed(module: pl.LightningModule, batch: Any) -> Iterator[None]:
         batch: what the step gets; its tensors must not be written to.
 
     Raises:
-        MisconfigurationException: if the step writes to a tensor of its batch, or to a parameter.
+        MisconfigurationException: if the step writes to a tensor of its batch, or to a trainable parameter, by one of
+            torch's own in-place operations.
 
     """
     trainer = module.trainer
     own, handed_in, loggers = Snapshot(module), Snapshot(batch, copy_tensors=False), trainer.loggers
+    if own.iterators:
+        rank_zero_warn(
+            f"The module holds an iterator, a {type(own.iterators[0]).__name__}. Double momentum runs `training_step`"
+            " twice a batch, and what it draws from an iterator is not the same twice. Draw in `on_train_batch_start`."
+        )
     with ExitStack() as stack:
         stack.enter_context(replayed_rng(module.device))
         stack.callback(own.restore)
@@ -44,7 +49,7 @@ def unnoticed(module: pl.LightningModule, batch: Any) -> Iterator[None]:
         trainer.loggers = [_SilentLogger(logger) for logger in loggers]
         for part in module.modules():
             if isinstance(part, pl.LightningModule):
-                vars(part).update(log=_nothing, log_dict=_nothing, print=_nothing, all_gather=_warning(part.all_gather))
+                vars(part).update(log=_nothing, print=_nothing, all_gather=_warning(part.all_gather))
             elif isinstance(part, Metric):
                 part.distributed_available_fn = _never
         yield
@@ -68,30 +73,11 @@ class _SilentLogger(DummyLogger):
         super().__init__()
         self._logger = logger
 
-    @property
-    @override
-    def name(self) -> Any:
-        return self._logger.name
-
-    @property
-    @override
-    def version(self) -> Any:
-        return self._logger.version
-
-    @property
-    @override
-    def save_dir(self) -> Any:
-        return self._logger.save_dir
-
-    @property
-    @override
-    def root_dir(self) -> Any:
-        return self._logger.root_dir
-
-    @property
-    @override
-    def log_dir(self) -> Any:
-        return self._logger.log_dir
+    name = property(lambda self: self._logger.name)
+    version = property(lambda self: self._logger.version)
+    save_dir = property(lambda self: self._logger.save_dir)
+    root_dir = property(lambda self: self._logger.root_dir)
+    log_dir = property(lambda self: self._logger.log_dir)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

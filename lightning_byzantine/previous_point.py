@@ -1,26 +1,21 @@
 """The second pass of double momentum: the training step at the previous query point, which nobody notices."""
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_byzantine.hook import clipping_factor, unscaled
+from lightning_byzantine.gradients import clipping_factor, unscaled
 from lightning_byzantine.isolation import unnoticed
 from lightning_byzantine.optim import DoubleMomentum
-from lightning_byzantine.optim.schedule import Schedule
 
-__all__ = ["PreviousPointRedirection", "check_two_passes"]
+__all__ = ["PreviousPointRedirection"]
 
 
 class PreviousPointRedirection(_DDPForwardRedirection):
@@ -57,19 +52,24 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         loop = original_module.trainer.fit_loop.epoch_loop.automatic_optimization
         if method_name != "training_step" or loop._skip_backward:
             return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
-        training_step = original_module.training_step
+        training_step, patched = original_module.training_step, vars(original_module)
+        own = {name: patched[name] for name in ("training_step",) if name in patched}  # the user's patch, as of compile
+
+        def restore() -> None:
+            patched.pop("training_step", None)
+            patched.update(own)
 
         def both_passes(*args: Any, **kwargs: Any) -> Any:
-            vars(original_module).pop("training_step")
+            restore()
             assert isinstance(wrapper_module, DistributedDataParallel)
             self._collect(original_module, training_step, args, kwargs, wrapper_module.require_backward_grad_sync)
             return training_step(*args, **kwargs)
 
-        vars(original_module)["training_step"] = both_passes
+        patched["training_step"] = both_passes
         try:
             return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
         finally:
-            vars(original_module).pop("training_step", None)
+            restore()
 
     def _collect(
         self,
@@ -79,9 +79,6 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         kwargs: dict[str, Any],
         is_last: bool,
     ) -> None:
-        trainer = module.trainer
-        if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
-            self._sum = {}
         # At the same steps on all ranks, for a training step may have collectives of its own.
         if self._optimizer.estimator.step > 1:
             with unnoticed(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
@@ -111,39 +108,6 @@ class PreviousPointRedirection(_DDPForwardRedirection):
             for name, gradient in zip(parameters, gradients, strict=True)
             if gradient is not None
         }
-
-
-def check_two_passes(module: pl.LightningModule, precision: Precision, schedule: Schedule) -> None:
-    """Refuse modules whose gradient at a second point can't be had, and warn of what costs more there.
-
-    Raises:
-        MisconfigurationException: if the module optimizes manually, fetches its own batches, or has a ``backward`` of
-            its own.
-
-    """
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            "Double momentum needs automatic optimization, got automatic_optimization=False. Use"
-            " `strategy='byzantine_ddp'`, whose worker momentum works with manual optimization."
-        )
-    if "dataloader_iter" in signature(module.training_step).parameters:
-        raise MisconfigurationException(
-            "Double momentum runs `training_step` twice on each batch, got a `training_step(dataloader_iter)` that"
-            " fetches its own. Take `batch` instead."
-        )
-    if is_overridden("backward", module):
-        raise MisconfigurationException(
-            "Double momentum takes the gradient of what `training_step` returns, got a"
-            f" `{type(module).__name__}.backward` of its own. Use `strategy='byzantine_ddp'`, or put it into the loss."
-        )
-    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
-        rank_zero_warn("SyncBatchNorm communicates twice a step under double momentum.")
-    bfloat16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
-    if bfloat16 and (schedule.beta or schedule.min_beta) < 0.05:
-        rank_zero_warn(
-            "Under precision='bf16-mixed', rounding builds up in double momentum while beta_t goes to"
-            f" {schedule.beta or schedule.min_beta}. Set beta=0.05 or more, or min_beta=0.05."
-        )
 
 
 def _gradients_of(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:

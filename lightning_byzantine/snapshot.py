@@ -2,9 +2,8 @@
 
 import random
 import sys
-from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +35,14 @@ class Snapshot:
 
     Goes through modules (with torchmetrics' metrics), lists, dicts, sets, deques, tuples, tensors, numpy arrays, random
     generators, and the attributes of other objects but those of torch, Lightning and Python's library. Objects keep
-    their identity: :meth:`restore` puts back what they hold. Parameters are not copied.
+    their identity: :meth:`restore` puts back what they hold. Trainable parameters are not copied.
 
     Args:
         root: where to start.
         copy_tensors: whether tensors and arrays can be restored; otherwise, :attr:`changed_tensors` tells only.
+
+    Attributes:
+        iterators: those that were met, which nobody can put back.
 
     Example:
         >>> state = {"losses": [1.0], "count": torch.zeros(1)}
@@ -54,13 +56,14 @@ class Snapshot:
     """
 
     def __init__(self, root: Any, copy_tensors: bool = True) -> None:
+        self.iterators: list[Iterator[Any]] = []
         self._copy_tensors = copy_tensors
         self._undo: list[Callable[[], Any]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, for ids to stay unique
         pending = [root]
         while pending:
-            pending.extend(self._visit(pending.pop()))
+            pending.extend(value for value in self._visit(pending.pop()) if type(value) not in _ATOMS)
 
     @property
     def changed_tensors(self) -> list[Tensor]:
@@ -73,13 +76,12 @@ class Snapshot:
             undo()
 
     def _visit(self, value: Any) -> Iterable[Any]:
-        if type(value) in _ATOMS or id(value) in self._seen:
+        if id(value) in self._seen:
             return ()
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             return self._visit_tensor(value)
         if isinstance(value, nn.Module):
-            self._visit_buffers(value)
             return self._visit_dict(vars(value), skip=_HOOKS)
         if isinstance(value, dict):
             return self._visit_dict(value)
@@ -93,7 +95,7 @@ class Snapshot:
         if (
             hasattr(value, "__dict__")
             and not isinstance(value, type)
-            and (not known or isinstance(value, Namespace | SimpleNamespace))
+            and (not known or isinstance(value, SimpleNamespace))
         ):
             return self._visit_dict(vars(value))
         return ()
@@ -101,24 +103,13 @@ class Snapshot:
     def _visit_tensor(self, tensor: Tensor) -> Iterable[Any]:
         if tensor.is_inference():  # keeps no version, and can't be written to outside of inference mode
             return ()
-        version = tensor._version
-        self._versions.append((tensor, version))
-        if self._copy_tensors and not isinstance(tensor, nn.Parameter):
-            copy = tensor.detach().clone()
-
-            def undo() -> None:
-                if tensor._version != version:
-                    tensor.detach().copy_(copy)
-
-            self._undo.append(undo)
+        self._versions.append((tensor, tensor._version))
+        is_trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        # Whatever their versions say: batch normalisation, and all that goes through `.data`, leaves none. Nobody can
+        # write to an expanded tensor.
+        if self._copy_tensors and not is_trainable and not _is_expanded(tensor):
+            self._undo.append(partial(tensor.detach().copy_, tensor.detach().clone()))
         return ()
-
-    def _visit_buffers(self, module: nn.Module) -> None:
-        # Batch normalisation writes its statistics without a trace in their versions.
-        for buffer in module.buffers(recurse=False):
-            if id(buffer) not in self._seen and self._copy_tensors and not _is_expanded(buffer):
-                self._seen[id(buffer)] = buffer
-                self._undo.append(partial(buffer.detach().copy_, buffer.detach().clone()))
 
     def _visit_dict(self, value: dict[Any, Any], skip: frozenset[str] = frozenset()) -> Iterable[Any]:
         items = dict(value)
@@ -159,6 +150,8 @@ class Snapshot:
         elif isinstance(value, random.Random):
             place = value.getstate()
             self._undo.append(lambda: value.setstate(place))
+        elif isinstance(value, Iterator):
+            self.iterators.append(value)
         else:
             return False
         return True

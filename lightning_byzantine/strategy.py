@@ -11,11 +11,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
@@ -24,9 +23,10 @@ from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.optim import DoubleMomentum, DoubleMomentumEstimator
-from lightning_byzantine.previous_point import PreviousPointRedirection, check_two_passes
+from lightning_byzantine.optim import DoubleMomentum
+from lightning_byzantine.previous_point import PreviousPointRedirection
 from lightning_byzantine.worker_states import WorkerStates
+from lightning_byzantine.wrapping import find_or_wrap
 
 __all__ = ["ByzantineDDPStrategy"]
 
@@ -220,41 +220,21 @@ class ByzantineDDPStrategy(DDPStrategy):
                 f"The checkpoint was not written by {type(self).__name__}, so the estimator and the aggregator start"
                 " afresh."
             )
-        # What was wrapped then need not be wrapped now.
-        states = [
-            state["base"] if "base" in state and not isinstance(optimizer, DoubleMomentum) else state
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False)
-        ]
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        super().load_optimizer_state_dict(checkpoint)
 
     def _set_up_estimator(self) -> None:
         """Have double momentum on both sides or on none: what workers send, and how the optimizer steps."""
         assert self.lightning_module is not None
         given = self._given_estimator
         self.estimator = WorkerMomentum() if given == "auto" else given
-        wrapped = [optimizer for optimizer in self.optimizers if isinstance(optimizer, DoubleMomentum)]
-        if wrapped:
-            if given != "auto" and not isinstance(given, DoubleMomentumEstimator):
-                raise MisconfigurationException(
-                    "A worker sends one estimate only, but `configure_optimizers` returned DoubleMomentum and the"
-                    f" strategy has estimator={given!r}. Leave out one of them."
-                )
-            self.estimator = wrapped[0].estimator
-        if not isinstance(self.estimator, DoubleMomentumEstimator):
-            return
-        check_two_passes(self.lightning_module, self.precision_plugin, self.estimator.schedule)
-        # One, since that is all that automatic optimization has.
-        (optimizer,) = wrapped or [self._wrap(self.optimizers[0], self.estimator)]
-        optimizer.receives_estimates = True
-        self._forward_redirection = PreviousPointRedirection(optimizer, self._max_worker_grad_norm, self._loss_scale)
-
-    def _wrap(self, base: Optimizer, estimator: DoubleMomentumEstimator) -> DoubleMomentum:
-        optimizer = DoubleMomentum.around(base, estimator)
-        # Where LearningRateMonitor looks for the optimizer that a scheduler has.
-        optimizer.optimizer = base  # type: ignore[attr-defined]
-        self.optimizers = [optimizer]
-        rank_zero_info(f"{type(self).__name__} wrapped {type(base).__name__} in DoubleMomentum, for {estimator!r}.")
-        return optimizer
+        optimizer = find_or_wrap(self.lightning_module, self.optimizers, given, self.precision_plugin)
+        if optimizer is not None:
+            self.optimizers = [optimizer]
+            self.estimator = optimizer.estimator
+            optimizer.receives_estimates = True
+            self._forward_redirection = PreviousPointRedirection(
+                optimizer, self._max_worker_grad_norm, self._loss_scale
+            )
 
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
         return self.aggregator.aggregate(matrix, self.num_byzantine)

@@ -90,7 +90,8 @@ class WorkerStates:
             raise ValueError(
                 f"The checkpoint and this run differ in the {what}: {saved} in the checkpoint, {current} now. Resume"
                 " with what the checkpoint has, or start the estimators and the aggregator afresh with"
-                " `ByzantineDDPStrategy(restart_estimator=True)`."
+                " `restart_estimator=True` among the strategy's arguments, here"
+                f" `ByzantineDDPStrategy(..., estimator={self._estimator!r}, restart_estimator=True)`."
             )
 
     def _gather(self, own: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from oracles import coordinate_wise_median, ctma
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-BATCHES = 12
+STEPS = 12
 
 
 class Noisy(pl.LightningModule):
@@ -44,17 +44,17 @@ class Noisy(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def batches(rank: int) -> list[list[Tensor]]:
+def batches(rank: int, accumulate: int) -> list[list[Tensor]]:
     generator = torch.Generator().manual_seed(rank)
-    inputs = torch.randn(8 * BATCHES, 6, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(8 * STEPS * accumulate, 6, generator=generator, dtype=torch.float64)
     targets = torch.sin(inputs.sum(1, keepdim=True)) + 0.3 * torch.randn(
         len(inputs), 1, generator=generator, dtype=torch.float64
     )
     return [list(pair) for pair in zip(inputs.split(8), targets.split(8), strict=True)]
 
 
-def loader(rank: int) -> DataLoader:
-    return DataLoader(TensorDataset(*map(torch.cat, zip(*batches(rank), strict=True))), batch_size=8)
+def loader(rank: int, accumulate: int) -> DataLoader:
+    return DataLoader(TensorDataset(*map(torch.cat, zip(*batches(rank, accumulate), strict=True))), batch_size=8)
 
 
 def clipped(vector: Tensor, max_norm: float | None) -> Tensor:
@@ -73,7 +73,7 @@ def recursion(
     gamma: float | None = None,
     weighted: bool = True,
 ) -> dict[str, Tensor]:
-    """Train by the formulas with SGD; return x and w of every step, and the last d of this rank."""
+    """Train by the formulas with SGD; return x, w, and this rank's d of every step."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     parameters = list(model.parameters())
     in_head = {id(parameter) for parameter in model.head.parameters()}
@@ -93,9 +93,9 @@ def recursion(
     torch.manual_seed(100 + rank)
     x = nn.utils.parameters_to_vector(parameters).detach().clone()
     w, previous, d = x.clone(), None, None
-    history: dict[str, list[Tensor]] = {"x": [], "w": []}
-    data = batches(rank)
-    for t in range(1, BATCHES // accumulate + 1):
+    history: dict[str, list[Tensor]] = {"x": [], "w": [], "d": []}
+    data = batches(rank, accumulate)
+    for t in range(1, STEPS + 1):
         window = data[(t - 1) * accumulate : t * accumulate]
         state = torch.get_rng_state()
         g = clipped(gradient(x, window), worker_norm)
@@ -117,4 +117,5 @@ def recursion(
         previous, x = x, (1 - weight) * x + weight * w
         history["x"].append(x)
         history["w"].append(w)
-    return {"x": torch.stack(history["x"]), "w": torch.stack(history["w"]), "d": d}
+        history["d"].append(d)
+    return {name: torch.stack(values) for name, values in history.items()}

@@ -109,13 +109,15 @@ def messages_of_fit(wrapped: dict[str, Any] | None) -> list[str]:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
     fit_gentle(options={"wrapped": wrapped})
     logging.getLogger("lightning.pytorch.utilities.rank_zero").removeHandler(handler)
-    return [text for text in handler.texts if "wrapped" in text]
+    return [text for text in handler.texts if "DoubleMomentum" in text]
 
 
 def test_one_sentence_says_what_was_wrapped(two_ranks: RankPool) -> None:
-    sentence = "ByzantineDDPStrategy wrapped SGD in DoubleMomentum, for DoubleMomentumEstimator()."
+    sentence = "Wrapped SGD in DoubleMomentum, for DoubleMomentumEstimator()."
     assert two_ranks.run(messages_of_fit, None) == [[sentence], []]
     assert two_ranks.run(messages_of_fit, {}) == [[], []]
+    kept = "Kept the optimizer's own DoubleMomentumEstimator(beta=0.5) instead of the strategy's"
+    assert two_ranks.run(messages_of_fit, {"beta": 0.5})[0] == [f"{kept} DoubleMomentumEstimator()."]
 
 
 def fit_with(callbacks: list[Callback]) -> tuple[Tensor, dict[str, float], int]:
@@ -140,7 +142,7 @@ def test_early_stopping_and_model_checkpoint(two_ranks: RankPool, tmp_path: Path
     checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)
     model = Gentle()
     model.load_state_dict(checkpoint["state_dict"])
-    assert checkpoint["optimizer_states"][0]["step"] > 1
+    assert checkpoint["optimizer_states"][0]["double_momentum"]["step"] > 1
 
 
 def fit_averaged(kind: str) -> tuple[Tensor, Tensor]:
@@ -170,6 +172,34 @@ def test_stochastic_weight_averaging(two_ranks: RankPool) -> None:
     for averaged, last in results:
         assert torch.equal(averaged[:10], history[:10])
         assert last.isfinite().all() and torch.equal(last, results[0][1])
+
+
+class OneHeadATime(Gentle):
+    """Two heads that take turns: a parameter without a gradient stays where it is, and so does its previous point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 1)])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.heads[batch_idx % 2](batch[0]) + self.network(batch[0]), batch[1])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.trainer.optimizers[0]
+        with optimizer.swapped_to_previous_point():
+            previous = parameters(self)
+        if batch_idx > 0:
+            assert torch.equal(previous, self.last)
+        self.last = parameters(self)
+
+
+def fit_heads() -> bool:
+    torch.manual_seed(3)
+    return bool(fit(double_momentum(find_unused_parameters=True), OneHeadATime(), 8).isfinite().all())
+
+
+def test_the_previous_point_is_that_of_all_parameters(two_ranks: RankPool) -> None:
+    assert two_ranks.run(fit_heads) == [True, True]
 
 
 class NormalisedAveraging(Gentle):

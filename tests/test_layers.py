@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
 FLOORS = {
-    0: ["checks", "errors", "gram", "matrix", "ordering", "rng", "seeding", "selection", "snapshot"],
+    0: ["checks", "errors", "gradients", "gram", "matrix", "ordering", "rng", "seeding", "selection", "snapshot"],
     1: ["aggregators", "attacks", "estimators", "optim"],
     2: ["exchange"],
-    3: ["callbacks", "hook", "isolation", "previous_point", "registry", "strategy", "worker_states"],
+    3: ["callbacks", "hook", "isolation", "previous_point", "registry", "strategy", "worker_states", "wrapping"],
     4: ["__init__", "__main__", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -1,6 +1,7 @@
 """What a training step does beside its loss happens once, though double momentum runs it twice."""
 
 import io
+import itertools
 import random
 import re
 import warnings
@@ -28,8 +29,7 @@ from training import fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.optim import DoubleMomentum, DoubleMomentumEstimator
-from lightning_byzantine.optim.schedule import Schedule
-from lightning_byzantine.previous_point import check_two_passes
+from lightning_byzantine.wrapping import find_or_wrap
 
 
 class Plain(pl.LightningModule):
@@ -109,6 +109,8 @@ class Meter:
 class Attributes(Plain):
     def __init__(self) -> None:
         super().__init__()
+        self.teacher = nn.Linear(2, 1).requires_grad_(False)
+        self.expanded = torch.zeros(1).expand(3)
         self.calls = 0
         self.losses: list[Tensor] = []
         self.nested = {"seen": set(), "recent": deque(maxlen=4)}
@@ -124,6 +126,7 @@ class Attributes(Plain):
         self.nested["recent"].append(self.calls)
         self.nested[f"batch {self.calls}"] = batch_idx
         self.memory += 1
+        self.teacher.weight.data.add_(1)
         self.array += 1
         self.meter.count += 1
         self.meter.history.append(float(loss))
@@ -131,7 +134,8 @@ class Attributes(Plain):
         self.network[1].momentum = 1 / self.calls
 
     def observed(self) -> Any:
-        state = (self.calls, len(self.losses), self.nested, self.memory.tolist(), self.array.tolist())
+        arrays = (self.memory.tolist(), self.array.tolist(), self.teacher.weight.tolist())
+        state = (self.calls, len(self.losses), self.nested, arrays)
         return state, vars(self.meter), self.namespace.count, self.network[1].momentum
 
 
@@ -285,6 +289,11 @@ class OwnBackward(Unnormalised):
         loss.backward()
 
 
+class WithoutOptimizer(Unnormalised):
+    def configure_optimizers(self) -> None:
+        return None
+
+
 class ReturnsWrapped(Unnormalised):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return DoubleMomentum(super().configure_optimizers())
@@ -324,6 +333,7 @@ REFUSED = [
     (OwnBackward, double_momentum, {}, "MisconfigurationException: .* got a `OwnBackward.backward` of its own"),
     (Plain, double_momentum, {"precision": "bf16-true"}, "TypeError: .* float32 or float64, got torch.bfloat16"),
     (Plain, double_momentum, {"precision": "16-true"}, "TypeError: .* float32 or float64, got torch.float16"),
+    (WithoutOptimizer, double_momentum, {}, "MisconfigurationException: Double momentum needs an optimizer, got none"),
     (ReturnsWrapped, no_estimator, {}, "MisconfigurationException: A worker sends one estimate only.*estimator=None"),
     (
         ReturnsWrapped,
@@ -355,17 +365,24 @@ class Gathering(Unnormalised):
         self.all_gather(loss)
 
 
+class Drawing(Unnormalised):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = itertools.count()
+
+
 def fit_warned(model: type[Plain], **arguments: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(double_momentum(), model(), 4, **arguments)
-    return [str(warning.message) for warning in caught if "double momentum" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "ouble momentum" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
         (Gathering, {}, "`self.all_gather` in `training_step` runs twice a step"),
+        (Drawing, {}, "The module holds an iterator, a count. Double momentum runs"),
         (Unnormalised, {"precision": "bf16-mixed"}, "rounding builds up in double momentum while beta_t goes to 0.0"),
     ],
 )
@@ -379,4 +396,49 @@ def test_warns_of_synchronised_batch_normalisation() -> None:
     # Without a Trainer, for DDP takes it on CUDA only.
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Plain())
     with pytest.warns(UserWarning, match="SyncBatchNorm communicates twice a step"):
-        check_two_passes(model, Precision(), Schedule())
+        find_or_wrap(model, [model.configure_optimizers()], DoubleMomentumEstimator(), Precision())
+
+
+def fit_patched() -> list[int]:
+    torch.manual_seed(3)
+    model, seen = Unnormalised(), []
+
+    def training_step(batch: list[Tensor], batch_idx: int) -> Tensor:
+        seen.append(batch_idx)
+        return Unnormalised.training_step(model, batch, batch_idx)
+
+    model.training_step = training_step
+    fit(double_momentum(), model, 3)
+    assert model.training_step is training_step
+    return seen
+
+
+def test_a_patched_training_step_stays(two_ranks: RankPool) -> None:
+    assert two_ranks.run(fit_patched) == [[0, 1, 1, 2, 2]] * 2
+
+
+class UnderAutocast(Plain):
+    """Learns nothing, so that both points are the same, and so must both gradients be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        estimates = self.trainer.strategy.estimator.worker_state()
+        self.estimates = [*getattr(self, "estimates", []), torch.cat(list(estimates.values())).clone()]
+
+
+def fit_under_autocast() -> list[Tensor]:
+    torch.manual_seed(3)
+    model = UnderAutocast()
+    # d_t = d_{t-1} + (g_t - g~_t), to the last digit
+    estimator = DoubleMomentumEstimator(beta=1e-12)
+    fit(ByzantineDDPStrategy(estimator=estimator), model, 6, precision="bf16-mixed")
+    return model.estimates
+
+
+def test_both_gradients_are_rounded_alike_under_autocast(two_ranks: RankPool) -> None:
+    for first, *others in two_ranks.run(fit_under_autocast):
+        for estimate in others:
+            torch.testing.assert_close(estimate, first, rtol=0, atol=1e-7)

@@ -14,6 +14,8 @@ from lightning_byzantine.rng import replayed_rng
 
 __all__ = ["DoubleMomentum"]
 
+_KEY = "double_momentum"
+
 
 class DoubleMomentum(Optimizer):
     """Evaluates gradients at an average x of the base optimizer's iterates w, and corrects them by earlier ones.
@@ -41,6 +43,12 @@ class DoubleMomentum(Optimizer):
         weighted: whether the gradient is multiplied by alpha_t = t.
         schedule: "paper" as above; "code" for round(1 / t, 3) and round(2 / (t + 1), 3), as in the paper's public code,
             which also has ``min_beta=0.01, min_gamma=0.01, weighted=False``.
+
+    Attributes:
+        base: the wrapped optimizer; both have the same ``param_groups``.
+        estimator: keeps d, and beta's step.
+        receives_estimates: whether gradients arrive as aggregated estimates, and the closure takes care of both points;
+            set by ``ByzantineDDPStrategy``.
 
     Raises:
         TypeError: if ``base`` is no optimizer, or of a kind that can't be wrapped, or a parameter is in half precision.
@@ -76,9 +84,8 @@ class DoubleMomentum(Optimizer):
         _check_base(base)
         self.base = base
         self.estimator = DoubleMomentumEstimator(beta, gamma, min_beta, min_gamma, weighted, schedule)
-        #: Whether gradients arrive as aggregated estimates, and the closure takes care of both points, as under
-        #: ``ByzantineDDPStrategy``, which sets this.
         self.receives_estimates = False
+        # The estimator counts its own steps, for it may start afresh where the iterates go on.
         self._step = 1
         super().__init__(base.param_groups, base.defaults)
         self.param_groups = base.param_groups
@@ -100,8 +107,10 @@ class DoubleMomentum(Optimizer):
         if any(param_group is group for group in self.base.param_groups):
             super().add_param_group(param_group)  # called by the constructor for what the base has already
         else:
+            parameters = param_group["params"]
+            param_group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            _check_dtypes([param_group])
             self.base.add_param_group(param_group)
-        _check_dtypes(self.base)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,6 +138,8 @@ class DoubleMomentum(Optimizer):
         if steps:
             self._move(steps)
             self.estimator.advance()
+        else:
+            self.estimator.begin(None)
         return loss
 
     @contextmanager
@@ -143,8 +154,16 @@ class DoubleMomentum(Optimizer):
             optimizer.step()
 
         Parameters hold x_{t-1} inside. Gradients and random numbers are at the end as they were; other side effects of
-        the code inside, such as on the statistics of BatchNorm, stay.
+        the code inside, such as on the statistics of BatchNorm, stay. The loss must not be scaled.
+
+        Raises:
+            RuntimeError: under a strategy, which does this by itself.
+
         """
+        if self.receives_estimates:
+            raise RuntimeError(
+                "Under ByzantineDDPStrategy, which evaluates the previous point, this must not be called"
+            )
         parameters = list(self._parameters())
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
@@ -174,12 +193,14 @@ class DoubleMomentum(Optimizer):
             torch.clear_autocast_cache()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return t, w and x_{t-1} by parameter, the base's own state, and d unless a strategy keeps it."""
-        state = super().state_dict() | {"step": self._step, "base": self.base.state_dict()}
+        """Return the base's state, with t, w, x_{t-1}, and d unless a strategy keeps it, as one entry more."""
+        names = [name for name, parameter in self._named() if self.state.get(parameter)]
+        parameters = dict(self._named())
+        own: dict[str, Any] = {"step": self._step}
+        own |= {key: {name: self.state[parameters[name]][key] for name in names} for key in ("iterate", "previous")}
         if not self.receives_estimates:
-            estimator = self.estimator
-            state["estimator"] = {"worker": estimator.worker_state(), "shared": estimator.shared_state()}
-        return state
+            own["estimator"] = {"worker": self.estimator.worker_state(), "shared": self.estimator.shared_state()}
+        return self.base.state_dict() | {_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned.
@@ -187,29 +208,29 @@ class DoubleMomentum(Optimizer):
         Warns, and starts afresh with it, where something is missing: all but the base optimizer's state if
         ``state_dict`` is of an optimizer that was not wrapped, or d if a strategy kept it, one for each worker.
         """
-        if "base" not in state_dict:
+        self.base.load_state_dict(state_dict)
+        self.param_groups = self.base.param_groups
+        own = state_dict.get(_KEY, {"step": 1, "iterate": {}, "previous": {}})
+        self._step = own["step"]
+        self.state.clear()
+        for name, parameter in self._named():
+            if name in own["iterate"]:
+                values = {key: own[key][name] for key in ("iterate", "previous")}
+                self.state[parameter] = {key: value.to(parameter, copy=True) for key, value in values.items()}
+        if _KEY not in state_dict:
             warnings.warn(
                 f"The state is one of {type(self.base).__name__} that was not wrapped in DoubleMomentum, so double"
                 " momentum starts afresh at the parameters as they are.",
                 stacklevel=2,
             )
-            self.base.load_state_dict(state_dict)
-            self.param_groups = self.base.param_groups
-            self.state.clear()
-            self._step = 1
-            self.estimator.reset()
-            return
-        self.base.load_state_dict(state_dict["base"])
-        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
-        self.base.param_groups = self.param_groups
-        self._step = state_dict["step"]
         if self.receives_estimates:
             return
-        if "estimator" in state_dict:
-            self.estimator.load_state(**state_dict["estimator"])
+        if "estimator" in own:
+            self.estimator.load_state(**own["estimator"])
         else:
-            warnings.warn("The state was saved under a strategy, so the estimate d starts afresh.", stacklevel=2)
             self.estimator.reset()
+            if _KEY in state_dict:
+                warnings.warn("The state was saved under a strategy, so the estimate d starts afresh.", stacklevel=2)
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -243,16 +264,19 @@ class DoubleMomentum(Optimizer):
         iterates = [self.state[parameter]["iterate"] for parameter in parameters]
         queries = [parameter.data for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters]
-        weighted = torch._foreach_mul([estimate for _, estimate in steps], schedule.alpha_at(self._step))
-        for parameter, iterate, scaled in zip(parameters, iterates, weighted, strict=True):
-            parameter.data, parameter.grad = iterate, scaled
+        alpha = schedule.alpha_at(self._step)
+        for parameter, iterate, (_, estimate) in zip(parameters, iterates, steps, strict=True):
+            parameter.data, parameter.grad = iterate, estimate if alpha == 1 else estimate * alpha
         try:
             self.base.step()
         finally:
             for parameter, query, gradient in zip(parameters, queries, gradients, strict=True):
                 parameter.data, parameter.grad = query, gradient
-        torch._foreach_copy_([self.state[parameter]["previous"] for parameter in parameters], queries)
-        torch._foreach_lerp_(queries, iterates, schedule.gamma_at(self._step))
+        # Of all parameters that ever moved: those that did not now were at the previous point where they are.
+        for parameter, state in self.state.items():
+            state["previous"].copy_(parameter)
+        for query, iterate in zip(queries, iterates, strict=True):
+            query.lerp_(iterate, schedule.gamma_at(self._step))
         self._step += 1
 
     def _parameters(self) -> Iterable[Tensor]:
@@ -274,11 +298,13 @@ def _check_base(base: Any) -> None:
         raise TypeError(f"base must be a torch.optim.Optimizer, such as SGD(model.parameters()), got {base!r}")
     if isinstance(base, DoubleMomentum | LBFGS | SparseAdam):
         raise TypeError(f"base must take one dense gradient a step, which {type(base).__name__} does not")
+    _check_dtypes(base.param_groups)
 
 
-def _check_dtypes(base: Optimizer) -> None:
-    for group in base.param_groups:
-        for parameter in group["params"]:
+def _check_dtypes(param_groups: list[dict[str, Any]]) -> None:
+    for group in param_groups:
+        for named in group["params"]:
+            parameter = named[1] if isinstance(named, tuple) else named
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"DoubleMomentum needs parameters of float32 or float64, got {parameter.dtype}, in which its small"

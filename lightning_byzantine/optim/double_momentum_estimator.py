@@ -25,6 +25,9 @@ class DoubleMomentumEstimator(Estimator):
     ``ByzantineDDPStrategy(estimator=...)``, it also has the module's optimizer wrapped in
     :class:`~lightning_byzantine.optim.DoubleMomentum`, which takes the steps and counts them.
 
+    :meth:`commit` only accepts d_t: it becomes the worker's state with :meth:`advance`, when the optimizer has taken
+    the step, for a gradient scaler may still skip it.
+
     Costs a second forward and backward pass a step; per worker, one parameter-sized buffer for d, and another for g~
     while a step is under way.
 
@@ -35,6 +38,10 @@ class DoubleMomentumEstimator(Estimator):
         min_gamma: floor of the scheduled gamma_t, in [0, 1].
         weighted: whether the gradient is multiplied by alpha_t = t.
         schedule: "paper" as above; "code" for round(1 / t, 3) and round(2 / (t + 1), 3), as in the paper's public code.
+
+    Attributes:
+        step: the next t, which also counts steps that this worker's estimate was left out of.
+        aggregated: whether an aggregate has come since the last step.
 
     Source: Levy, "mu^2-SGD: Stable Stochastic Optimization via a Double Momentum Mechanism" (arXiv 2304.04172); Dahan &
     Levy, ICML 2024 (arXiv 2405.14759).
@@ -79,11 +86,12 @@ class DoubleMomentumEstimator(Estimator):
         self._pending: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] | None = None
 
-    def begin(self, previous: dict[str, Tensor]) -> None:
+    def begin(self, previous: dict[str, Tensor] | None) -> None:
         """Begin a step, which also forgets one that the optimizer was kept from taking.
 
         Args:
-            previous: [n] by parameter name, g~_t; empty at t = 1. Parameters that have no gradient may be missing.
+            previous: [n] by parameter name, g~_t; empty at t = 1. Parameters that have no gradient may be missing. None
+                where it is not known yet.
 
         """
         self._previous = previous
@@ -103,7 +111,7 @@ class DoubleMomentumEstimator(Estimator):
         self._pending[name] = out
 
     def commit(self) -> None:
-        """Keep d_t for :meth:`advance`: a gradient scaler may still skip the step."""
+        """Accept d_t, for :meth:`advance`."""
 
     def discard(self) -> None:
         """Keep d_{t-1}."""

@@ -59,11 +59,19 @@ class Schedule:
             if not 0 < constant <= 1:
                 raise ValueError(f"{name} must satisfy 0 < {name} <= 1, got {constant}")
             if floor:
-                raise ValueError(f"min_{name} is a schedule's floor, got min_{name}={floor} with {name}={constant}")
+                raise ValueError(
+                    f"min_{name} is the floor of the scheduled {name}, so it must be 0 with a constant one, got"
+                    f" {name}={constant} and min_{name}={floor}"
+                )
         if not isinstance(self.weighted, bool):
             raise TypeError(f"weighted must be a bool, got {self.weighted!r}")
         if self.schedule not in ("paper", "code"):
             raise ValueError(f"schedule must be 'paper' or 'code', got {self.schedule!r}")
+
+    @property
+    def lowest_beta(self) -> float:
+        """What beta_t goes to."""
+        return self.min_beta if self.beta is None else self.beta
 
     def beta_at(self, step: int) -> float:
         """Return beta_t, the weight of the new gradient."""

@@ -169,6 +169,7 @@ def test_continues_from_a_copy(base: str, copy: str, tmp_path: Any) -> None:
             state = torch.load(tmp_path / "state", weights_only=True)
         resumed.load_state_dict(deepcopy(state))
         assert scheduler.optimizer.param_groups is resumed.base.param_groups
+        BASES[base](other.parameters()).load_state_dict(deepcopy(state))  # nobody needs the wrapper to go on without
     for ours, theirs in zip(train(model, optimizer, BATCHES[5:]), train(other, resumed, BATCHES[5:]), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -183,6 +184,38 @@ def test_continues_from_an_optimizer_that_was_not_wrapped() -> None:
         optimizer.load_state_dict(deepcopy(base.state_dict()))
     expected = train(model, DoubleMomentum(base), BATCHES[4:])
     assert torch.equal(train(other, optimizer, BATCHES[4:])[-1], expected[-1])
+
+
+def test_under_autocast_weights_are_cast_anew_at_the_other_point() -> None:
+    results = []
+    for cached in (True, False):
+        model = network().float().eval()
+        optimizer = DoubleMomentum(SGD(model.parameters(), lr=0.1))
+        batches = [(inputs.float(), targets.float()) for inputs, targets in BATCHES]
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            results.append(train(model, optimizer, batches)[-1])
+    assert torch.equal(*results)
+
+
+def test_forgets_the_other_gradient_with_a_step_that_was_none() -> None:
+    model = network()
+    optimizer = DoubleMomentum(SGD(model.parameters(), lr=0.1))
+    train(model, optimizer, BATCHES[:2])
+    with optimizer.previous_point():
+        closure_of(model, optimizer, BATCHES[2])()
+    optimizer.zero_grad()
+    optimizer.step()
+    closure_of(model, optimizer, BATCHES[3])()
+    with pytest.raises(RuntimeError, match="needs the gradient at the previous query point"):
+        optimizer.step()
+
+
+def test_refuses_new_parameters_of_half_precision_and_goes_on() -> None:
+    model = network()
+    optimizer = DoubleMomentum(SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"got torch.float16"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(1).half())})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_takes_new_parameters_on_the_way() -> None:
@@ -251,7 +284,11 @@ def test_refuses_a_base(base: Any, message: str) -> None:
         ({"gamma": 1.5}, ValueError, "gamma must satisfy 0 < gamma <= 1, got 1.5"),
         ({"beta": float("nan")}, ValueError, "beta must satisfy"),
         ({"min_beta": -0.1}, ValueError, "min_beta must satisfy 0 <= min_beta <= 1, got -0.1"),
-        ({"beta": 0.5, "min_beta": 0.1}, ValueError, "min_beta is a schedule's floor, got min_beta=0.1 with beta=0.5"),
+        (
+            {"beta": 0.5, "min_beta": 0.1},
+            ValueError,
+            "min_beta is the floor of the scheduled beta, so it must be 0 .* got beta=0.5",
+        ),
         ({"gamma": "high"}, TypeError, "gamma must be a number, got 'high'"),
         ({"weighted": 1}, TypeError, "weighted must be a bool, got 1"),
         ({"schedule": "public"}, ValueError, "schedule must be 'paper' or 'code', got 'public'"),

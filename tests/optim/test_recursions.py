@@ -8,7 +8,7 @@ import pytest
 import recursions
 import torch
 from rank_pool import RankPool
-from recursions import BATCHES, Noisy, recursion
+from recursions import STEPS, Noisy, recursion
 from torch import Tensor
 from training import parameters, trainer
 
@@ -20,17 +20,20 @@ RULES = {"Mean": Mean(), "CTMA": CTMA(CoordinateWiseMedian())}
 
 
 class Steps(pl.Callback):
-    """Keeps x and w after every optimizer step."""
+    """Keeps x, w and d after every optimizer step."""
 
     def __init__(self) -> None:
         self.x: list[Tensor] = []
         self.w: list[Tensor] = []
+        self.d: list[Tensor] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step > len(self.x):
             self.x.append(parameters(pl_module))
             state = trainer.optimizers[0].state
             self.w.append(torch.cat([state[p]["iterate"].flatten() for p in pl_module.parameters()]))
+            estimates = trainer.strategy.estimator.worker_state()
+            self.d.append(torch.cat([estimates[name] for name, _ in pl_module.named_parameters()]))
 
 
 def train_both_ways(
@@ -63,11 +66,9 @@ def train_both_ways(
         gradient_clip_val=clip,
         use_distributed_sampler=False,
     )
-    runner.fit(model, recursions.loader(torch.distributed.get_rank()))
-    estimates = strategy.estimator.worker_state()
-    last = torch.cat([estimates[name] for name, _ in model.named_parameters()])
+    runner.fit(model, recursions.loader(torch.distributed.get_rank(), accumulate))
     expected = recursion(twin, rule, accumulate, worker_norm, clip, **settings)
-    return {"x": torch.stack(steps.x), "w": torch.stack(steps.w), "d": last}, expected
+    return {"x": torch.stack(steps.x), "w": torch.stack(steps.w), "d": torch.stack(steps.d)}, expected
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_follows_the_formulas(
 ) -> None:
     results = ranks.run(train_both_ways, rule, accumulate, by_hand, **({"settings": {}} | options))
     for actual, expected in results:
-        assert len(actual["x"]) == BATCHES // accumulate
+        assert len(actual["x"]) == STEPS
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-12)
         assert torch.equal(actual["x"], results[0][0]["x"])

@@ -1,0 +1,40 @@
+"""What is done to a raw gradient before anything else."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["clipping_factor", "unscaled"]
+
+
+def unscaled(gradient: Tensor, scale: float | None) -> Tensor:
+    """Return the gradient without the loss scale, in float32 at least: half precision is too coarse to add steps up in.
+
+    Args:
+        gradient: [n].
+        scale: the factor that the loss was multiplied by; None for none.
+
+    Example:
+        >>> unscaled(torch.tensor([512.0], dtype=torch.float16), scale=1024.0)
+        tensor([0.5000])
+
+    """
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return gradient if scale is None else gradient / scale
+
+
+def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Return min(1, max_norm / (norm + 1e-6)), as :func:`torch.nn.utils.clip_grad_norm_` has it, a tensor [].
+
+    NaN where the norm overflows: a gradient that can't be measured is dropped by everybody, and not to be taken for 0.
+
+    Args:
+        gradients: [n] each, together one vector; empty for the vector 0.
+        max_norm: norm to clip to.
+
+    Example:
+        >>> clipping_factor([torch.tensor([3.0]), torch.tensor([4.0])], max_norm=1.0)
+        tensor(0.2000)
+
+    """
+    norm = nn.utils.get_total_norm(gradients)
+    return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
