@@ -1,6 +1,7 @@
-"""Stock DDP, byzantine_ddp and double momentum, five workers on one machine, two of them Byzantine: ``python examples/compare.py``.
+"""Stock DDP, byzantine_ddp and double momentum, five workers on one machine, two of them Byzantine.
 
-Each run is ``examples/train.py`` with a file in ``examples/configs``; the accuracy is read from its TensorBoard log.
+``python examples/compare.py``. Each run is ``examples/train.py`` with a file in ``examples/configs``; the accuracy is
+read from its TensorBoard log.
 """
 
 import argparse

@@ -312,6 +312,32 @@ class OverflowingOnce(Gentle):
         return loss * 1e38 if number == 3 and self.global_rank in self.ranks else loss
 
 
+class SkippingOne(OverflowingOnce):
+    """Evaluates batch 3, but does not step."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        if self.batches[batch_idx] == 3:
+            optimizer_closure()
+        else:
+            optimizer.step(closure=optimizer_closure)
+
+
+def fit_skipping(batches: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(3)
+    strategy = double_momentum()
+    history = fit(strategy, SkippingOne([], batches), len(batches))
+    return history[-1], strategy.estimator.worker_state() | strategy.estimator.shared_state()
+
+
+def test_a_step_that_the_module_skips_leaves_no_trace(three_ranks: RankPool) -> None:
+    skipping = three_ranks.run(fit_skipping, list(range(6)))
+    for (last, state), (expected, expected_state) in zip(
+        skipping, three_ranks.run(fit_skipping, [0, 1, 2, 4, 5]), strict=True
+    ):
+        assert torch.equal(last, expected)
+        assert all(torch.equal(state[name], value) for name, value in expected_state.items())
+
+
 def fit_scaled(
     ranks: list[int], batches: list[int], scaled: bool = True, **arguments: Any
 ) -> tuple[Tensor, int, dict[str, Tensor]]:
