@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from digits import DigitClassifier
 from lightning.pytorch.cli import LightningCLI
 from training import Regression
 
@@ -101,8 +102,8 @@ def test_a_typo_is_named(arguments: list[str], message: str, capsys: pytest.Capt
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_config_parses(config: Path) -> None:
-    trainer = LightningCLI(Regression, run=False, save_config_callback=None, args=["--config", str(config)]).trainer
-    assert trainer.world_size == 5
+    cli = LightningCLI(DigitClassifier, run=False, save_config_callback=None, args=["--config", str(config)])
+    assert cli.trainer.world_size == 5
 
 
 def test_the_attacked_configs_differ_by_one_word() -> None:
