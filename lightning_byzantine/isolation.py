@@ -47,19 +47,24 @@ def unnoticed(module: pl.LightningModule, batch: Any) -> Iterator[None]:
         stack.callback(handed_in.restore)
         stack.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [_SilentLogger(logger) for logger in loggers]
-        for part in module.modules():
+        # For those who have kept hold of `self.log` itself.
+        results = trainer._results
+        if results is not None:
+            results.log = _nothing
+            stack.callback(vars(results).pop, "log")
+        for part in own.modules:
             if isinstance(part, pl.LightningModule):
                 vars(part).update(log=_nothing, print=_nothing, all_gather=_warning(part.all_gather))
             elif isinstance(part, Metric):
                 part.distributed_available_fn = _never
         yield
-        if handed_in.changed_tensors:
+        if handed_in.changed:
             raise MisconfigurationException(
                 "Double momentum runs `training_step` twice on each batch, but this one writes to a tensor of its batch"
-                f" in place, of shape {tuple(handed_in.changed_tensors[0].shape)}. Write to a copy, such as"
-                " `x = x + noise` instead of `x += noise`."
+                f" in place, of shape {tuple(handed_in.changed[0].shape)}. Write to a copy, such as `x = x + noise`"
+                " instead of `x += noise`."
             )
-        if any(isinstance(tensor, nn.Parameter) for tensor in own.changed_tensors):
+        if any(isinstance(tensor, nn.Parameter) for tensor in own.changed):
             raise MisconfigurationException(
                 "Double momentum runs `training_step` at two points, but this one writes to a parameter. Do that in"
                 " `on_train_batch_end`."

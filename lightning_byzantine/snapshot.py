@@ -17,7 +17,7 @@ __all__ = ["Snapshot"]
 _ATOMS = frozenset({bool, bytes, complex, float, int, str, type(None), torch.device, torch.dtype, torch.Size})
 
 # Their objects belong to the machinery around a model, and reach far beyond it.
-_MACHINERY = (sys.stdlib_module_names - {"__main__"}) | {
+_MACHINERY = sys.stdlib_module_names | {
     "lightning",
     "lightning_byzantine",
     "lightning_fabric",
@@ -39,9 +39,10 @@ class Snapshot:
 
     Args:
         root: where to start.
-        copy_tensors: whether tensors and arrays can be restored; otherwise, :attr:`changed_tensors` tells only.
+        copy_tensors: whether tensors and arrays can be restored; otherwise, :attr:`changed` tells only.
 
     Attributes:
+        modules: those that were met.
         iterators: those that were met, which nobody can put back.
 
     Example:
@@ -56,19 +57,22 @@ class Snapshot:
     """
 
     def __init__(self, root: Any, copy_tensors: bool = True) -> None:
+        self.modules: list[nn.Module] = []
         self.iterators: list[Iterator[Any]] = []
         self._copy_tensors = copy_tensors
         self._undo: list[Callable[[], Any]] = []
         self._versions: list[tuple[Tensor, int]] = []
+        self._arrays: list[tuple[np.ndarray, bytes]] = []
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, for ids to stay unique
         pending = [root]
         while pending:
             pending.extend(value for value in self._visit(pending.pop()) if type(value) not in _ATOMS)
 
     @property
-    def changed_tensors(self) -> list[Tensor]:
-        """Tensors, parameters included, that were written to since."""
-        return [tensor for tensor, version in self._versions if tensor._version != version]
+    def changed(self) -> list[Tensor | np.ndarray]:
+        """Tensors, parameters included, and arrays that were written to since; arrays if they are not restored."""
+        tensors = [tensor for tensor, version in self._versions if tensor._version != version]
+        return [*tensors, *(array for array, content in self._arrays if array.tobytes() != content)]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -82,6 +86,7 @@ class Snapshot:
         if isinstance(value, Tensor):
             return self._visit_tensor(value)
         if isinstance(value, nn.Module):
+            self.modules.append(value)
             return self._visit_dict(vars(value), skip=_HOOKS)
         if isinstance(value, dict):
             return self._visit_dict(value)
@@ -104,6 +109,8 @@ class Snapshot:
         if tensor.is_inference():  # keeps no version, and can't be written to outside of inference mode
             return ()
         self._versions.append((tensor, tensor._version))
+        if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
+            self._undo.append(partial(_set_gradient, tensor, tensor.requires_grad, tensor.grad))
         is_trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
         # Whatever their versions say: batch normalisation, and all that goes through `.data`, leaves none. Nobody can
         # write to an expanded tensor.
@@ -135,7 +142,9 @@ class Snapshot:
 
     def _visit_leaf(self, value: Any) -> bool:
         if isinstance(value, np.ndarray):
-            if self._copy_tensors and value.flags.writeable:
+            if not self._copy_tensors:
+                self._arrays.append((value, value.tobytes()))
+            elif value.flags.writeable:
                 array = value.copy()
                 self._undo.append(lambda: np.copyto(value, array))
         elif isinstance(value, torch.Generator):
@@ -155,6 +164,11 @@ class Snapshot:
         else:
             return False
         return True
+
+
+def _set_gradient(tensor: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
+    tensor.requires_grad_(requires_grad)
+    tensor.grad = gradient
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -197,6 +197,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         for optimizer in self.optimizers:
             if isinstance(optimizer, DoubleMomentum):
                 _optimizer_to_device(optimizer.base, torch.device("cpu"))
+                optimizer.take_back()
         self.hook = None
         self._forward_redirection = _DDPForwardRedirection()
         super().teardown()

@@ -417,6 +417,28 @@ def test_refuses_a_norm(value: Any, error: type[Exception]) -> None:
         ByzantineDDPStrategy(max_worker_grad_norm=value)
 
 
+def fit_then_go_on_alone() -> bool:
+    torch.manual_seed(3)
+    model = Gentle(wrapped={})
+    optimizer = model.configure_optimizers()
+    model.configure_optimizers = lambda: optimizer
+    fit("byzantine_ddp", model, 4)
+    before = parameters(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    return losses[-1] < losses[0] and not torch.equal(parameters(model), before)
+
+
+def test_a_wrapped_optimizer_goes_on_alone_after_fit(two_ranks: RankPool) -> None:
+    assert two_ranks.run(fit_then_go_on_alone) == [True, True]
+
+
 def refit() -> list[str]:
     """One strategy, first with a wrapped optimizer, then with one that is not."""
     strategy = ByzantineDDPStrategy()

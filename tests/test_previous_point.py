@@ -73,6 +73,20 @@ class Logged(Plain):
         return {name: float(value) for name, value in metrics.items()}
 
 
+class LoggedThroughAHandle(Logged):
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = self.log
+
+    def side_effect(self, loss: Tensor, batch: list[Tensor], batch_idx: int) -> None:
+        self.report("both", loss, on_step=True, on_epoch=True, sync_dist=True, reduce_fx="sum")
+
+
+class ReturnsADict(Logged):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "more": 1}
+
+
 class LoggedToLogger(Plain):
     def side_effect(self, loss: Tensor, batch: list[Tensor], batch_idx: int) -> None:
         assert self.logger.log_dir is not None
@@ -89,14 +103,16 @@ class Metrics(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.mean, self.total, self.values = MeanMetric(), SumMetric(dist_sync_on_step=True), CatMetric()
+        self.unregistered = [SumMetric(dist_sync_on_step=True)]
 
     def side_effect(self, loss: Tensor, batch: list[Tensor], batch_idx: int) -> None:
         self.mean.update(loss)
         self.total(1.0)
+        self.unregistered[0](1.0)
         self.values(loss.detach())
 
     def observed(self) -> Any:
-        metrics = (self.mean, self.total, self.values)
+        metrics = (self.mean, self.total, self.values, *self.unregistered)
         return [metric.update_count for metric in metrics], self.mean.weight.item(), len(self.values.value)
 
 
@@ -190,6 +206,8 @@ class Printed(Plain):
 EFFECTS = [
     Buffers,
     Logged,
+    LoggedThroughAHandle,
+    ReturnsADict,
     LoggedToLogger,
     Metrics,
     Attributes,
@@ -212,7 +230,7 @@ def observe(effect: type[Plain], twice: bool, folder: Any) -> tuple[Any, int, Te
     }
     with mock.patch.multiple(torch.distributed, **collectives):
         runner.fit(model, loader(6))
-    assert effect is not Logged or calls.count("all_reduce") > 12
+    assert not issubclass(effect, Logged) or calls.count("all_reduce") >= 12
     return model.observed(), len(calls), torch.rand(3)
 
 

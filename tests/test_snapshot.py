@@ -69,12 +69,14 @@ def test_puts_everything_back_into_the_same_objects(name: str) -> None:
 
 def test_tells_which_tensors_were_written_to() -> None:
     tensors = [torch.zeros(1), nn.Parameter(torch.zeros(1)), torch.zeros(1)]
-    snapshot = Snapshot(tensors, copy_tensors=False)
+    arrays = [np.zeros(1), np.full(1, np.nan)]
+    snapshot = Snapshot([tensors, arrays], copy_tensors=False)
     tensors[0] += 1
     with torch.no_grad():
         tensors[1] += 1
+    arrays[0] += 1
     snapshot.restore()
-    assert {id(tensor) for tensor in snapshot.changed_tensors} == {id(tensors[0]), id(tensors[1])}
+    assert {id(tensor) for tensor in snapshot.changed} == {id(tensors[0]), id(tensors[1]), id(arrays[0])}
     assert tensors[0] == 1
 
 
@@ -92,3 +94,12 @@ def test_leaves_the_machinery_alone() -> None:
     optimizer.param_groups[0]["lr"] = 0.2
     snapshot.restore()
     assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+def test_takes_back_gradients_of_what_is_no_parameter() -> None:
+    inputs = torch.ones(2)
+    snapshot = Snapshot([inputs], copy_tensors=False)
+    inputs.requires_grad_().square().sum().backward()
+    snapshot.restore()
+    assert inputs.grad is None
+    assert not inputs.requires_grad

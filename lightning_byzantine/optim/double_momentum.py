@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -142,8 +143,13 @@ class DoubleMomentum(Optimizer):
             self.estimator.begin(None)
         return loss
 
+    def take_back(self) -> None:
+        """Evaluate both points itself again, after a strategy did: with an estimate of its own, which starts afresh."""
+        self.receives_estimates = False
+        self.estimator = DoubleMomentumEstimator(**asdict(self.estimator.schedule))
+
     @contextmanager
-    def previous_point(self) -> Iterator[None]:
+    def previous_point(self, scale: float = 1.0) -> Iterator[None]:
         """Take gradients that are computed in this block for g~_t, at x_{t-1}, instead of passing a closure.
 
         ::
@@ -154,7 +160,12 @@ class DoubleMomentum(Optimizer):
             optimizer.step()
 
         Parameters hold x_{t-1} inside. Gradients and random numbers are at the end as they were; other side effects of
-        the code inside, such as on the statistics of BatchNorm, stay. The loss must not be scaled.
+        the code inside, such as on the statistics of BatchNorm, stay. One block a step: what a second one computes
+        takes the place of the first.
+
+        Args:
+            scale: what the loss inside is multiplied by, ``scaler.get_scale()`` with a gradient scaler, which does not
+                know of g~_t.
 
         Raises:
             RuntimeError: under a strategy, which does this by itself.
@@ -172,7 +183,8 @@ class DoubleMomentum(Optimizer):
             with replayed_rng(parameters[0].device), self.swapped_to_previous_point():
                 yield
             self.estimator.begin(
-                {name: parameter.grad for name, parameter in self._named() if parameter.grad is not None}
+                # A copy in any case: DDP writes all gradients into the same buffers.
+                {name: parameter.grad / scale for name, parameter in self._named() if parameter.grad is not None}
             )
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -117,6 +117,22 @@ def test_previous_point_without_a_closure_is_the_same() -> None:
         assert torch.equal(vector(model.parameters()), point)
 
 
+def test_works_with_a_gradient_scaler() -> None:
+    model, twin = network(), network()
+    expected = train(twin, DoubleMomentum(SGD(twin.parameters(), lr=0.1)))
+    optimizer = DoubleMomentum(SGD(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    torch.manual_seed(9)
+    for inputs, targets in BATCHES:
+        with optimizer.previous_point(scaler.get_scale()):
+            scaler.scale(nn.functional.mse_loss(model(inputs), targets)).backward()
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(model(inputs), targets)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(vector(model.parameters()), expected[-1], rtol=0, atol=1e-12)
+
+
 def test_returns_the_loss_at_the_query_point_and_leaves_the_gradient() -> None:
     model = network().eval()
     optimizer = DoubleMomentum(SGD(model.parameters(), lr=0.1))
@@ -256,6 +272,10 @@ def test_a_step_without_closure_needs_the_other_gradient() -> None:
     with pytest.raises(RuntimeError, match="needs the gradient at the previous query point from its second step on"):
         optimizer.step()
     assert torch.equal(vector(model.parameters()), before)
+    optimizer.step(closure_of(model, optimizer, BATCHES[1]))
+    closure_of(model, optimizer, BATCHES[2])()
+    with pytest.raises(RuntimeError, match="needs the gradient at the previous query point"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
