@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_byzantine.gram import centred_gram, squared_distances
+from lightning_byzantine.gram import Gram, all_digits, centred_gram, quick_gram, quick_products
+from lightning_byzantine.ordering import nearest, told_apart
 
-__all__ = ["Combination", "Point", "WorkerMatrix"]
+__all__ = ["Combination", "Coordinatewise", "Point", "WorkerMatrix"]
 
 # Bytes of one chunk: small enough that a CPU's cache holds it through all that is done to it but large enough to be
 # shared among its cores, and on an accelerator so large that launching kernels costs nothing beside running them.
@@ -18,6 +19,14 @@ _ACCELERATOR_CHUNK = 2**27
 
 # Largest squared norm of float64 rows: sums of squared distances over the workers must not overflow either.
 _LARGEST_SQUARED_NORM = 1e300
+
+# Columns that fill vector registers of any size.
+_REGISTERS = 64
+
+# A squared distance is sharp if it is known to this part of itself.
+_SHARP = 1e-6
+# Of a squared distance that is added up in float32 over one chunk: some times the rounding of float32.
+_ROUNDING_OF_NORMS = 16 * 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,23 @@ class Combination:
     weights: Tensor
 
 
-#: A vector in R^d: either weights of rows, or one [c_b] tensor for each column block.
-Point = Combination | list[Tensor]
+class Coordinatewise:
+    """A point whose every coordinate is a function of the workers' values of it, not yet computed.
+
+    Args:
+        matrix: the rows.
+        function: maps a list of m rows [c] (float32, or float64 for float64 blocks) to [c]; must not write to them.
+
+    """
+
+    def __init__(self, matrix: "WorkerMatrix", function: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        self.matrix = matrix
+        self.function = function
+        self.values: list[Tensor] | None = None
+
+
+#: A vector in R^d: weights of rows, a function of rows, or one [c_b] tensor for each column block.
+Point = Combination | Coordinatewise | list[Tensor]
 
 
 class WorkerMatrix:
@@ -66,7 +90,8 @@ class WorkerMatrix:
         self._complete = complete
         self._rows = torch.arange(self.blocks[0].shape[0])
         self._mixing: Tensor | None = None
-        self._source = self
+        self._source = self  # the same rows, not mixed
+        self._stored = self  # all rows of the blocks
 
     @property
     def num_workers(self) -> int:
@@ -84,6 +109,7 @@ class WorkerMatrix:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
         selected = WorkerMatrix(self.blocks, self._complete, self.shard)
         selected._rows = self._rows[rows]
+        selected._stored = self._stored
         return selected
 
     def mix(self, weights: Tensor) -> "WorkerMatrix":
@@ -116,20 +142,14 @@ class WorkerMatrix:
         """Return the average of all rows, lazily."""
         return self.combine(torch.full((self.num_workers,), 1 / self.num_workers, dtype=torch.float64))
 
-    def coordinatewise(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Apply a function of m values to every coordinate, in one pass.
+    def coordinatewise(self, function: Callable[[Sequence[Tensor]], Tensor]) -> Coordinatewise:
+        """Return the point whose every coordinate is a function of m values, lazily; one pass when it is computed.
 
         Args:
-            function: maps a chunk [m, c] (float32, or float64 for float64 blocks) to [c]; must not write to it.
-
-        Returns:
-            One [c_b] tensor a block.
+            function: maps a list of m rows [c] (float32, or float64 for float64 blocks) to [c]; must not write to them.
 
         """
-        return [
-            torch.cat([function(self._mixed(chunk)) for _, chunk in self._chunks(index, _at_least_float32)])
-            for index in range(len(self.blocks))
-        ]
+        return Coordinatewise(self, function)
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass; non-finite where the row or the float64 sum is."""
@@ -137,23 +157,46 @@ class WorkerMatrix:
 
     def squared_distances(self) -> Tensor:
         """Return ||x_i - x_j||^2, [m, m]: through the Gram matrix, one pass for all rules and views together."""
-        gram = self._mixing_matrix @ self._source._centred_gram @ self._mixing_matrix.T
-        return squared_distances(gram)
+        return self._gram.squared_distances()[0]
+
+    def lowest(self, statistic: Callable[[Tensor], Tensor], count: int) -> Tensor:
+        """Return where a statistic of the squared distances is lowest, ties broken by index.
+
+        Args:
+            statistic: maps [m, m] to [k, n], or [n]; must grow with each of the distances.
+            count: how many to find, at most n.
+
+        Returns:
+            [k, count], or [count]: indices in [0, n), lowest first.
+
+        """
+        squared, errors = self._gram.squared_distances()
+        if errors.any() and not told_apart(statistic(squared - errors), statistic(squared + errors), count):
+            squared = self._exact_gram().squared_distances()[0]
+        return nearest(statistic(squared), count)
+
+    def nearest(self, center: Point, count: int) -> Tensor:
+        """Return the indices of the ``count`` rows nearest to a point, ties broken by index: [count], nearest first."""
+        squared, errors = self._measured_from(center)
+        if errors.any() and not told_apart(squared - errors, squared + errors, count):
+            return nearest(self._exact_distances(center), count)
+        return nearest(squared.sqrt(), count)
 
     def distances(self, center: Point) -> Tensor:
         """Return ||x_i - center||, [m]: no pass over the columns when ``center`` is a :class:`Combination`."""
-        if isinstance(center, Combination):
-            offset = self._mixing_matrix - center.weights
-            return ((offset @ self._source._centred_gram) * offset).sum(1).clamp(min=0).sqrt()
-        return self._sum_over_columns(lambda chunk, at: (chunk - at(center).double()).square().sum(1)).sqrt()
+        squared, errors = self._measured_from(center)
+        if (errors > _SHARP * squared).any():
+            return self._exact_distances(center)
+        return squared.sqrt()
 
     def length(self, direction: Tensor) -> Tensor:
         """Return ||sum_i u_i x_i|| for weights u, [m], whose sum is 0: the length of a step between combinations."""
-        offset = direction @ self._mixing_matrix
-        return (offset @ self._source._centred_gram @ offset).clamp(min=0).sqrt()
+        return self._source._inner.mixed(direction[None] @ self._mixing_matrix).squared_norms()[0].sqrt().squeeze(0)
 
     def materialize(self, point: Point) -> list[Tensor]:
         """Compute a point: one [c_b] tensor a block, in the block's dtype. One pass for a :class:`Combination`."""
+        if isinstance(point, Coordinatewise):
+            point = self._values(point)
         if not isinstance(point, Combination):
             return [part.to(block.dtype) for part, block in zip(point, self.blocks, strict=True)]
         return [
@@ -163,31 +206,127 @@ class WorkerMatrix:
             for index, block in enumerate(self.blocks)
         ]
 
-    def measurable(self) -> Tensor:
+    def measurable(self, from_products: bool = False) -> Tensor:
         """Return a mask [m]: rows that are finite and whose squared norm does not overflow the columns' dtype.
 
         The limit is float32's for half-precision columns, whose sums are never kept in half precision, and 1e300 for
         float64 columns, which leaves room for sums over the workers.
+
+        Args:
+            from_products: look at the inner products, which somebody is going to need: no pass of its own then.
+
         """
         widest = max((_at_least_float32(block.dtype) for block in self.blocks), key=lambda dtype: dtype.itemsize)
-        norms = self.squared_norms()
+        quick = self._stored._quick_gram if from_products and self._mixing is None else None
+        norms = self._quick_squared_norms() if quick is None else quick.products.diagonal()[self._rows]
         return norms.isfinite() & (norms <= min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM))
 
     @property
     def _mixing_matrix(self) -> Tensor:
         return torch.eye(len(self._rows), dtype=torch.float64) if self._mixing is None else self._mixing
 
-    @cached_property
-    def _centred_gram(self) -> Tensor:
-        return centred_gram(self._gram)
+    @property
+    def _gram(self) -> Gram:
+        gram = self._source._inner
+        return gram if self._mixing is None else gram.mixed(self._mixing)
 
-    def _gram(self, origin: int | None) -> Tensor:
+    @cached_property
+    def _inner(self) -> Gram:
+        """Inner products of the rows, not mixed, about an origin that leaves their distances sharp."""
+        quick = self._stored._quick_gram
+        if quick is not None and (selected := quick.rows(self._rows)).is_sharp():
+            return selected
+        products = centred_gram(self._products)
+        return Gram(products, torch.zeros_like(products))
+
+    def _exact_gram(self) -> Gram:
+        source = self._source
+        if source._inner.errors.any():
+            products = centred_gram(source._products)
+            source._inner = Gram(products, torch.zeros_like(products))
+        return self._gram
+
+    @cached_property
+    def _quick_gram(self) -> Gram | None:
+        """Inner products of all stored rows about 0, where float32 arithmetic is quicker; None elsewhere."""
+        if not self._is_quick:
+            return None
+        sums = self._complete(torch.stack([quick_products(block) for block in self.blocks]).sum(0))
+        # Every rank holds as many columns of each of the rows, or all of them.
+        return quick_gram(sums, num_columns=len(self._rows) * sum(block.shape[1] for block in self.blocks))
+
+    def _products(self, origin: int | None) -> Tensor:
         total = torch.zeros(len(self._rows), len(self._rows), dtype=torch.float64, device=self.blocks[0].device)
         for index in range(len(self.blocks)):
             for _, chunk in self._chunks(index, _float64):
                 rows = chunk if origin is None else chunk - chunk[origin]
                 total.addmm_(rows, rows.T)
         return self._complete(total).cpu()
+
+    def _measured_from(self, center: Point) -> tuple[Tensor, Tensor]:
+        """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""
+        if isinstance(center, Combination):
+            return self._source._inner.mixed(self._mixing_matrix - center.weights).squared_norms()
+        if isinstance(center, Coordinatewise) and center.values is None and self._is_quick:
+            return self._compute_and_measure(center)
+        squared = self._exact_distances(center).square()
+        return squared, torch.zeros_like(squared)
+
+    def _exact_distances(self, center: Point) -> Tensor:
+        if isinstance(center, Combination):
+            self._exact_gram()
+            return self._measured_from(center)[0].sqrt()
+        values = self._values(center) if isinstance(center, Coordinatewise) else center
+
+        def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
+            return (chunk - at(values).double()).square().sum(1)
+
+        return self._sum_over_columns(statistic).sqrt()
+
+    def _quick_squared_norms(self) -> Tensor:
+        """Return ||x_i||^2, [m], to six digits, where float32 arithmetic is quicker."""
+        if not self._is_quick:
+            return self.squared_norms()
+        norms = [
+            torch.linalg.vector_norm(self._mixed(chunk), dim=1)
+            for index in range(len(self.blocks))
+            for _, chunk in self._chunks(index, _at_least_float32)
+        ]
+        return self._complete(torch.stack(norms).double().square().sum(0))
+
+    @property
+    def _is_quick(self) -> bool:
+        return self.blocks[0].device.type == "cpu" and all(block.dtype == torch.float32 for block in self.blocks)
+
+    def _values(self, point: Coordinatewise) -> list[Tensor]:
+        if point.values is None:
+            matrix = point.matrix
+            point.values = [
+                torch.cat(
+                    [
+                        point.function(matrix._mixed(chunk).unbind())
+                        for _, chunk in matrix._chunks(index, _at_least_float32)
+                    ]
+                )
+                for index in range(len(self.blocks))
+            ]
+        return point.values
+
+    def _compute_and_measure(self, point: Coordinatewise) -> tuple[Tensor, Tensor]:
+        """Compute the point, and squared distances from it, in the same pass; float32 within a chunk."""
+        values, norms = [], []
+        for index in range(len(self.blocks)):
+            parts = []
+            for _, chunk in self._chunks(index, _at_least_float32):
+                rows = point.matrix._mixed(chunk)
+                parts.append(point.function(rows.unbind()))
+                own = rows if point.matrix._mixing is self._mixing else self._mixed(chunk)
+                norms.append(torch.linalg.vector_norm(own - parts[-1], dim=1))
+            values.append(torch.cat(parts))
+        point.values = values
+        squared = torch.stack(norms).double().square()
+        sums = self._complete(torch.stack([squared.sum(0), squared.square().sum(0)]))
+        return sums[0], _ROUNDING_OF_NORMS * sums[1].sqrt()
 
     def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 [m] statistic of mixed chunks; ``at(vector)`` is the vector's part that a chunk covers."""
@@ -202,7 +341,17 @@ class WorkerMatrix:
         return self._complete(total).cpu()
 
     def _mixed(self, chunk: Tensor) -> Tensor:
-        return chunk if self._mixing is None else torch.stack([_weighted_sum(chunk, row) for row in self._mixing])
+        """Return this view's rows of a chunk of stored rows, [m, c]."""
+        if self._mixing is None:
+            return chunk
+        if chunk.device.type != "cpu":
+            return torch.stack([_weighted_sum(chunk, weights) for weights in self._mixing])
+        # The last columns of a product are computed in another way if vector registers are not full, and then come
+        # out different in the last digit, depending on where the chunk was cut.
+        missing = -chunk.shape[1] % _REGISTERS
+        padded = nn.functional.pad(chunk, (0, missing)) if missing else chunk
+        with all_digits():
+            return torch.mm(self._mixing.to(chunk.dtype), padded)[:, : chunk.shape[1]]
 
     def _chunks(self, index: int, dtype: Callable[[torch.dtype], torch.dtype]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (columns, stored rows of those columns) of one block, cut to fit the cache."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["mean_of_nearest", "nearest"]
+__all__ = ["mean_of", "nearest", "told_apart"]
 
 # Distances that should be equal differ by rounding, 1e-10 of them at worst where they come from a Gram matrix, and
 # depending on how columns are cut into blocks. Anything this close counts as a tie, so that rounding never decides
@@ -17,33 +17,58 @@ def nearest(distances: Tensor, count: int) -> Tensor:
     Two neighbours in sorted order are tied when they differ by less than 1e-9 of the larger one.
 
     Args:
-        distances: [m], float64, non-negative.
+        distances: [.., m], float64, non-negative.
         count: how many to keep, at most m.
 
     Returns:
-        Exactly ``count`` indices, nearest first.
+        [.., count]: exactly ``count`` indices, nearest first.
 
     Example:
         >>> nearest(torch.tensor([3.0, 1.0, 2.0, 1.0 + 1e-12], dtype=torch.float64), 2)
         tensor([1, 3])
 
     """
-    ascending, order = distances.sort(stable=True)
+    ascending, order = distances.sort(dim=-1, stable=True)
     opens_group = torch.zeros_like(order)
-    opens_group[1:] = ascending.diff() > _TIE * ascending[1:]
-    group = torch.empty_like(order)
-    group[order] = opens_group.cumsum(0)
-    return group.argsort(stable=True)[:count]
+    opens_group[..., 1:] = ascending.diff(dim=-1) > _TIE * ascending[..., 1:]
+    group = torch.empty_like(order).scatter_(-1, order, opens_group.cumsum(-1))
+    return group.argsort(dim=-1, stable=True)[..., :count]
 
 
-def mean_of_nearest(distances: Tensor, count: int) -> Tensor:
-    """Return the weights [m] of the mean of the ``count`` rows that :func:`nearest` chooses.
+def told_apart(low: Tensor, high: Tensor, count: int) -> bool:
+    """Tell whether the ``count`` smallest values are known, of values that are known to be between two bounds.
+
+    Args:
+        low: [.., n], lower bounds.
+        high: [.., n], upper bounds.
+        count: at most n.
 
     Example:
-        >>> mean_of_nearest(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64), 2)
+        >>> told_apart(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 3.0, 5.0]), count=2)
+        True
+
+    """
+    order = (low + high).argsort()
+    inside, outside = order[..., :count], order[..., count:]
+    if outside.numel() == 0:
+        return True
+    return bool((high.gather(-1, inside).amax(-1) < low.gather(-1, outside).amin(-1)).all())
+
+
+def mean_of(rows: Tensor, num_rows: int) -> Tensor:
+    """Return the weights of the mean of some rows.
+
+    Args:
+        rows: [.., count], indices.
+        num_rows: n.
+
+    Returns:
+        [.., n] float64.
+
+    Example:
+        >>> mean_of(torch.tensor([2, 1]), num_rows=3)
         tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
 
     """
-    weights = torch.zeros(len(distances), dtype=torch.float64)
-    weights[nearest(distances, count)] = 1 / count
-    return weights
+    weights = torch.zeros(*rows.shape[:-1], num_rows, dtype=torch.float64)
+    return weights.scatter(-1, rows, 1 / rows.shape[-1])

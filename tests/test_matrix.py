@@ -32,8 +32,8 @@ def test_a_mixed_matrix_is_the_matrix_of_the_mixed_rows() -> None:
     assert mixed.num_workers == 5
     torch.testing.assert_close(mixed.squared_norms(), expected.square().sum(1))
     torch.testing.assert_close(mixed.squared_distances(), dense.squared_distances())
-    median = mixed.coordinatewise(lambda chunk: chunk.median(0).values)
-    torch.testing.assert_close(whole(median), expected.median(0).values)
+    median = mixed.coordinatewise(lambda rows: torch.stack(rows).median(0).values)
+    torch.testing.assert_close(whole(mixed.materialize(median)), expected.median(0).values)
     torch.testing.assert_close(mixed.distances(median), dense.distances([expected.median(0).values]))
     weights = torch.tensor([0.5, -0.5, 0.2, 0.3, 0.5], dtype=torch.float64)
     center = mixed.combine(weights)
@@ -104,3 +104,58 @@ def test_copies_are_at_distance_zero() -> None:
     assert (squared[:3, :3] == 0).all()
     assert (squared[3:, 3:] == 0).all()
     assert (squared[:3, 3:] > 0).all()
+
+
+def test_near_ties_are_settled_with_all_digits() -> None:
+    """Distances that float32 arithmetic can't tell apart, for one reason or the other."""
+    generator = torch.Generator().manual_seed(3)
+    row = torch.randn(50_000, generator=generator)
+    # Permuted coordinates: the same distance from 0, though sums in another order differ in float32.
+    vectors = torch.stack([torch.zeros(50_000), *(row[torch.randperm(50_000, generator=generator)] for _ in range(6))])
+    center = torch.eye(7, dtype=torch.float64)[0]
+    matrix = WorkerMatrix([vectors])
+    assert matrix.nearest(matrix.combine(center), 4).tolist() == [0, 1, 2, 3]
+    # The last but one is nearer by a part in ten million.
+    vectors[5] *= 1 - 5e-8
+    matrix = WorkerMatrix([vectors[:, :20_000], vectors[:, 20_000:]])
+    exact = vectors.double().square().sum(1).sort(stable=True).indices
+    assert exact[1] == 5
+    assert matrix.nearest(matrix.combine(center), 2).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-3, 1e15])
+def test_the_choice_does_not_depend_on_the_size_of_the_values(size: float) -> None:
+    vectors = torch.randn(9, 30_000, generator=torch.Generator().manual_seed(4))
+    expected = WorkerMatrix([vectors.double()]).lowest(lambda squared: squared, 5)
+    assert torch.equal(WorkerMatrix([vectors * size]).lowest(lambda squared: squared, 5), expected)
+    assert torch.equal(WorkerMatrix([vectors * size]).squared_distances() > 0, expected.new_ones(9, 9) > torch.eye(9))
+
+
+def test_neither_autocast_nor_a_setting_for_fast_products_has_a_say() -> None:
+    vectors = torch.randn(17, 9_000, generator=torch.Generator().manual_seed(5))
+    matrix = WorkerMatrix([vectors])
+    distances, mixed = matrix.squared_distances(), matrix.mix(affine(3, 17, seed=1))
+    values = mixed.materialize(mixed.coordinatewise(lambda rows: rows[0] + rows[2]))[0]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = WorkerMatrix([vectors])
+            assert torch.equal(again.squared_distances(), distances)
+            mixed = again.mix(affine(3, 17, seed=1))
+            assert torch.equal(mixed.materialize(mixed.coordinatewise(lambda rows: rows[0] + rows[2]))[0], values)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_coordinate_comes_out_the_same_wherever_columns_are_cut() -> None:
+    vectors = torch.randn(17, 70_001, generator=torch.Generator().manual_seed(6))
+    mixing = affine(17, 17, seed=2)
+
+    def values(cuts: list[int]) -> Tensor:
+        matrix = WorkerMatrix(vectors.split(cuts, dim=1)).mix(mixing)
+        return torch.cat(matrix.materialize(matrix.coordinatewise(lambda rows: rows[0] + rows[3])))
+
+    whole = values([70_001])
+    for cuts in ([1, 70_000], [13, 50_017, 19_971], [64, 69_937], [35_000, 35_001]):
+        assert torch.equal(values(cuts), whole)

@@ -28,6 +28,9 @@ class Aggregator(nn.Module, ABC):
 
     """
 
+    #: Whether the rule needs the rows' inner products, so that their norms need no pass of their own.
+    uses_products: bool = False
+
     @abstractmethod
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the rule's result, lazily. All rows are finite and 0 <= f < m / 2."""
@@ -56,7 +59,7 @@ class Aggregator(nn.Module, ABC):
         """
         num_workers = matrix.num_workers
         self.check(num_workers, num_byzantine)
-        measurable = matrix.measurable()
+        measurable = matrix.measurable(from_products=self.uses_products)
         if not measurable.all():
             dropped = (~measurable).nonzero().flatten().tolist()
             if len(dropped) > num_byzantine:

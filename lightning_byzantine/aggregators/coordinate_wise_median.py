@@ -1,5 +1,7 @@
 """The median of every coordinate."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
@@ -26,7 +28,9 @@ class CoordinateWiseMedian(Aggregator):
         return matrix.coordinatewise(_median)
 
 
-def _median(chunk: Tensor) -> Tensor:
-    num_workers = chunk.shape[0]
-    low, high = order_statistics(chunk, [(num_workers - 1) // 2, num_workers // 2])
+def _median(rows: Sequence[Tensor]) -> Tensor:
+    num_workers = len(rows)
+    if num_workers % 2 == 1:
+        return order_statistics(rows, [num_workers // 2])[0]
+    low, high = order_statistics(rows, [num_workers // 2 - 1, num_workers // 2])
     return (low + high) / 2

@@ -1,5 +1,6 @@
 """The mean of every coordinate without its extremes."""
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -27,8 +28,8 @@ class CoordinateWiseTrimmedMean(Aggregator):
         """Return the vector of trimmed means."""
         kept = range(num_byzantine, matrix.num_workers - num_byzantine)
 
-        def trimmed_mean(chunk: Tensor) -> Tensor:
+        def trimmed_mean(rows: Sequence[Tensor]) -> Tensor:
             # Row by row, so that a coordinate's result does not depend on where its chunk was cut.
-            return reduce(torch.add, order_statistics(chunk, kept)) / len(kept)
+            return reduce(torch.add, order_statistics(rows, kept)) / len(kept)
 
         return matrix.coordinatewise(trimmed_mean)

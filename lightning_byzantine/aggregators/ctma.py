@@ -2,7 +2,7 @@
 
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.ordering import mean_of_nearest
+from lightning_byzantine.ordering import mean_of
 
 __all__ = ["CTMA"]
 
@@ -30,4 +30,5 @@ class CTMA(MetaAggregator):
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the average of the rows nearest to the base's result."""
         center = self.base.locate(matrix, num_byzantine)
-        return matrix.combine(mean_of_nearest(matrix.distances(center), matrix.num_workers - num_byzantine))
+        kept = matrix.nearest(center, matrix.num_workers - num_byzantine)
+        return matrix.combine(mean_of(kept, matrix.num_workers))

@@ -27,8 +27,9 @@ class GeometricMedian(Aggregator):
         tolerance: stop when an iteration moves by less than this part of the median distance to the rows, which
             outliers can't stretch. 0 for never.
         smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
-        init: where to start: "median" (coordinate-wise, one pass more), "mean" or "zero". Attackers choose where the
-            mean is, and from far away the way back takes many iterations.
+        init: where to start: "medoid" (the row with the least sum of distances to all others), "median"
+            (coordinate-wise, one pass more), "mean" or "zero". Attackers choose where the mean is, and from far away
+            the way back takes many iterations.
 
     ``GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")`` is the unconverged form of the
     paper's public code ("rfa") and of ByzFL.
@@ -42,19 +43,21 @@ class GeometricMedian(Aggregator):
 
     """
 
+    uses_products = True
+
     def __init__(
         self,
         max_iterations: int = 1000,
         tolerance: float = 1e-8,
         smoothing: float = 0.0,
-        init: Literal["median", "mean", "zero"] = "median",
+        init: Literal["medoid", "median", "mean", "zero"] = "medoid",
     ) -> None:
         super().__init__()
         check_integer_at_least("max_iterations", max_iterations, 1)
         check_at_least("tolerance", tolerance, 0)
         check_at_least("smoothing", smoothing, 0)
-        if init not in ("median", "mean", "zero"):
-            raise ValueError(f"init must be 'median', 'mean' or 'zero', got {init!r}")
+        if init not in ("medoid", "median", "mean", "zero"):
+            raise ValueError(f"init must be 'medoid', 'median', 'mean' or 'zero', got {init!r}")
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.smoothing = smoothing
@@ -83,6 +86,9 @@ class GeometricMedian(Aggregator):
     def _initial_distances(self, matrix: WorkerMatrix) -> Tensor:
         if self.init == "zero":
             return matrix.squared_norms().sqrt()
+        if self.init == "medoid":
+            distances = matrix.squared_distances().sqrt()
+            return distances[distances.sum(1).argmin()]
         if self.init == "median":
             return matrix.distances(CoordinateWiseMedian().locate(matrix, 0))
         return matrix.distances(matrix.mean())

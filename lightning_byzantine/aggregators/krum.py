@@ -4,9 +4,9 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.ordering import mean_of_nearest
+from lightning_byzantine.ordering import mean_of
 
-__all__ = ["Krum", "krum_scores"]
+__all__ = ["Krum", "best_scored"]
 
 
 class Krum(Aggregator):
@@ -23,13 +23,18 @@ class Krum(Aggregator):
 
     """
 
+    uses_products = True
+
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the row of the lowest score."""
-        return matrix.combine(mean_of_nearest(krum_scores(matrix, num_byzantine), 1))
+        return matrix.combine(mean_of(best_scored(matrix, num_byzantine, 1), matrix.num_workers))
 
 
-def krum_scores(matrix: WorkerMatrix, num_byzantine: int) -> Tensor:
-    """Return each row's sum of squared distances to its m - f - 1 nearest others, [m]."""
-    ascending = matrix.squared_distances().sort(dim=1).values
-    # The first column is the row's distance to itself.
-    return ascending[:, 1 : matrix.num_workers - num_byzantine].sum(dim=1)
+def best_scored(matrix: WorkerMatrix, num_byzantine: int, count: int) -> Tensor:
+    """Return the rows with the least sums of squared distances to their m - f - 1 nearest others, [count]."""
+
+    def scores(squared: Tensor) -> Tensor:
+        # The first column is the row's distance to itself.
+        return squared.sort(dim=1).values[:, 1 : matrix.num_workers - num_byzantine].sum(dim=1)
+
+    return matrix.lowest(scores, count)

@@ -27,6 +27,7 @@ class MetaAggregator(Aggregator, ABC):
         if not isinstance(base, Aggregator):
             raise TypeError(f"base must be an Aggregator, such as CoordinateWiseMedian(), got {base!r}")
         self.base = base
+        self.uses_products = self.uses_products or base.uses_products
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` when this rule or its base can't serve m workers of which f are Byzantine."""

@@ -1,10 +1,10 @@
 """The mean of the rows that Krum scores best."""
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.aggregators.krum import krum_scores
+from lightning_byzantine.aggregators.krum import best_scored
 from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.ordering import mean_of_nearest
+from lightning_byzantine.ordering import mean_of
 
 __all__ = ["MultiKrum"]
 
@@ -23,6 +23,8 @@ class MultiKrum(Aggregator):
         tensor([2.])
 
     """
+
+    uses_products = True
 
     def __init__(self, num_selected: int | None = None) -> None:
         super().__init__()
@@ -48,4 +50,4 @@ class MultiKrum(Aggregator):
         # Fewer than asked for where Bucketing has left fewer rows, after some were dropped.
         most = matrix.num_workers - num_byzantine
         count = most if self.num_selected is None else min(self.num_selected, most)
-        return matrix.combine(mean_of_nearest(krum_scores(matrix, num_byzantine), count))
+        return matrix.combine(mean_of(best_scored(matrix, num_byzantine, count), matrix.num_workers))

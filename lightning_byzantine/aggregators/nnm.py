@@ -1,10 +1,8 @@
 """Nearest-neighbour mixing."""
 
-import torch
-
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.ordering import mean_of_nearest
+from lightning_byzantine.ordering import mean_of
 
 __all__ = ["NNM"]
 
@@ -18,14 +16,17 @@ class NNM(MetaAggregator):
     Source: Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
 
     Example:
+        >>> import torch
         >>> from lightning_byzantine.aggregators import CoordinateWiseMedian
         >>> NNM(CoordinateWiseMedian())(torch.tensor([[1.0], [2.0], [90.0]]), num_byzantine=1)
         tensor([1.5000])
 
     """
 
+    uses_products = True
+
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the base's result on the mixed rows."""
         count = matrix.num_workers - num_byzantine
-        mixing = torch.stack([mean_of_nearest(distances, count) for distances in matrix.squared_distances()])
-        return self.base.locate(matrix.mix(mixing), num_byzantine)
+        neighbours = matrix.lowest(lambda squared: squared, count)
+        return self.base.locate(matrix.mix(mean_of(neighbours, matrix.num_workers)), num_byzantine)

@@ -318,7 +318,7 @@ def test_geometric_median_arguments() -> None:
         GeometricMedian(smoothing=float("nan"))
     with pytest.raises(TypeError, match="smoothing must be a number, got '1'"):
         GeometricMedian(smoothing="1")
-    with pytest.raises(ValueError, match="init must be 'median', 'mean' or 'zero', got 'random'"):
+    with pytest.raises(ValueError, match="init must be 'medoid', 'median', 'mean' or 'zero', got 'random'"):
         GeometricMedian(init="random")
 
 

@@ -1,0 +1,170 @@
+"""What every rule costs, in reads of the matrix: ``python tests/benchmarks/rules.py``.
+
+One read is the time of ``vectors.norm(dim=1)`` in the same run; in less than two of them, no rule can see all values
+and then write a combination. Each row of the table also compares with a straightforward version in torch. Times are
+medians of turns in which the read, every rule and every straightforward version follow one after the other.
+"""
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.aggregators import (
+    CTMA,
+    NNM,
+    Aggregator,
+    CoordinateWiseMedian,
+    CoordinateWiseTrimmedMean,
+    GeometricMedian,
+    Krum,
+    Mean,
+    MultiKrum,
+)
+
+Rule = Callable[[Tensor, int], Tensor]
+
+
+def plain_trimmed_mean(vectors: Tensor, f: int) -> Tensor:
+    return vectors.sort(dim=0).values[f : len(vectors) - f].mean(0)
+
+
+def plain_geometric_median(vectors: Tensor, f: int) -> Tensor:
+    """Converged as far as float32 goes, with passes over the columns in every iteration."""
+    point = vectors.mean(0)
+    for _ in range(100):
+        weights = 1 / (vectors - point).norm(dim=1).clamp(min=1e-12)
+        previous, point = point, (weights / weights.sum()) @ vectors
+        if (point - previous).norm() <= 1e-5 * (vectors - point).norm(dim=1).median():
+            break
+    return point
+
+
+def plain_krum_order(vectors: Tensor, f: int) -> Tensor:
+    squared = torch.cdist(vectors, vectors).square()
+    return squared.sort(dim=1).values[:, 1 : len(vectors) - f].sum(1).argsort()
+
+
+def plain_ctma(base: Rule) -> Rule:
+    """In the manner of a loop over the workers."""
+
+    def rule(vectors: Tensor, f: int) -> Tensor:
+        center = base(vectors, f)
+        distances = torch.stack([(vector - center).norm() for vector in vectors])
+        return vectors[distances.argsort()[: len(vectors) - f]].mean(0)
+
+    return rule
+
+
+def plain_nnm(base: Rule) -> Rule:
+    def rule(vectors: Tensor, f: int) -> Tensor:
+        order = torch.cdist(vectors, vectors).argsort(dim=1)[:, : len(vectors) - f]
+        return base(torch.stack([vectors[row].mean(0) for row in order]), f)
+
+    return rule
+
+
+def plain_median(vectors: Tensor, f: int) -> Tensor:
+    return vectors.median(0).values
+
+
+RULES: dict[str, tuple[Aggregator, Rule]] = {
+    "Mean": (Mean(), lambda vectors, f: vectors.mean(0)),
+    "CoordinateWiseMedian": (CoordinateWiseMedian(), plain_median),
+    "CoordinateWiseTrimmedMean": (CoordinateWiseTrimmedMean(), plain_trimmed_mean),
+    "GeometricMedian": (GeometricMedian(), plain_geometric_median),
+    "Krum": (Krum(), lambda vectors, f: vectors[plain_krum_order(vectors, f)[0]]),
+    "MultiKrum": (MultiKrum(), lambda vectors, f: vectors[plain_krum_order(vectors, f)[: len(vectors) - f]].mean(0)),
+    "CTMA(GeometricMedian)": (CTMA(GeometricMedian()), plain_ctma(plain_geometric_median)),
+    "CTMA(NNM(GeometricMedian))": (CTMA(NNM(GeometricMedian())), plain_ctma(plain_nnm(plain_geometric_median))),
+    "CTMA(CoordinateWiseMedian)": (CTMA(CoordinateWiseMedian()), plain_ctma(plain_median)),
+    "CTMA(NNM(CoordinateWiseMedian))": (CTMA(NNM(CoordinateWiseMedian())), plain_ctma(plain_nnm(plain_median))),
+}
+
+
+def measure(num_workers: int, dimension: int, names: list[str], turns: int, plain: bool) -> dict[str, dict[str, float]]:
+    """Return seconds of the read, each rule, and its straightforward version."""
+    vectors = torch.randn(num_workers, dimension, generator=torch.Generator().manual_seed(0))
+    f = (num_workers - 1) // 2
+    contenders: dict[tuple[str, str], Callable[[], object]] = {("read", ""): lambda: vectors.norm(dim=1)}
+    for name in names:
+        rule, straightforward = RULES[name]
+        contenders[name, "seconds"] = lambda rule=rule: rule(vectors, f)
+        if plain:
+            contenders[name, "plain"] = lambda rule=straightforward: rule(vectors, f)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
+    for turn in range(turns + 1):
+        for key, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if turn > 0:  # the first one warms up
+                times[key].append(time.perf_counter() - start)
+    middle = {key: median(values) for key, values in times.items()}
+    read = middle["read", ""]
+    return {
+        name: {
+            "workers": num_workers,
+            "dimension": dimension,
+            "read_ms": 1e3 * read,
+            "reads": middle[name, "seconds"] / read,
+            "plain_reads": middle.get((name, "plain"), math.nan) / read,
+        }
+        for name in names
+    }
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """Return the slope of the line through the points in logarithms, by least squares."""
+    x, y = torch.tensor(sizes).double().log(), torch.tensor(seconds).double().log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def main() -> None:
+    """Print the table and the exponents, and write the table to a file if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", nargs="+", type=int, default=[5, 9, 17, 33, 65])
+    parser.add_argument("--dimensions", nargs="+", type=int, default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--no_plain", action="store_true", help="leave the straightforward versions out")
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    print("| rule | workers | dimension | reads | straightforward | one read, ms |")
+    print("|---|---|---|---|---|---|", flush=True)
+    rows = []
+    for dimension in arguments.dimensions:
+        for num_workers in arguments.workers:
+            results = measure(num_workers, dimension, arguments.rules, arguments.turns, not arguments.no_plain)
+            for name, result in results.items():
+                rows.append({"rule": name} | result)
+                print(
+                    f"| `{name}` | {num_workers} | {dimension} | {result['reads']:.1f} | {result['plain_reads']:.1f} |"
+                    f" {result['read_ms']:.2f} |",
+                    flush=True,
+                )
+    if len(arguments.dimensions) > 1 and len(arguments.workers) > 1:
+        print("\n| rule | exponent in the dimension | exponent in the number of workers |\n|---|---|---|")
+        largest, most = max(arguments.dimensions), max(arguments.workers)
+        for name in arguments.rules:
+            in_d = [row for row in rows if row["rule"] == name and row["workers"] == most]
+            in_m = [row for row in rows if row["rule"] == name and row["dimension"] == largest]
+            slopes = [
+                exponent([row[key] for row in chosen], [row["reads"] * row["read_ms"] for row in chosen])
+                for key, chosen in (("dimension", in_d), ("workers", in_m))
+            ]
+            print(f"| `{name}` | {slopes[0]:.2f} | {slopes[1]:.2f} |")
+    if arguments.csv is not None:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
