@@ -174,4 +174,4 @@ def _undo_momentum(previous: Tensor | None, aggregate: Tensor, beta: float) -> T
     # g^_t = (v^_t - beta v^_{t-1}) / (1 - beta)
     if previous is None:
         return aggregate / (1 - beta)
-    return torch.sub(aggregate, previous, alpha=beta) / (1 - beta)
+    return torch.sub(aggregate, previous, alpha=beta).div_(1 - beta)

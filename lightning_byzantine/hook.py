@@ -24,7 +24,7 @@ class _Bucket:
 
     names: list[str | None]  # by parameter; None for one that is switched off, as `toggle_optimizer` does
     sizes: list[int]
-    gradient: Tensor  # DDP's buffer, which is not ours to write to
+    gradient: Tensor  # DDP's buffer
     future: Future[Tensor]
     sent: Tensor = field(init=False)
 
@@ -113,9 +113,13 @@ class AggregationHook:
         gradients = unscaled(bucket.gradient, self._loss_scale())
         if factor is not None:
             gradients = gradients * factor
-        sent = torch.zeros_like(gradients)
-        for (name, gradient), (_, part) in zip(bucket.split(gradients), bucket.split(sent), strict=True):
-            estimator.estimate(name, gradient, out=part)
+        sent = torch.empty_like(gradients)
+        parts = zip(bucket.names, *(torch.split(of, bucket.sizes) for of in (gradients, sent)), strict=True)
+        for name, gradient, part in parts:
+            if name is None:
+                part.zero_()
+            else:
+                estimator.estimate(name, gradient, out=part)
         return sent
 
     def _aggregated_gradients(self, buckets: list[_Bucket]) -> list[Tensor]:
@@ -139,11 +143,13 @@ class AggregationHook:
         return [self._gradient(self._estimator, *pair) for pair in zip(buckets, aggregates, strict=True)]
 
     def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:
-        gradients = [
-            part if name is None else estimator.gradient(name, part)
-            for name, part in zip(bucket.names, torch.split(aggregate, bucket.sizes), strict=True)
-        ]
-        return (torch.cat(gradients) * (self._loss_scale() or 1.0)).to(bucket.gradient.dtype)
+        # Into DDP's own buffer, as its all-reduce does, which saves DDP a copy.
+        scale = self._loss_scale()
+        parts = zip(bucket.names, *(torch.split(of, bucket.sizes) for of in (aggregate, bucket.gradient)), strict=True)
+        for name, part, target in parts:
+            gradient = part if name is None else estimator.gradient(name, part)
+            target.copy_(gradient if scale is None else gradient * scale)
+        return bucket.gradient
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:

@@ -199,12 +199,13 @@ class WorkerMatrix:
             point = self._values(point)
         if not isinstance(point, Combination):
             return [part.to(block.dtype) for part, block in zip(point, self.blocks, strict=True)]
-        return [
-            torch.cat([_weighted_sum(chunk, point.weights) for _, chunk in self._chunks(index, _at_least_float32)]).to(
-                block.dtype
-            )
-            for index, block in enumerate(self.blocks)
-        ]
+        sums = []
+        for index, block in enumerate(self.blocks):
+            total = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
+            for columns, chunk in self._chunks(index, _at_least_float32):
+                _weighted_sum(chunk, point.weights, out=total[columns])
+            sums.append(total.to(block.dtype))
+        return sums
 
     def measurable(self, from_products: bool = False) -> Tensor:
         """Return a mask [m]: rows that are finite and whose squared norm does not overflow the columns' dtype.
@@ -301,28 +302,25 @@ class WorkerMatrix:
     def _values(self, point: Coordinatewise) -> list[Tensor]:
         if point.values is None:
             matrix = point.matrix
-            point.values = [
-                torch.cat(
-                    [
-                        point.function(matrix._mixed(chunk).unbind())
-                        for _, chunk in matrix._chunks(index, _at_least_float32)
-                    ]
-                )
-                for index in range(len(self.blocks))
-            ]
+            point.values = []
+            for index, block in enumerate(self.blocks):
+                values = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
+                for columns, chunk in matrix._chunks(index, _at_least_float32):
+                    values[columns] = point.function(matrix._mixed(chunk).unbind())
+                point.values.append(values)
         return point.values
 
     def _compute_and_measure(self, point: Coordinatewise) -> tuple[Tensor, Tensor]:
         """Compute the point, and squared distances from it, in the same pass; float32 within a chunk."""
         values, norms = [], []
-        for index in range(len(self.blocks)):
-            parts = []
-            for _, chunk in self._chunks(index, _at_least_float32):
+        for index, block in enumerate(self.blocks):
+            whole = block.new_empty(block.shape[1])
+            for columns, chunk in self._chunks(index, _at_least_float32):
                 rows = point.matrix._mixed(chunk)
-                parts.append(point.function(rows.unbind()))
                 own = rows if point.matrix._mixing is self._mixing else self._mixed(chunk)
-                norms.append(torch.linalg.vector_norm(own - parts[-1], dim=1))
-            values.append(torch.cat(parts))
+                whole[columns] = point.function(rows.unbind())
+                norms.append(torch.linalg.vector_norm(own - whole[columns], dim=1))
+            values.append(whole)
         point.values = values
         squared = torch.stack(norms).double().square()
         sums = self._complete(torch.stack([squared.sum(0), squared.square().sum(0)]))
@@ -345,7 +343,10 @@ class WorkerMatrix:
         if self._mixing is None:
             return chunk
         if chunk.device.type != "cpu":
-            return torch.stack([_weighted_sum(chunk, weights) for weights in self._mixing])
+            mixed = chunk.new_empty(len(self._mixing), chunk.shape[1])
+            for row, weights in zip(mixed, self._mixing, strict=True):
+                _weighted_sum(chunk, weights, out=row)
+            return mixed
         # The last columns of a product are computed in another way if vector registers are not full, and then come
         # out different in the last digit, depending on where the chunk was cut.
         missing = -chunk.shape[1] % _REGISTERS
@@ -375,13 +376,13 @@ def _float64(_: torch.dtype) -> torch.dtype:
     return torch.float64
 
 
-def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return sum_i w_i x_i of the rows whose weight is not 0, of which there is at least one."""
+def _weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Write sum_i w_i x_i of the rows whose weight is not 0, of which there is at least one."""
     # Row by row and without fused operations, not as a product of matrices: each coordinate then comes out the same
     # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it; and
     # neither autocast nor TensorFloat-32, which round to three digits, have a say in it.
     first, *others = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
-    total: Tensor = first[0] * first[1]
+    torch.mul(*first, out=out)
+    product = torch.empty_like(out)
     for row, weight in others:
-        total += row * weight
-    return total
+        out += torch.mul(row, weight, out=product)
