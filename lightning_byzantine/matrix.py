@@ -46,11 +46,11 @@ class Coordinatewise:
 
     Args:
         matrix: the rows.
-        function: maps a list of m rows [c] (float32, or float64 for float64 blocks) to [c]; must not write to them.
+        function: maps m rows [m, c] (float32, or float64 for float64 blocks), which it may overwrite, to [c].
 
     """
 
-    def __init__(self, matrix: "WorkerMatrix", function: Callable[[Sequence[Tensor]], Tensor]) -> None:
+    def __init__(self, matrix: "WorkerMatrix", function: Callable[[Tensor], Tensor]) -> None:
         self.matrix = matrix
         self.function = function
         self.values: list[Tensor] | None = None
@@ -142,11 +142,11 @@ class WorkerMatrix:
         """Return the average of all rows, lazily."""
         return self.combine(torch.full((self.num_workers,), 1 / self.num_workers, dtype=torch.float64))
 
-    def coordinatewise(self, function: Callable[[Sequence[Tensor]], Tensor]) -> Coordinatewise:
+    def coordinatewise(self, function: Callable[[Tensor], Tensor]) -> Coordinatewise:
         """Return the point whose every coordinate is a function of m values, lazily; one pass when it is computed.
 
         Args:
-            function: maps a list of m rows [c] (float32, or float64 for float64 blocks) to [c]; must not write to them.
+            function: maps m rows [m, c] (float32, or float64 for float64 blocks), which it may overwrite, to [c].
 
         """
         return Coordinatewise(self, function)
@@ -288,8 +288,9 @@ class WorkerMatrix:
         """Return ||x_i||^2, [m], to six digits, where float32 arithmetic is quicker."""
         if not self._is_quick:
             return self.squared_norms()
+        scratch = _Scratch()
         norms = [
-            torch.linalg.vector_norm(self._mixed(chunk), dim=1)
+            torch.linalg.vector_norm(chunk if self._mixing is None else self._mixed(chunk, scratch), dim=1)
             for index in range(len(self.blocks))
             for _, chunk in self._chunks(index, _at_least_float32)
         ]
@@ -302,24 +303,25 @@ class WorkerMatrix:
     def _values(self, point: Coordinatewise) -> list[Tensor]:
         if point.values is None:
             matrix = point.matrix
-            point.values = []
+            point.values, scratch = [], _Scratch()
             for index, block in enumerate(self.blocks):
                 values = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
                 for columns, chunk in matrix._chunks(index, _at_least_float32):
-                    values[columns] = point.function(matrix._mixed(chunk).unbind())
+                    values[columns] = point.function(matrix._mixed(chunk, scratch))
                 point.values.append(values)
         return point.values
 
     def _compute_and_measure(self, point: Coordinatewise) -> tuple[Tensor, Tensor]:
         """Compute the point, and squared distances from it, in the same pass; float32 within a chunk."""
-        values, norms = [], []
+        values, norms, scratch, differences = [], [], _Scratch(), _Scratch()
         for index, block in enumerate(self.blocks):
             whole = block.new_empty(block.shape[1])
             for columns, chunk in self._chunks(index, _at_least_float32):
-                rows = point.matrix._mixed(chunk)
-                own = rows if point.matrix._mixing is self._mixing else self._mixed(chunk)
-                whole[columns] = point.function(rows.unbind())
-                norms.append(torch.linalg.vector_norm(own - whole[columns], dim=1))
+                value = whole[columns]
+                value.copy_(point.function(point.matrix._mixed(chunk, scratch)))
+                own = chunk if self._mixing is None else self._mixed(chunk, scratch)
+                difference = torch.sub(own, value, out=differences.like(own))
+                norms.append(torch.linalg.vector_norm(difference, dim=1))
             values.append(whole)
         point.values = values
         squared = torch.stack(norms).double().square()
@@ -329,21 +331,23 @@ class WorkerMatrix:
     def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 [m] statistic of mixed chunks; ``at(vector)`` is the vector's part that a chunk covers."""
         total = torch.zeros(self.num_workers, dtype=torch.float64, device=self.blocks[0].device)
+        scratch = _Scratch()
         for index in range(len(self.blocks)):
             for columns, chunk in self._chunks(index, _float64):
 
                 def at(vector: list[Tensor], index: int = index, columns: slice = columns) -> Tensor:
                     return vector[index][columns]
 
-                total += statistic(self._mixed(chunk), at)
+                rows = chunk if self._mixing is None else self._mixed(chunk, scratch)
+                total += statistic(rows, at)
         return self._complete(total).cpu()
 
-    def _mixed(self, chunk: Tensor) -> Tensor:
-        """Return this view's rows of a chunk of stored rows, [m, c]."""
+    def _mixed(self, chunk: Tensor, scratch: "_Scratch") -> Tensor:
+        """Write this view's rows of a chunk of stored rows into ``scratch``, and return them, [m, c]."""
         if self._mixing is None:
-            return chunk
+            return scratch.like(chunk).copy_(chunk)
         if chunk.device.type != "cpu":
-            mixed = chunk.new_empty(len(self._mixing), chunk.shape[1])
+            mixed = scratch.rows(self.num_workers, chunk)
             for row, weights in zip(mixed, self._mixing, strict=True):
                 _weighted_sum(chunk, weights, out=row)
             return mixed
@@ -352,7 +356,8 @@ class WorkerMatrix:
         missing = -chunk.shape[1] % _REGISTERS
         padded = nn.functional.pad(chunk, (0, missing)) if missing else chunk
         with all_digits():
-            return torch.mm(self._mixing.to(chunk.dtype), padded)[:, : chunk.shape[1]]
+            product = torch.mm(self._mixing.to(chunk.dtype), padded, out=scratch.rows(self.num_workers, padded))
+        return product[:, : chunk.shape[1]]
 
     def _chunks(self, index: int, dtype: Callable[[torch.dtype], torch.dtype]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (columns, stored rows of those columns) of one block, cut to fit the cache."""
@@ -366,6 +371,24 @@ class WorkerMatrix:
             columns = slice(start, start + width)
             chunk = block[:, columns] if every_row else block[:, columns][self._rows.to(block.device)]
             yield columns, chunk.to(working_dtype)
+
+
+class _Scratch:
+    """Memory for one chunk after the other: to get new pages for each of them costs as much as to compute it."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def rows(self, num_rows: int, chunk: Tensor) -> Tensor:
+        """Return an uninitialised [num_rows, c] tensor for a chunk [m, c]."""
+        size = num_rows * chunk.shape[1]
+        if self._memory is None or self._memory.numel() < size or self._memory.dtype != chunk.dtype:
+            self._memory = chunk.new_empty(size)
+        return self._memory[:size].view(num_rows, chunk.shape[1])
+
+    def like(self, chunk: Tensor) -> Tensor:
+        """Return an uninitialised tensor of the chunk's shape."""
+        return self.rows(chunk.shape[0], chunk)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

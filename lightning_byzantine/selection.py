@@ -9,14 +9,14 @@ from torch import Tensor
 __all__ = ["order_statistics"]
 
 
-def order_statistics(rows: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+def order_statistics(rows: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     """Return the values that would stand at ``ranks`` if every column was sorted.
 
     A sorting network on whole rows, without the comparisons that the ranks asked for don't depend on: as many
     operations for any values, each of them vectorised, where sorting along columns goes from one value to the next.
 
     Args:
-        rows: m rows [c] without NaN; not written to.
+        rows: [m, c] without NaN; overwritten, so that everything happens in the same few rows of the cache.
         ranks: in [0, m); 0 is the smallest value.
 
     Returns:
@@ -25,17 +25,22 @@ def order_statistics(rows: Sequence[Tensor], ranks: Sequence[int]) -> list[Tenso
     Source: Batcher's merge exchange, Knuth, The Art of Computer Programming, volume 3, section 5.2.2, algorithm M.
 
     Example:
-        >>> order_statistics(torch.tensor([[3.0, 1.0], [1.0, 5.0], [2.0, 4.0]]).unbind(), ranks=[1, 2])
+        >>> order_statistics(torch.tensor([[3.0, 1.0], [1.0, 5.0], [2.0, 4.0]]), ranks=[1, 2])
         [tensor([2., 4.]), tensor([3., 5.])]
 
     """
-    values = list(rows)
+    values = list(rows.unbind())
+    spare = torch.empty_like(values[0])
     for low, high, keeps_low, keeps_high in _network(len(values), tuple(ranks)):
         first, second = values[low], values[high]
-        if keeps_low:
-            values[low] = torch.minimum(first, second)
-        if keeps_high:
-            values[high] = torch.maximum(first, second)
+        if keeps_low and keeps_high:
+            torch.minimum(first, second, out=spare)
+            torch.maximum(first, second, out=second)
+            values[low], spare = spare, first
+        elif keeps_low:
+            torch.minimum(first, second, out=first)
+        else:
+            torch.maximum(first, second, out=second)
     return [values[rank] for rank in ranks]
 
 

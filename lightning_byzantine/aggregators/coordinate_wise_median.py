@@ -1,7 +1,5 @@
 """The median of every coordinate."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
@@ -28,7 +26,7 @@ class CoordinateWiseMedian(Aggregator):
         return matrix.coordinatewise(_median)
 
 
-def _median(rows: Sequence[Tensor]) -> Tensor:
+def _median(rows: Tensor) -> Tensor:
     num_workers = len(rows)
     if num_workers % 2 == 1:
         return order_statistics(rows, [num_workers // 2])[0]

@@ -1,6 +1,5 @@
 """The mean of every coordinate without its extremes."""
 
-from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -28,7 +27,7 @@ class CoordinateWiseTrimmedMean(Aggregator):
         """Return the vector of trimmed means."""
         kept = range(num_byzantine, matrix.num_workers - num_byzantine)
 
-        def trimmed_mean(rows: Sequence[Tensor]) -> Tensor:
+        def trimmed_mean(rows: Tensor) -> Tensor:
             # Row by row, so that a coordinate's result does not depend on where its chunk was cut.
             return reduce(torch.add, order_statistics(rows, kept)) / len(kept)
 
