@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_byzantine.matrix import WorkerMatrix
 
@@ -18,7 +18,10 @@ class Exchange(Protocol):
         """Begin to send one block [c], which must not be written to before :meth:`finish` returned."""
 
     def finish(self) -> WorkerMatrix:
-        """Wait for all blocks and return them as a matrix, in the order they were started."""
+        """Wait for all blocks and return them as a matrix, in the order they were started.
+
+        Its blocks are valid until the next :meth:`start`.
+        """
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Turn what this rank made of the matrix's blocks into whole blocks [c], the same on every rank."""
@@ -44,13 +47,14 @@ class AllGather:
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
         self._started: list[tuple[Tensor, dist.Work | None]] = []
+        self._received = _Buffers()
 
     def start(self, block: Tensor) -> None:
         """Gather one block asynchronously, so that backward goes on meanwhile."""
         if self.num_workers == 1:
             self._started.append((block[None], None))
             return
-        rows = torch.empty(self.num_workers, block.numel(), dtype=block.dtype, device=block.device)
+        rows = self._received.get(len(self._started), block, self.num_workers, block.numel())
         self._started.append((rows, _all_gather(rows.view(-1), block, async_op=True)))
 
     def finish(self) -> WorkerMatrix:
@@ -89,6 +93,7 @@ class AllToAll:
         self.num_workers = num_workers
         self._started: list[tuple[Tensor, int, dist.Work | None]] = []
         self._lengths: list[int] = []
+        self._sent, self._received = _Buffers(), _Buffers()
 
     def start(self, block: Tensor) -> None:
         """Send every rank its columns of one block asynchronously, so that backward goes on meanwhile."""
@@ -97,8 +102,10 @@ class AllToAll:
             return
         # Equal shards for all: the zeros that fill up the last one change no norm and no distance.
         width = -(-block.numel() // self.num_workers)
-        padded = nn.functional.pad(block, (0, self.num_workers * width - block.numel()))
-        shards = torch.empty(self.num_workers, width, dtype=block.dtype, device=block.device)
+        padded = self._sent.get(len(self._started), block, self.num_workers, width).view(-1)
+        padded[: block.numel()] = block
+        padded[block.numel() :] = 0
+        shards = self._received.get(len(self._started), block, self.num_workers, width)
         work = dist.all_to_all_single(shards.view(-1), padded, async_op=True)
         self._started.append((shards, block.numel(), work))
 
@@ -128,6 +135,21 @@ class AllToAll:
         if self.num_workers > 1:
             dist.all_reduce(statistic)
         return statistic
+
+
+class _Buffers:
+    """Memory that is kept from step to step: one [rows, columns] tensor for each block."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Tensor] = {}
+
+    def get(self, index: int, like: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the tensor of that block, with the contents it had, made anew if its shape or dtype has changed."""
+        buffer = self._buffers.get(index)
+        if buffer is None or buffer.shape != (rows, columns) or buffer.dtype != like.dtype:
+            buffer = like.new_empty(rows, columns)
+            self._buffers[index] = buffer
+        return buffer
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
