@@ -30,8 +30,8 @@ class Exchange(Protocol):
 class AllGather:
     """Every rank receives every worker's vector and aggregates for itself: it trusts nobody's values.
 
-    A rank moves (m - 1) d elements and holds (m + 2) d: all vectors, its own, and the result. A single worker needs no
-    process group.
+    A rank moves (m - 1) d elements and holds (m + 2) d: all vectors, its own, and the result. Memory for received
+    vectors is kept from step to step. A single worker needs no process group.
 
     Args:
         num_workers: number of ranks, m.
@@ -73,10 +73,10 @@ class AllGather:
 class AllToAll:
     """Every rank receives all workers' values of its 1/m of the columns, aggregates those, and shares the result.
 
-    A rank moves about 2 d elements, as in a ring all-reduce, and holds about 3 d: its vector, its columns of all
-    vectors, and the result. Statistics of whole rows are completed by a small float64 all-reduce each, so that all
-    ranks decide alike, and as :class:`AllGather` would have them decide. It trusts that every rank aggregates its own
-    columns, and reports their statistics, correctly.
+    A rank moves about 2 d elements, as in a ring all-reduce, and holds about 4 d: its vector and a copy in equal
+    shards, its columns of all vectors, and the result. Statistics of whole rows are completed by a small float64
+    all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have them decide. It trusts that
+    every rank aggregates its own columns, and reports their statistics, correctly.
 
     Args:
         num_workers: number of ranks, m.

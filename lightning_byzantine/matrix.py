@@ -1,7 +1,6 @@
 """The matrix of all workers' vectors, cut into column blocks: the one place that knows how it is stored."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -9,8 +8,10 @@ from torch import Tensor, nn
 
 from lightning_byzantine.gram import Gram, all_digits, centred_gram, quick_gram, quick_products
 from lightning_byzantine.ordering import nearest, told_apart
+from lightning_byzantine.points import Combination, Coordinatewise, Point
+from lightning_byzantine.scratch import Scratch
 
-__all__ = ["Combination", "Coordinatewise", "Point", "WorkerMatrix"]
+__all__ = ["WorkerMatrix"]
 
 # Bytes of one chunk: small enough that a CPU's cache holds it through all that is done to it but large enough to be
 # shared among its cores, and on an accelerator so large that launching kernels costs nothing beside running them.
@@ -27,37 +28,6 @@ _REGISTERS = 64
 _SHARP = 1e-6
 # Of a squared distance that is added up in float32 over one chunk: some times the rounding of float32.
 _ROUNDING_OF_NORMS = 16 * 2.0**-24
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A point sum_i w_i x_i, not yet computed.
-
-    Args:
-        weights: [n] float64 on the CPU, one for each stored row; their sum is 1.
-
-    """
-
-    weights: Tensor
-
-
-class Coordinatewise:
-    """A point whose every coordinate is a function of the workers' values of it, not yet computed.
-
-    Args:
-        matrix: the rows.
-        function: maps m rows [m, c] (float32, or float64 for float64 blocks), which it may overwrite, to [c].
-
-    """
-
-    def __init__(self, matrix: "WorkerMatrix", function: Callable[[Tensor], Tensor]) -> None:
-        self.matrix = matrix
-        self.function = function
-        self.values: list[Tensor] | None = None
-
-
-#: A vector in R^d: weights of rows, a function of rows, or one [c_b] tensor for each column block.
-Point = Combination | Coordinatewise | list[Tensor]
 
 
 class WorkerMatrix:
@@ -288,7 +258,7 @@ class WorkerMatrix:
         """Return ||x_i||^2, [m], to six digits, where float32 arithmetic is quicker."""
         if not self._is_quick:
             return self.squared_norms()
-        scratch = _Scratch()
+        scratch = Scratch()
         norms = [
             torch.linalg.vector_norm(chunk if self._mixing is None else self._mixed(chunk, scratch), dim=1)
             for index in range(len(self.blocks))
@@ -303,7 +273,7 @@ class WorkerMatrix:
     def _values(self, point: Coordinatewise) -> list[Tensor]:
         if point.values is None:
             matrix = point.matrix
-            point.values, scratch = [], _Scratch()
+            point.values, scratch = [], Scratch()
             for index, block in enumerate(self.blocks):
                 values = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
                 for columns, chunk in matrix._chunks(index, _at_least_float32):
@@ -313,7 +283,7 @@ class WorkerMatrix:
 
     def _compute_and_measure(self, point: Coordinatewise) -> tuple[Tensor, Tensor]:
         """Compute the point, and squared distances from it, in the same pass; float32 within a chunk."""
-        values, norms, scratch, differences = [], [], _Scratch(), _Scratch()
+        values, norms, scratch, differences = [], [], Scratch(), Scratch()
         for index, block in enumerate(self.blocks):
             whole = block.new_empty(block.shape[1])
             for columns, chunk in self._chunks(index, _at_least_float32):
@@ -331,7 +301,7 @@ class WorkerMatrix:
     def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 [m] statistic of mixed chunks; ``at(vector)`` is the vector's part that a chunk covers."""
         total = torch.zeros(self.num_workers, dtype=torch.float64, device=self.blocks[0].device)
-        scratch = _Scratch()
+        scratch = Scratch()
         for index in range(len(self.blocks)):
             for columns, chunk in self._chunks(index, _float64):
 
@@ -342,7 +312,7 @@ class WorkerMatrix:
                 total += statistic(rows, at)
         return self._complete(total).cpu()
 
-    def _mixed(self, chunk: Tensor, scratch: "_Scratch") -> Tensor:
+    def _mixed(self, chunk: Tensor, scratch: Scratch) -> Tensor:
         """Write this view's rows of a chunk of stored rows into ``scratch``, and return them, [m, c]."""
         if self._mixing is None:
             return scratch.like(chunk).copy_(chunk)
@@ -371,24 +341,6 @@ class WorkerMatrix:
             columns = slice(start, start + width)
             chunk = block[:, columns] if every_row else block[:, columns][self._rows.to(block.device)]
             yield columns, chunk.to(working_dtype)
-
-
-class _Scratch:
-    """Memory for one chunk after the other: to get new pages for each of them costs as much as to compute it."""
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def rows(self, num_rows: int, chunk: Tensor) -> Tensor:
-        """Return an uninitialised [num_rows, c] tensor for a chunk [m, c]."""
-        size = num_rows * chunk.shape[1]
-        if self._memory is None or self._memory.numel() < size or self._memory.dtype != chunk.dtype:
-            self._memory = chunk.new_empty(size)
-        return self._memory[:size].view(num_rows, chunk.shape[1])
-
-    def like(self, chunk: Tensor) -> Tensor:
-        """Return an uninitialised tensor of the chunk's shape."""
-        return self.rows(chunk.shape[0], chunk)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
 FLOORS = {
-    0: ["checks", "errors", "gradients", "gram", "matrix", "ordering", "rng", "seeding", "selection", "snapshot"],
+    0: [
+        "checks",
+        "errors",
+        "gradients",
+        "gram",
+        "matrix",
+        "ordering",
+        "points",
+        "rng",
+        "scratch",
+        "seeding",
+        "selection",
+        "snapshot",
+    ],
     1: ["aggregators", "attacks", "estimators", "optim"],
     2: ["exchange"],
     3: ["callbacks", "hook", "isolation", "previous_point", "registry", "strategy", "worker_states", "wrapping"],

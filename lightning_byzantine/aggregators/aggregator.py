@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lightning_byzantine.checks import check_num_byzantine, check_vectors
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.points import Point
 
 __all__ = ["Aggregator"]
 
@@ -19,6 +20,10 @@ class Aggregator(nn.Module, ABC):
     plain tensors and DDP's buckets alike. It is a :class:`torch.nn.Module` without parameters, so that what it keeps
     between steps is in its ``state_dict``, however rules are nested.
 
+    Attributes:
+        uses_products: whether the rule, or its base, needs the rows' inner products, so that their norms need no pass
+            of their own.
+
     Example:
         >>> class FirstRow(Aggregator):
         ...     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
@@ -28,7 +33,6 @@ class Aggregator(nn.Module, ABC):
 
     """
 
-    #: Whether the rule needs the rows' inner products, so that their norms need no pass of their own.
     uses_products: bool = False
 
     @abstractmethod

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.points import Point
 from lightning_byzantine.selection import order_statistics
 
 __all__ = ["CoordinateWiseTrimmedMean"]

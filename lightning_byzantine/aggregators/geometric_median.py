@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
 from lightning_byzantine.checks import check_at_least, check_integer_at_least
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.points import Point
 
 __all__ = ["GeometricMedian"]
 

@@ -1,7 +1,8 @@
 """The rule of stock DDP."""
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.points import Point
 
 __all__ = ["Mean"]
 

@@ -3,8 +3,9 @@
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.krum import best_scored
 from lightning_byzantine.checks import check_integer_at_least
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.ordering import mean_of
+from lightning_byzantine.points import Point
 
 __all__ = ["MultiKrum"]
 

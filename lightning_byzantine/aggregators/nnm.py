@@ -1,8 +1,9 @@
 """Nearest-neighbour mixing."""
 
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.ordering import mean_of
+from lightning_byzantine.points import Point
 
 __all__ = ["NNM"]
 
