@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Gram", "all_digits", "centred_gram", "quick_gram", "quick_products"]
+__all__ = ["Gram", "all_digits", "are_sharp", "centred_gram", "quick_gram", "quick_products"]
 
 # A squared distance below this part of the squared norms it is the difference of has lost too many of their 16 digits.
 _LOST = 1e-6
@@ -66,8 +66,12 @@ class Gram:
 
     def is_sharp(self) -> bool:
         """Tell whether all distances between rows are known to six digits."""
-        squared, errors = self.squared_distances()
-        return bool((errors <= _SHARP * squared).all())
+        return are_sharp(*self.squared_distances())
+
+
+def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
+    """Tell whether all squared distances are known to six digits."""
+    return bool((errors <= _SHARP * squared_distances).all())
 
 
 def quick_products(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,9 @@ class _Bucket:
     future: Future[Tensor]
     sent: Tensor = field(init=False)
 
-    def split(self, buffer: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """Return a buffer's part for each parameter that is not switched off."""
-        named = zip(self.names, torch.split(buffer, self.sizes), strict=True)
-        return ((name, part) for name, part in named if name is not None)
+    def parts(self, *buffers: Tensor) -> Iterable[tuple[Any, ...]]:
+        """Return each parameter's name with its part of each buffer."""
+        return zip(self.names, *(torch.split(buffer, self.sizes) for buffer in buffers), strict=True)
 
 
 class AggregationHook:
@@ -68,6 +68,7 @@ class AggregationHook:
         self._loss_scale = loss_scale
         self._max_norm = max_norm
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        self._scale: float | None = None
         self._buckets: list[_Bucket] = []
 
     def register(self, model: DistributedDataParallel) -> None:
@@ -77,6 +78,8 @@ class AggregationHook:
     @torch.no_grad()
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
         """Send one bucket, and after the last one aggregate."""
+        if not self._buckets:
+            self._scale = self._loss_scale()  # once a step, since a GPU has to be waited for
         buffer = bucket.buffer()
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
@@ -97,9 +100,8 @@ class AggregationHook:
 
     def _clipping_factor(self, buckets: list[_Bucket], max_norm: float) -> Tensor:
         # By name, for the last digit not to depend on how DDP made its buckets.
-        parts = dict(pair for bucket in buckets for pair in bucket.split(bucket.gradient))
-        scale = self._loss_scale()
-        return clipping_factor([unscaled(parts[name], scale) for name in sorted(parts)], max_norm)
+        parts = {name: part for bucket in buckets for name, part in bucket.parts(bucket.gradient) if name is not None}
+        return clipping_factor([unscaled(parts[name], self._scale) for name in sorted(parts)], max_norm)
 
     def _send(self, bucket: _Bucket, factor: Tensor | None = None) -> None:
         if self._estimator is None:
@@ -110,12 +112,11 @@ class AggregationHook:
 
     def _estimate(self, estimator: Estimator, bucket: _Bucket, factor: Tensor | None) -> Tensor:
         # Momentum mixes steps, and so must not see a loss scale that changes between them.
-        gradients = unscaled(bucket.gradient, self._loss_scale())
+        gradients = unscaled(bucket.gradient, self._scale)
         if factor is not None:
             gradients = gradients * factor
         sent = torch.empty_like(gradients)
-        parts = zip(bucket.names, *(torch.split(of, bucket.sizes) for of in (gradients, sent)), strict=True)
-        for name, gradient, part in parts:
+        for name, gradient, part in bucket.parts(gradients, sent):
             if name is None:
                 part.zero_()
             else:
@@ -129,7 +130,7 @@ class AggregationHook:
         except ByzantineBreakdownError:
             if self._estimator is not None:
                 self._estimator.discard()
-            if self._loss_scale() is None:
+            if self._scale is None:
                 raise
             # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
             return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
@@ -144,11 +145,9 @@ class AggregationHook:
 
     def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:
         # Into DDP's own buffer, as its all-reduce does, which saves DDP a copy.
-        scale = self._loss_scale()
-        parts = zip(bucket.names, *(torch.split(of, bucket.sizes) for of in (aggregate, bucket.gradient)), strict=True)
-        for name, part, target in parts:
+        for name, part, target in bucket.parts(aggregate, bucket.gradient):
             gradient = part if name is None else estimator.gradient(name, part)
-            target.copy_(gradient if scale is None else gradient * scale)
+            target.copy_(gradient if self._scale is None else gradient * self._scale)
         return bucket.gradient
 
 

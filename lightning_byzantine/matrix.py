@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lightning_byzantine.gram import Gram, all_digits, centred_gram, quick_gram, quick_products
+from lightning_byzantine.gram import Gram, all_digits, are_sharp, centred_gram, quick_gram, quick_products
 from lightning_byzantine.ordering import nearest, told_apart
 from lightning_byzantine.points import Combination, Coordinatewise, Point
 from lightning_byzantine.scratch import Scratch
@@ -24,8 +24,6 @@ _LARGEST_SQUARED_NORM = 1e300
 # Columns that fill vector registers of any size.
 _REGISTERS = 64
 
-# A squared distance is sharp if it is known to this part of itself.
-_SHARP = 1e-6
 # Of a squared distance that is added up in float32 over one chunk: some times the rounding of float32.
 _ROUNDING_OF_NORMS = 16 * 2.0**-24
 
@@ -155,9 +153,7 @@ class WorkerMatrix:
     def distances(self, center: Point) -> Tensor:
         """Return ||x_i - center||, [m]: no pass over the columns when ``center`` is a :class:`Combination`."""
         squared, errors = self._measured_from(center)
-        if (errors > _SHARP * squared).any():
-            return self._exact_distances(center)
-        return squared.sqrt()
+        return squared.sqrt() if are_sharp(squared, errors) else self._exact_distances(center)
 
     def length(self, direction: Tensor) -> Tensor:
         """Return ||sum_i u_i x_i|| for weights u, [m], whose sum is 0: the length of a step between combinations."""
@@ -207,14 +203,16 @@ class WorkerMatrix:
         quick = self._stored._quick_gram
         if quick is not None and (selected := quick.rows(self._rows)).is_sharp():
             return selected
+        return self._exact_inner()
+
+    def _exact_inner(self) -> Gram:
         products = centred_gram(self._products)
         return Gram(products, torch.zeros_like(products))
 
     def _exact_gram(self) -> Gram:
         source = self._source
         if source._inner.errors.any():
-            products = centred_gram(source._products)
-            source._inner = Gram(products, torch.zeros_like(products))
+            source._inner = source._exact_inner()
         return self._gram
 
     @cached_property

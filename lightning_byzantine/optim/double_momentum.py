@@ -172,9 +172,7 @@ class DoubleMomentum(Optimizer):
 
         """
         if self.receives_estimates:
-            raise RuntimeError(
-                "Under ByzantineDDPStrategy, which evaluates the previous point, this must not be called"
-            )
+            raise RuntimeError("ByzantineDDPStrategy evaluates the previous point itself: leave out `previous_point`")
         parameters = list(self._parameters())
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
