@@ -1,5 +1,6 @@
 """The gradients of the workers that one process acts as."""
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["LocalGradients"]
@@ -18,7 +19,6 @@ class LocalGradients:
         worker: whose batch is being worked on, in [0, k).
 
     Example:
-        >>> import torch
         >>> weight = nn.Parameter(torch.tensor([1.0]))
         >>> gradients = LocalGradients({"weight": weight}, num_workers=2)
         >>> (3 * weight).sum().backward()
@@ -42,6 +42,12 @@ class LocalGradients:
                 gradient = parameter.grad.flatten()
                 kept[name] = kept[name] + gradient if name in kept else gradient
                 parameter.grad = None
+
+    def define(self) -> None:
+        """Put zeros where a parameter has no gradient but some worker's batch used it, as DDP's bookkeeping expects."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None and any(name in kept for kept in self._kept):
+                parameter.grad = torch.zeros_like(parameter)
 
     def of(self, worker: int, name: str, arrived: Tensor) -> Tensor:
         """Return a worker's gradient, [n], for one parameter; zeros if it has none.

@@ -218,6 +218,8 @@ class ByzantineDDPStrategy(DDPStrategy):
         if self.window.position == 0:
             gradients.clear()
         gradients.worker = self.window.worker
+        if self.model.find_unused_parameters and self.model.require_backward_grad_sync:
+            gradients.define()
         # Lightning divides by the number of batches of all workers together.
         loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
         if not self.model.require_backward_grad_sync:
