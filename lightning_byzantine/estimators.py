@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_byzantine.checks import check_number
 
-__all__ = ["Estimator", "WorkerMomentum"]
+__all__ = ["Estimator", "WorkerMomentum", "keep"]
 
 
 class Estimator(ABC):
@@ -38,7 +38,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
-        """Write what the worker sends for one parameter into ``out``, which the estimator may keep.
+        """Write what the worker sends for one parameter into ``out``, which is overwritten in the next step.
 
         Args:
             name: the parameter's name in the LightningModule.
@@ -57,12 +57,13 @@ class Estimator(ABC):
         """Leave the worker's state as it was before this step's estimates."""
 
     @abstractmethod
-    def gradient(self, name: str, aggregate: Tensor) -> Tensor:
-        """Return the gradient for the optimizer, given what the rule made of all workers' estimates.
+    def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
+        """Write the gradient for the optimizer into ``out``, given what the rule made of all workers' estimates.
 
         Args:
             name: the parameter's name in the LightningModule.
-            aggregate: [n], the same on every rank; the estimator may keep it.
+            aggregate: [n], the same on every rank, overwritten in the next step.
+            out: [n], in the dtype of the parameter.
 
         """
 
@@ -76,7 +77,22 @@ class Estimator(ABC):
 
     @abstractmethod
     def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`worker_state`, for each worker, and :meth:`shared_state` returned."""
+        """Continue from copies of what :meth:`worker_state`, for each worker, and :meth:`shared_state` returned."""
+
+
+def keep(values: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy values to where an estimator keeps them, into the same memory at every step.
+
+    Args:
+        values: [n] by parameter name.
+        state: what is kept; parameters that are not among the values stay.
+
+    """
+    for name, value in values.items():
+        if name in state:
+            state[name].copy_(value)
+        else:
+            state[name] = value.clone()
 
 
 class WorkerMomentum(Estimator):
@@ -103,10 +119,11 @@ class WorkerMomentum(Estimator):
     ICML 2024 (arXiv 2405.14759).
 
     Example:
-        >>> momentum, sent = WorkerMomentum(beta=0.9), torch.empty(1)
+        >>> momentum, sent, gradient = WorkerMomentum(beta=0.9), torch.empty(1), torch.empty(1)
         >>> momentum.estimate("weight", torch.tensor([2.0]), out=sent)
         >>> momentum.commit()
-        >>> sent, momentum.gradient("weight", aggregate=sent)
+        >>> momentum.gradient("weight", aggregate=sent, out=gradient)
+        >>> sent, gradient
         (tensor([0.2000]), tensor([2.]))
 
     """
@@ -136,19 +153,19 @@ class WorkerMomentum(Estimator):
 
     def commit(self, worker: int = 0) -> None:
         """Make v_t the momentum."""
-        self._momentum[worker].update(self._pending.pop(worker, {}))
+        keep(self._pending.pop(worker, {}), self._momentum[worker])
 
     def discard(self, worker: int = 0) -> None:
         """Keep v_{t-1}."""
         self._pending.pop(worker, None)
 
-    def gradient(self, name: str, aggregate: Tensor) -> Tensor:
-        """Return g^_t, or v^_t when not transparent."""
+    def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
+        """Write g^_t, or v^_t when not transparent, into ``out``."""
         if not self.transparent:
-            return aggregate
-        previous = self._aggregate.get(name)
-        self._aggregate[name] = aggregate
-        return _undo_momentum(previous, aggregate, self.beta)
+            out.copy_(aggregate)
+            return
+        _undo_momentum(self._aggregate.get(name), aggregate, self.beta, out)
+        keep({name: aggregate}, self._aggregate)
 
     def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
         """Return v_t."""
@@ -161,8 +178,9 @@ class WorkerMomentum(Estimator):
     def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
         """Continue from v_t and v^_t."""
         self.reset()
-        self._momentum.update(enumerate(map(dict, workers)))
-        self._aggregate.update(shared)
+        for worker, state in enumerate(workers):
+            keep(state, self._momentum[worker])
+        keep(shared, self._aggregate)
 
 
 def _momentum(previous: Tensor | None, gradient: Tensor, beta: float, from_zero: bool, out: Tensor) -> None:
@@ -173,8 +191,11 @@ def _momentum(previous: Tensor | None, gradient: Tensor, beta: float, from_zero:
         torch.lerp(gradient, previous, beta, out=out)
 
 
-def _undo_momentum(previous: Tensor | None, aggregate: Tensor, beta: float) -> Tensor:
-    # g^_t = (v^_t - beta v^_{t-1}) / (1 - beta)
+def _undo_momentum(previous: Tensor | None, aggregate: Tensor, beta: float, out: Tensor) -> None:
+    # g^_t = (v^_t - beta v^_{t-1}) / (1 - beta) = v^_{t-1} + (v^_t - v^_{t-1}) / (1 - beta)
     if previous is None:
-        return aggregate / (1 - beta)
-    return torch.sub(aggregate, previous, alpha=beta).div_(1 - beta)
+        torch.div(aggregate, 1 - beta, out=out)
+    elif out.dtype == aggregate.dtype:
+        torch.lerp(previous, aggregate, 1 / (1 - beta), out=out)
+    else:
+        out.copy_(torch.lerp(previous, aggregate, 1 / (1 - beta)))

@@ -12,7 +12,20 @@ __all__ = ["AllGather", "AllToAll", "Exchange", "gather", "gather_to_first"]
 
 
 class Exchange(Protocol):
-    """One exchange a step: :meth:`start` for every block of the workers' vectors, then :meth:`finish` once."""
+    """One exchange a step: :meth:`start` for every block of the workers' vectors, :meth:`finish`, :meth:`collect`.
+
+    Memory is kept from step to step, so whatever an exchange returns is valid until the next :meth:`start`.
+    """
+
+    def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+        """Return memory [k, c] for the next block to start, so that it need not be copied; its contents are left over.
+
+        Args:
+            num_rows: k.
+            num_columns: c.
+            like: any tensor of the block's dtype and device.
+
+        """
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
         """Begin to send one block.
@@ -24,24 +37,25 @@ class Exchange(Protocol):
 
         """
 
-    def finish(self) -> WorkerMatrix:
+    def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
         """Wait for all blocks and return them as a matrix, in the order they were started.
 
-        Rows go by rank, and within a rank as they were sent. Blocks are valid until the next :meth:`start`.
+        Rows go by rank, and within a rank as they were sent. They may be overwritten by :meth:`collect`.
+
+        Args:
+            previous: what came of the step before, as whole blocks [c]; the matrix has this rank's part of it.
+
         """
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Turn what this rank made of the matrix's blocks into whole blocks [c], the same on every rank."""
 
-    def share(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return this rank's part of whole blocks [c], in the columns of its matrix: :meth:`collect` undone."""
-
 
 class AllGather:
     """Every rank receives every worker's vector and aggregates for itself: it trusts nobody's values.
 
-    A rank moves (m - k) d elements and holds (m + k + 1) d: all vectors, its own, and the result. Memory for received
-    vectors is kept from step to step. A single rank needs no process group.
+    A rank moves (m - k) d elements and holds (m + k + 1) d: all vectors, its own, and the result. A single one needs no
+    process group.
 
     Args:
         num_ranks: number of processes, m / k.
@@ -57,7 +71,11 @@ class AllGather:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._started: list[tuple[Tensor, Names, dist.Work | None]] = []
-        self._received = _Buffers()
+        self._sent, self._received = _Buffers(), _Buffers()
+
+    def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+        """Return kept memory."""
+        return self._sent.get(len(self._started), like, num_rows, num_columns)
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
         """Gather one block asynchronously, so that backward goes on meanwhile."""
@@ -67,30 +85,28 @@ class AllGather:
         received = self._received.get(len(self._started), rows, self.num_ranks * rows.shape[0], rows.shape[1])
         self._started.append((received, names, _all_gather(received.view(-1), rows.view(-1), async_op=True)))
 
-    def finish(self) -> WorkerMatrix:
+    def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
         """Wait for all blocks."""
         started, self._started = self._started, []
         for *_, work in started:
             if work is not None:
                 work.wait()
-        return WorkerMatrix([rows for rows, *_ in started], layout=tuple(names for _, names, _ in started))
+        matrix = WorkerMatrix([rows for rows, *_ in started], layout=tuple(names for _, names, _ in started))
+        matrix.previous = previous
+        return matrix
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Return the parts: every rank has aggregated all columns."""
         return parts
 
-    def share(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return the whole blocks: every rank has all columns."""
-        return wholes
-
 
 class AllToAll:
     """Every rank receives all workers' values of its share of the columns, aggregates those, and shares the result.
 
-    With one worker a rank, it moves about 2 d elements, as in a ring all-reduce, and holds about 4 d: its vector and a
-    copy in equal shards, its columns of all vectors, and the result. Statistics of whole rows are completed by a small
-    float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have them decide. It trusts
-    that every rank aggregates its own columns, and reports their statistics, correctly.
+    With one worker a rank, it moves about 2 d elements, as in a ring all-reduce, and holds about as many: its vector in
+    equal shards, and its columns of all vectors, in whose place the result comes. Statistics of whole rows are completed
+    by a small float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have them decide.
+    It trusts that every rank aggregates its own columns, and reports their statistics, correctly.
 
     Args:
         num_ranks: number of processes, m / k.
@@ -107,7 +123,15 @@ class AllToAll:
         self.num_ranks = num_ranks
         self._started: list[tuple[Tensor, int, Names, dist.Work | None]] = []
         self._lengths: list[int] = []
-        self._sent, self._received = _Buffers(), _Buffers()
+        self._sent, self._received, self._unsharded = _Buffers(), _Buffers(), _Buffers()
+
+    def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+        """Return kept memory; that of the shards themselves where a rank is one worker."""
+        index = len(self._started)
+        if num_rows > 1 or self.num_ranks == 1:
+            return self._unsharded.get(index, like, num_rows, num_columns)
+        shards = self._sent.get(index, like, self.num_ranks, self._width(num_columns))
+        return shards.view(-1)[:num_columns][None]
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
         """Send every rank its columns of one block asynchronously, so that backward goes on meanwhile."""
@@ -115,19 +139,18 @@ class AllToAll:
         if self.num_ranks == 1:
             self._started.append((rows, length, names, None))
             return
-        # Equal shards for all: the zeros that fill up the last one change no norm and no distance.
-        width = -(-length // self.num_ranks)
-        index = len(self._started)
+        index, width = len(self._started), self._width(length)
         sent = self._sent.get(index, rows, self.num_ranks * num_local, width)
         for rank, shard in enumerate(sent.view(self.num_ranks, num_local, width)):
             own = rows[:, rank * width : (rank + 1) * width]
-            shard[:, : own.shape[1]] = own
-            shard[:, own.shape[1] :] = 0
+            if rows.data_ptr() != sent.data_ptr():
+                shard[:, : own.shape[1]] = own
+            shard[:, own.shape[1] :] = 0  # changes no norm and no distance
         shards = self._received.get(index, rows, self.num_ranks * num_local, width)
         work = dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True)
         self._started.append((shards, length, names, work))
 
-    def finish(self) -> WorkerMatrix:
+    def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
         """Wait for all shards."""
         started, self._started = self._started, []
         for *_, work in started:
@@ -135,26 +158,32 @@ class AllToAll:
                 work.wait()
         self._lengths = [length for _, length, *_ in started]
         layout = tuple(names for _, _, names, _ in started)
-        return WorkerMatrix([shards for shards, *_ in started], self._sum_over_ranks, self._rank(), layout)
+        matrix = WorkerMatrix([shards for shards, *_ in started], self._sum_over_ranks, self._rank(), layout)
+        matrix.previous = None if previous is None else [self._own_columns(whole) for whole in previous]
+        return matrix
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Gather the aggregated shards of each block."""
         if self.num_ranks == 1:
             return parts
-        wholes = [part.new_empty(self.num_ranks * part.numel()) for part in parts]
-        works = [_all_gather(whole, part, async_op=True) for whole, part in zip(wholes, parts, strict=True)]
+        # Nobody needs the columns any more that they were made of.
+        wholes = [self._received.first(index, self.num_ranks * part.numel()) for index, part in enumerate(parts)]
+        works = [
+            # A rule may have returned a row as it came.
+            _all_gather(whole, part.clone() if _overlap(whole, part) else part, async_op=True)
+            for whole, part in zip(wholes, parts, strict=True)
+        ]
         for work in works:
             work.wait()
         return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
 
-    def share(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Cut this rank's columns out of whole blocks, with zeros in the place of those that fill up."""
-        parts = []
-        for whole in wholes:
-            width = -(-whole.numel() // self.num_ranks)
-            own = whole[self._rank() * width :][:width]
-            parts.append(nn.functional.pad(own, (0, width - own.numel())))
-        return parts
+    def _own_columns(self, whole: Tensor) -> Tensor:
+        width = self._width(whole.numel())
+        own = whole[self._rank() * width :][:width]
+        return nn.functional.pad(own, (0, width - own.numel()))
+
+    def _width(self, length: int) -> int:
+        return -(-length // self.num_ranks)  # equal shards for all
 
     def _rank(self) -> int:
         return dist.get_rank() if self.num_ranks > 1 else 0
@@ -178,6 +207,14 @@ class _Buffers:
             buffer = like.new_empty(rows, columns)
             self._buffers[index] = buffer
         return buffer
+
+    def first(self, index: int, length: int) -> Tensor:
+        """Return the first elements of that block, flat."""
+        return self._buffers[index].view(-1)[:length]
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
 def gather(tensor: Tensor) -> list[Tensor]:

@@ -132,7 +132,8 @@ class AggregationHook:
         dtype = bucket.gradient.dtype
         if self._estimator is not None:
             dtype = torch.promote_types(dtype, torch.float32)
-        rows = bucket.gradient.new_empty(self.gradients.num_workers, bucket.gradient.numel(), dtype=dtype)
+        like = bucket.gradient[:0].to(dtype)
+        rows = self.exchange.room(self.gradients.num_workers, bucket.gradient.numel(), like)
         for name, arrived, part in bucket.parts(bucket.gradient, rows):
             if name is None:
                 part.zero_()
@@ -174,9 +175,11 @@ class AggregationHook:
     def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:
         # Into DDP's own buffer, as its all-reduce does, which saves DDP a copy.
         for name, part, target in bucket.parts(aggregate, bucket.gradient):
-            gradient = part if name is None else estimator.gradient(name, part)
-            target.copy_(gradient if self._scale is None else gradient * self._scale)
-        return bucket.gradient
+            if name is None:
+                target.copy_(part)
+            else:
+                estimator.gradient(name, part, target)
+        return bucket.gradient if self._scale is None else bucket.gradient.mul_(self._scale)
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:

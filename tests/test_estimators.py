@@ -16,8 +16,10 @@ def run(estimators: list[WorkerMomentum], gradients: Tensor) -> list[Tensor]:
             estimator.estimate("weight", gradient, out)
             estimator.commit()
         aggregate = torch.stack(sent).mean(0)
-        first, *_ = [estimator.gradient("weight", aggregate.clone()) for estimator in estimators]
-        received.append(first)
+        gradient = torch.empty_like(aggregate)
+        for estimator in estimators:
+            estimator.gradient("weight", aggregate.clone(), gradient)
+        received.append(gradient)
     return received
 
 

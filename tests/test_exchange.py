@@ -126,7 +126,7 @@ def tamper_shards(attack: Attack, length: int) -> Tensor:
     exchange = AllToAll(torch.distributed.get_world_size())
     exchange.start(torch.zeros(1, length))
     matrix = attack.tamper(exchange.finish(), [0, 1])
-    return torch.stack([exchange.collect([matrix.blocks[0][row]])[0] for row in (0, 1)])
+    return torch.stack([exchange.collect([matrix.blocks[0][row]])[0].clone() for row in (0, 1)])
 
 
 def test_noise_is_independent_over_shards(three_ranks: RankPool) -> None:

@@ -144,17 +144,17 @@ class _TamperedExchange:
         self._attack = attack
         self._workers = workers
 
+    def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+        return self._exchange.room(num_rows, num_columns, like)
+
     def start(self, rows: Tensor, names: Names = ()) -> None:
         self._exchange.start(rows, names)
 
-    def finish(self) -> WorkerMatrix:
-        return self._attack.tamper(self._exchange.finish(), self._workers)
+    def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
+        return self._attack.tamper(self._exchange.finish(previous), self._workers)
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         return self._exchange.collect(parts)
-
-    def share(self, wholes: list[Tensor]) -> list[Tensor]:
-        return self._exchange.share(wholes)
 
 
 def _num_workers(strategy: DDPStrategy) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byzantine.estimators import Estimator
+from lightning_byzantine.estimators import Estimator, keep
 from lightning_byzantine.optim.schedule import Schedule
 
 __all__ = ["DoubleMomentumEstimator"]
@@ -119,15 +119,15 @@ class DoubleMomentumEstimator(Estimator):
         """Keep d_{t-1}."""
         self._pending.pop(worker, None)
 
-    def gradient(self, name: str, aggregate: Tensor) -> Tensor:
-        """Return d^_t: the optimizer steps by it."""
+    def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
+        """Write d^_t into ``out``: the optimizer steps by it."""
         self.aggregated = True
-        return aggregate
+        out.copy_(aggregate)
 
     def advance(self) -> None:
         """Make d_t every worker's state, now that the optimizer has taken the step."""
         for worker, estimates in self._pending.items():
-            self._estimates[worker].update(estimates)
+            keep(estimates, self._estimates[worker])
         self.step += 1
         self.begin()
 
@@ -142,7 +142,8 @@ class DoubleMomentumEstimator(Estimator):
     def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
         """Continue from d_t and t."""
         self.reset()
-        self._estimates.update(enumerate(map(dict, workers)))
+        for worker, state in enumerate(workers):
+            keep(state, self._estimates[worker])
         self.step = int(shared["step"])
 
 
