@@ -40,6 +40,9 @@ class WorkerMatrix:
         complete: sums a statistic over all ranks, where each holds other columns of the same rows.
         shard: which of those columns these are; 0 where a rank holds them all.
 
+    Attributes:
+        layout: for each block, the names of the parameters that make up its columns; None for a plain tensor.
+
     Example:
         >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
         >>> matrix.squared_distances()
@@ -55,6 +58,7 @@ class WorkerMatrix:
     ) -> None:
         self.blocks = list(blocks)
         self.shard = shard
+        self.layout: tuple[tuple[str | None, ...], ...] | None = None
         self._complete = complete
         self._rows = torch.arange(self.blocks[0].shape[0])
         self._mixing: Tensor | None = None
@@ -75,7 +79,7 @@ class WorkerMatrix:
         """
         if self._mixing is not None:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
-        selected = WorkerMatrix(self.blocks, self._complete, self.shard)
+        selected = self._with_blocks(self.blocks)
         selected._rows = self._rows[rows]
         selected._stored = self._stored
         return selected
@@ -87,7 +91,7 @@ class WorkerMatrix:
             weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
 
         """
-        mixed = WorkerMatrix(self.blocks, self._complete, self.shard)
+        mixed = self._with_blocks(self.blocks)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
         mixed._source = self._source
@@ -95,7 +99,7 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return WorkerMatrix([function(block) for block in self.blocks], self._complete, self.shard)
+        return self._with_blocks([function(block) for block in self.blocks])
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
@@ -187,6 +191,11 @@ class WorkerMatrix:
         quick = self._stored._quick_gram if from_products and self._mixing is None else None
         norms = self._quick_squared_norms() if quick is None else quick.products.diagonal()[self._rows]
         return norms.isfinite() & (norms <= min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM))
+
+    def _with_blocks(self, blocks: list[Tensor]) -> "WorkerMatrix":
+        matrix = WorkerMatrix(blocks, self._complete, self.shard)
+        matrix.layout = self.layout
+        return matrix
 
     @property
     def _mixing_matrix(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_number
+from lightning_byzantine.checks import check_finite
 
 __all__ = ["ALittleIsEnough"]
 
@@ -35,9 +35,7 @@ class ALittleIsEnough(VectorAttack):
     def __init__(self, z: float | None = None) -> None:
         super().__init__()
         if z is not None:
-            check_number("z", z)
-            if not math.isfinite(z):
-                raise ValueError(f"z must be finite, got {z}")
+            check_finite("z", z)
         self.z = z
 
     def extra_repr(self) -> str:
