@@ -125,7 +125,7 @@ def line_search(harm: Callable[[float], float], step: float, evaluations: int) -
 
     Example:
         >>> round(line_search(lambda factor: factor if factor < 3.3 else 0.0, step=1.0, evaluations=20), 2)
-        3.28
+        3.27
 
     """
     best, most = 0.0, harm(0.0)
