@@ -59,7 +59,7 @@ FIXED: list[Attack] = [
     MinMax("sign"),
     BitFlip(bit=15),
     Intermittent(SignFlip(), probability=1.0),
-    OptimalALittleIsEnough(CTMA(NNM(CoordinateWiseMedian()))),
+    OptimalALittleIsEnough(CTMA(NNM(CoordinateWiseMedian())), evaluations=4),
     OptimalInnerProductManipulation(CoordinateWiseMedian(), num_byzantine=3, evaluations=5),
 ]
 ATTACKS: list[Attack] = [*FIXED, GaussianNoise(std=2.0), BitFlip(), BitFlip(bit=2, fraction=0.5)]
