@@ -30,8 +30,7 @@ class BitFlip(VectorAttack):
             :class:`~lightning_byzantine.attacks.GaussianNoise`, draws for values follow DDP's order of the columns,
             and each shard of a sharded matrix has its own.
 
-    Source: Xie et al., "Phocas: dimensional Byzantine-resilient stochastic gradient descent", 2018, which flips given
-    bits.
+    Source: Xie et al., "Phocas: Dimensional Byzantine-Resilient Stochastic Gradient Descent", 2018.
 
     Example:
         >>> BitFlip(bit=31)(torch.tensor([[1.5], [2.0]]), byzantine=[0])

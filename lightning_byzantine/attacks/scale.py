@@ -14,7 +14,7 @@ class Scale(VectorAttack):
     Args:
         factor: any finite number; -1 makes it :class:`~lightning_byzantine.attacks.SignFlip`.
 
-    Source: Bagdasaryan et al., "How To Backdoor Federated Learning", AISTATS 2020, section 4.2.
+    Source: Bagdasaryan et al., "How To Backdoor Federated Learning", AISTATS 2020.
 
     Example:
         >>> import torch

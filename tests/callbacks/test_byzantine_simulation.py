@@ -1,11 +1,13 @@
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from rank_pool import RankPool
 from torch import Tensor, nn
@@ -305,6 +307,25 @@ def test_the_attack_is_in_the_checkpoint() -> None:
     callback.attack(torch.zeros(2, 2), [0])
     other.load_state_dict(callback.state_dict())
     assert torch.equal(other.attack(torch.zeros(2, 2), [0]), callback.attack(torch.zeros(2, 2), [0]))
+
+
+def fit_stale(folder: Path, exchange: str, **arguments: Any) -> Tensor:
+    callbacks = [
+        ByzantineSimulation(StaleGradient(delay=2), [1]),
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1),
+    ]
+    strategy = ByzantineDDPStrategy(exchange=exchange)
+    return fit(strategy, Regression(), callbacks=callbacks, num_batches=8, enable_checkpointing=True, **arguments)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_old_gradients_go_through_a_checkpoint(three_ranks: RankPool, tmp_path: Path, exchange: str) -> None:
+    three_ranks.run(fit_stale, tmp_path, exchange)
+    kept = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["callbacks"]
+    assert any("StaleGradient" in key and len(state["_extra_state"]) == 3 for key, state in kept.items())
+    histories = three_ranks.run(fit_stale, tmp_path, exchange, ckpt_path=tmp_path / "step=4.ckpt")
+    assert len(histories[0]) == 4 and histories[0].isfinite().all()
+    assert all(torch.equal(history, histories[0]) for history in histories)
 
 
 def test_mean_is_moved_and_the_default_is_not(three_ranks: RankPool) -> None:
