@@ -25,10 +25,10 @@ class _Kept:
 class StaleGradient(VectorAttack):
     """Each Byzantine worker sends its own estimate of ``delay`` steps ago, as one that can't keep up.
 
-    Until there is one that old, it sends the first. Columns can't be sorted anew once they were seen: where their order
-    changes, which DDP does once, after a process's first step, estimates of the other order are passed over, and the
-    oldest of the others is sent. Estimates of ``delay`` + 1 steps are kept, and are in the checkpoint, unless ranks
-    hold different columns (``exchange="all_to_all"``): there, a resumed run starts with none.
+    Until there is one that old, it sends the first. DDP changes the order of the columns once, after a process's first
+    step: estimates in another order than the present one are passed over, and the oldest of the others is sent.
+    Estimates of ``delay`` + 1 steps are kept, and are in the checkpoint; but where ranks hold different columns, with
+    ``exchange="all_to_all"``, a resumed run starts with none, for the checkpoint has those of one rank only.
 
     Args:
         delay: how many steps.

@@ -4,24 +4,14 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
-import attack_oracles
-import numpy as np
-import oracles
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
+from vectors import rows
 
 from lightning_byzantine.aggregators import (
     CTMA,
     NNM,
-    Aggregator,
-    Bucketing,
     CoordinateWiseMedian,
-    CoordinateWiseTrimmedMean,
-    Krum,
-    Mean,
 )
 from lightning_byzantine.attacks import (
     ALittleIsEnough,
@@ -65,10 +55,6 @@ FIXED: list[Attack] = [
 ATTACKS: list[Attack] = [*FIXED, GaussianNoise(std=2.0), BitFlip(), BitFlip(bit=2, fraction=0.5)]
 
 
-def rows(m: int = 7, d: int = 40) -> Tensor:
-    return torch.randn(m, d, generator=torch.Generator().manual_seed(2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)
 def test_only_byzantine_rows_change_and_the_input_does_not(attack: Attack, dtype: torch.dtype) -> None:
@@ -93,6 +79,19 @@ def test_blocks_give_what_the_whole_gives(attack: Attack) -> None:
 def test_all_at_once_or_one_by_one_and_in_any_order(attack: Attack) -> None:
     first, second = copy.deepcopy(attack), copy.deepcopy(attack)
     torch.testing.assert_close(first(rows(), [0, 4]), second(rows(), [4, 0]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("attack", [attack for attack in FIXED if not isinstance(attack, Mimic)], ids=repr)
+def test_honest_workers_have_no_order(attack: Attack) -> None:
+    vectors, order = rows(), [0, 6, 3, 2, 4, 1, 5]
+    torch.testing.assert_close(attack(vectors[order], [0, 4]), attack(vectors, [0, 4])[order], equal_nan=True)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+@pytest.mark.parametrize("attack", [attack for attack in FIXED if not isinstance(attack, BitFlip)], ids=repr)
+def test_attacks_have_no_scale(attack: Attack, factor: float) -> None:
+    expected = factor * attack(rows(), [0, 4])
+    torch.testing.assert_close(attack(factor * rows(), [0, 4]), expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("attack", FIXED, ids=repr)
@@ -145,10 +144,6 @@ def test_a_little_is_enough_says_when_it_is_not() -> None:
         ALittleIsEnough(z=float("inf"))
 
 
-def honest_rows(vectors: Tensor, byzantine: list[int]) -> list[np.ndarray]:
-    return [row for index, row in enumerate(vectors.double().numpy()) if index not in byzantine]
-
-
 def test_zero_and_scale_by_their_names() -> None:
     assert torch.equal(Zero()(rows(), [3])[3], torch.zeros(40))
     assert torch.equal(Scale(factor=2.5)(rows(), [3])[3], 2.5 * rows()[3])
@@ -163,286 +158,6 @@ def test_mimic_copies_the_first_honest_worker_or_the_one_that_is_named() -> None
         Mimic(worker=7)(rows(), [0])
     with pytest.raises(ValueError, match="worker must be at least 0, got -1"):
         Mimic(worker=-1)
-
-
-PERTURBATIONS = ["std", "unit", "sign"]
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("m", [2, 3, 7, 12])
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_min_max_against_a_bisection(perturbation: str, m: int, scale: float, offset: float) -> None:
-    vectors = scale * (rows(m, 20).double() + offset)
-    forged = MinMax(perturbation)(vectors, [0])[0]
-    expected = torch.from_numpy(attack_oracles.min_max(honest_rows(vectors, [0]), perturbation))
-    torch.testing.assert_close(forged, expected, rtol=1e-9, atol=1e-6 * scale)
-
-
-@given(
-    data=st.lists(st.lists(st.integers(-3, 3), min_size=2, max_size=2), min_size=2, max_size=6),
-    perturbation=st.sampled_from(PERTURBATIONS),
-)
-def test_min_max_goes_to_the_edge_and_no_further(data: list[list[int]], perturbation: str) -> None:
-    vectors = torch.tensor(data, dtype=torch.float64)
-    honest = vectors[1:]
-    forged = MinMax(perturbation)(vectors, [0])[0]
-    mean = honest.mean(0)
-    widest = (honest[:, None] - honest).norm(dim=2).max()
-    reach = (honest - forged).norm(dim=1).max()
-    assert reach <= widest + 1e-9
-    if not torch.equal(forged, mean):
-        assert (honest - (forged + 1e-3 * (forged - mean))).norm(dim=1).max() > widest
-
-
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_min_max_sends_the_mean_where_there_is_no_way_to_go(perturbation: str) -> None:
-    assert torch.equal(MinMax(perturbation)(torch.ones(4, 3), [0]), torch.ones(4, 3))
-    assert torch.equal(MinMax(perturbation)(torch.zeros(4, 3), [0]), torch.zeros(4, 3))
-
-
-RULES: dict[str, tuple[Aggregator, oracles.Oracle]] = {
-    "mean": (Mean(), oracles.mean),
-    "median": (CoordinateWiseMedian(), oracles.coordinate_wise_median),
-    "trimmed mean": (CoordinateWiseTrimmedMean(), oracles.coordinate_wise_trimmed_mean),
-    "krum": (Krum(), oracles.krum),
-    "ctma(nnm(median))": (
-        CTMA(NNM(CoordinateWiseMedian())),
-        oracles.ctma(oracles.nnm(oracles.coordinate_wise_median)),
-    ),
-}
-
-
-@pytest.mark.parametrize("evaluations", [2, 20])
-@pytest.mark.parametrize("name", RULES)
-def test_optimal_attacks_against_a_loop(name: str, evaluations: int) -> None:
-    rule, oracle_of_rule = RULES[name]
-    vectors = 0.5 + rows(9, 6).double()
-    honest, f = honest_rows(vectors, [5, 6, 7, 8]), 4
-    for attack, forge in (
-        (OptimalALittleIsEnough(rule, evaluations=evaluations), attack_oracles.a_little_is_enough),
-        (OptimalInnerProductManipulation(rule, evaluations=evaluations), attack_oracles.inner_product_manipulation),
-    ):
-        expected = attack_oracles.optimal(honest, f, oracle_of_rule, forge, 1.0, evaluations)
-        torch.testing.assert_close(attack(vectors, [5, 6, 7, 8])[5], torch.from_numpy(expected))
-
-
-@pytest.mark.parametrize("rule", [rule for rule, _ in RULES.values()], ids=RULES)
-def test_optimal_attacks_do_at_least_the_harm_of_what_they_tried(rule: Aggregator) -> None:
-    vectors, byzantine = 0.5 + rows(9, 30), [0, 3, 4, 8]
-    mean = vectors[[1, 2, 5, 6, 7]].mean(0)
-
-    def harm(attack: Attack) -> float:
-        return float((rule(attack(vectors, byzantine), num_byzantine=4) - mean).norm())
-
-    most = harm(OptimalALittleIsEnough(rule))
-    assert all(most >= harm(ALittleIsEnough(z=z)) - 1e-6 for z in (1.0, 1e-12))
-    most = harm(OptimalInnerProductManipulation(rule))
-    assert all(most >= harm(InnerProductManipulation(epsilon)) - 1e-6 for epsilon in (0.0, 1.0))
-
-
-class Counting(Aggregator):
-    """Moves by one at every call, and counts the calls, of copies too."""
-
-    calls = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("position", torch.zeros(()))
-
-    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Any:
-        Counting.calls += 1
-        self.position += 1
-        return matrix.mean()
-
-
-def test_a_line_search_leaves_the_rule_as_it_was_and_runs_it_as_often_as_said() -> None:
-    rule = Counting()
-    attack = OptimalInnerProductManipulation(rule, evaluations=7)
-    before = Counting.calls
-    attack(rows(), [0])
-    assert Counting.calls - before == 7
-    assert rule.position == 0
-    assert attack.state_dict() == {}
-
-    bucketing, twin = (Bucketing(CoordinateWiseMedian(), seed=3) for _ in range(2))
-    vectors = OptimalALittleIsEnough(bucketing)(rows(), [0])
-    assert torch.equal(bucketing(vectors, num_byzantine=1), twin(vectors, num_byzantine=1))
-
-
-def test_a_line_search_needs_a_rule_that_can_serve() -> None:
-    with pytest.raises(ValueError, match=r"aggregator must be given .* OptimalALittleIsEnough\(aggregator=\.\.\.\)"):
-        OptimalALittleIsEnough()(rows(), [0])
-    with pytest.raises(ValueError, match="num_byzantine must satisfy 0 <= f < m / 2, got f=4 with m=7"):
-        OptimalALittleIsEnough(Krum())(rows(), [0, 1, 2, 3])
-    attack = OptimalInnerProductManipulation()
-    attack.aim(Krum(), num_byzantine=2)
-    assert attack(rows(), [0]).isfinite().all()
-    with pytest.raises(TypeError, match=r"aggregator must be an Aggregator, such as Krum\(\), got 'Krum'"):
-        OptimalALittleIsEnough("Krum")
-    with pytest.raises(ValueError, match="evaluations must be at least 2, got 1"):
-        OptimalALittleIsEnough(Krum(), evaluations=1)
-    with pytest.raises(ValueError, match="step must not be 0"):
-        OptimalALittleIsEnough(Krum(), step=0.0)
-    with pytest.raises(ValueError, match="step must be finite and above 0, got -1"):
-        OptimalInnerProductManipulation(Krum(), step=-1.0)
-    with pytest.raises(ValueError, match="num_byzantine must be at least 0, got -1"):
-        OptimalALittleIsEnough(Krum(), num_byzantine=-1)
-
-
-def test_a_line_search_does_not_stop_the_training() -> None:
-    # Three colluders, of which the rule is told to expect one: overflowing together would break it down.
-    attack = OptimalInnerProductManipulation(Mean(), num_byzantine=1, evaluations=20, step=1e30)
-    vectors = rows()
-    assert attack(vectors, [0, 1, 2]).isfinite().all()
-    assert Mean()(attack(vectors, [0, 1, 2]), num_byzantine=1).isfinite().all()
-
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bit_flip_against_bytes(dtype: str) -> None:
-    vectors = rows(2, 6).to(DTYPES[dtype])
-    vectors[0, :4] = torch.tensor([0.0, -0.0, torch.inf, 1.0])
-    for bit in range(8 * vectors.itemsize):
-        expected = [attack_oracles.flip_bit(value, bit, dtype) for value in vectors[0].tolist()]
-        assert BitFlip(bit=bit)(vectors, [0])[0].tolist() == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
-
-
-def test_bit_flip_in_bfloat16_which_is_the_upper_half_of_float32() -> None:
-    vectors = rows(2, 6).bfloat16()
-    for bit in range(16):
-        wide = BitFlip(bit=bit + 16)(vectors.float(), [0])
-        assert torch.equal(BitFlip(bit=bit)(vectors, [0]).float().nan_to_num(), wide.nan_to_num())
-
-
-def bits_changed(vectors: Tensor, forged: Tensor) -> list[int]:
-    changed = vectors.view(torch.int32) ^ forged.view(torch.int32)
-    return [bin(value & 0xFFFFFFFF).count("1") for value in changed.flatten().tolist()]
-
-
-def test_a_random_bit_is_one_bit_of_each_value_and_another_in_each() -> None:
-    vectors = rows(2, 2_000)
-    forged = BitFlip()(vectors, [0])
-    assert bits_changed(vectors[0], forged[0]) == [1] * 2_000
-    changed = vectors[0].view(torch.int32) ^ forged[0].view(torch.int32)
-    assert len(set(changed.tolist())) == 32
-
-
-def test_a_fraction_of_the_values_is_hit_in_a_part_of_the_steps() -> None:
-    vectors = rows(2, 1_000)
-    attack = BitFlip(bit=31, probability=0.3, fraction=0.1)
-    hits = [sum(bits_changed(vectors[0], attack(vectors, [0])[0])) for _ in range(300)]
-    steps = [hit for hit in hits if hit]
-    assert len(steps) == pytest.approx(90, abs=30)
-    assert sum(steps) / len(steps) == pytest.approx(100, abs=10)
-    assert len(set(steps)) > 10
-    assert torch.equal(BitFlip(probability=0.0)(vectors, [0]), vectors)
-
-
-def test_bit_flip_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"bit must be in \[0, 16\) for torch.bfloat16, got 31"):
-        BitFlip(bit=31)(rows().bfloat16(), [0])
-    with pytest.raises(ValueError, match="bit must be at least 0, got -1"):
-        BitFlip(bit=-1)
-    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 1.5"):
-        BitFlip(probability=1.5)
-    with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got nan"):
-        BitFlip(fraction=float("nan"))
-
-
-@pytest.mark.parametrize("delay", [1, 2, 5])
-def test_stale_gradient_against_a_list(delay: int) -> None:
-    attack = StaleGradient(delay)
-    steps = [rows() + step for step in range(12)]
-    for step, vectors in enumerate(steps):
-        forged = attack(vectors, [4, 1])
-        assert torch.equal(forged[[1, 4]], steps[max(0, step - delay)][[1, 4]])
-        assert torch.equal(forged[[0, 2, 3, 5, 6]], vectors[[0, 2, 3, 5, 6]])
-
-
-def test_stale_gradient_does_not_see_what_happens_to_its_input_later() -> None:
-    attack, buffer = StaleGradient(delay=1), torch.ones(2, 3)
-    attack(buffer, [0])
-    buffer.fill_(5.0)  # as exchanges do, which keep their buffers
-    assert torch.equal(attack(buffer, [0])[0], torch.ones(3))
-
-
-def laid_out(step: float, layout: Any, widths: list[int], shard: int = 0) -> WorkerMatrix:
-    matrix = WorkerMatrix([torch.full((3, width), step) for width in widths], shard=shard)
-    matrix.layout = layout
-    return matrix
-
-
-FIRST, REBUILT = (("a", "b"),), (("b",), ("a",))
-
-
-def test_stale_gradient_passes_over_columns_of_another_order() -> None:
-    attack = StaleGradient(delay=2)
-
-    def sent(step: int, *place: Any) -> float:
-        blocks = attack.tamper(laid_out(float(step), *place), [1]).blocks
-        assert all(torch.equal(block[[0, 2]], torch.full_like(block[[0, 2]], float(step))) for block in blocks)
-        return blocks[0][1, 0].item()
-
-    assert sent(0, FIRST, [5]) == 0.0
-    # The same width, but other parameters in it, and then blocks cut elsewhere.
-    assert [sent(step, (("b", "a"),), [5]) for step in (1, 2, 3, 4)] == [1.0, 1.0, 1.0, 2.0]
-    assert [sent(step, REBUILT, [2, 3]) for step in (5, 6, 7, 8)] == [5.0, 5.0, 5.0, 6.0]
-
-
-def test_a_resumed_stale_gradient_waits_for_the_order_it_knows() -> None:
-    attack, resumed = StaleGradient(delay=3), StaleGradient(delay=3)
-    for step in range(8):
-        attack.tamper(laid_out(float(step), REBUILT, [2, 3]), [1])
-    resumed.load_state_dict(attack.state_dict())
-    sent = [resumed.tamper(laid_out(8.0, FIRST, [5]), [1]).blocks[0][1, 0].item()]
-    for step in range(9, 14):
-        sent.append(resumed.tamper(laid_out(float(step), REBUILT, [2, 3]), [1]).blocks[0][1, 0].item())
-    assert sent == [8.0, 6.0, 7.0, 9.0, 9.0, 10.0]
-
-
-def test_a_resumed_stale_gradient_knows_its_own_shard_only() -> None:
-    attack, resumed = StaleGradient(delay=3), StaleGradient(delay=3)
-    attack.tamper(laid_out(0.0, FIRST, [5]), [1])
-    resumed.load_state_dict(attack.state_dict())
-    assert resumed.tamper(laid_out(1.0, FIRST, [5], shard=1), [1]).blocks[0][1, 0] == 1.0
-
-
-def test_intermittent_attacks_some_steps_and_leaves_others_alone() -> None:
-    attack = Intermittent(SignFlip(), probability=0.3, seed=5)
-    forged = [attack(rows(), [2]) for _ in range(300)]
-    attacked = [torch.equal(vectors[2], -rows()[2]) for vectors in forged]
-    assert sum(attacked) == pytest.approx(90, abs=30)
-    assert all(torch.equal(vectors, rows()) for vectors, hit in zip(forged, attacked, strict=True) if not hit)
-    twin = Intermittent(SignFlip(), probability=0.3, seed=5)
-    assert [torch.equal(twin(rows(), [2])[2], -rows()[2]) for _ in range(300)] == attacked
-    assert torch.equal(Intermittent(SignFlip(), probability=0.0)(rows(), [2]), rows())
-
-
-def test_intermittent_poisons_some_batches() -> None:
-    attack = Intermittent(LabelFlip(num_classes=10), probability=0.5)
-    assert (attack.on_data, attack.on_vectors) == (True, False)
-    labels = [attack.poison((0, torch.tensor([2])))[1].item() for _ in range(100)]
-    assert set(labels) == {2, 7}
-    assert labels.count(7) == pytest.approx(50, abs=20)
-    with pytest.raises(TypeError, match="Intermittent attacks batches, not vectors: call its `poison`"):
-        attack(rows(), [0])
-
-
-def test_intermittent_is_checked_as_what_it_wraps() -> None:
-    with pytest.raises(ValueError, match="worker must be an honest one"):
-        Intermittent(Mimic(worker=0), probability=0.5)(rows(), [0])
-    with pytest.raises(ValueError, match="aggregator must be given"):
-        Intermittent(OptimalALittleIsEnough(), probability=0.0)(rows(), [0])
-    attack = Intermittent(OptimalALittleIsEnough(), probability=1.0)
-    attack.aim(Krum(), num_byzantine=1)
-    assert torch.equal(attack(rows(), [0]), OptimalALittleIsEnough(Krum())(rows(), [0]))
-    with pytest.raises(TypeError, match=r"attack must be an Attack, such as SignFlip\(\), got 'SignFlip'"):
-        Intermittent("SignFlip", probability=0.5)
-    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got -0.1"):
-        Intermittent(SignFlip(), probability=-0.1)
 
 
 @pytest.mark.parametrize(
