@@ -10,10 +10,12 @@ from torch import Tensor
 
 __all__ = [
     "check_at_least",
+    "check_finite",
     "check_integer_at_least",
     "check_num_byzantine",
     "check_number",
     "check_positive",
+    "check_probability",
     "check_vectors",
     "check_worker_indices",
 ]
@@ -107,6 +109,36 @@ def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if not value > 0 or not math.isfinite(value):
         raise ValueError(f"{name} must be finite and above 0, got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number.
+
+    Example:
+        >>> check_finite("factor", float("inf"))
+        Traceback (most recent call last):
+        ...
+        ValueError: factor must be finite, got inf
+
+    """
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in [0, 1].
+
+    Example:
+        >>> check_probability("probability", 1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: probability must be in [0, 1], got 1.5
+
+    """
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def check_integer_at_least(name: str, value: int, bound: int) -> None:

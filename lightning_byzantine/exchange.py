@@ -104,9 +104,9 @@ class AllToAll:
     """Every rank receives all workers' values of its share of the columns, aggregates those, and shares the result.
 
     With one worker a rank, it moves about 2 d elements, as in a ring all-reduce, and holds about as many: its vector in
-    equal shards, and its columns of all vectors, in whose place the result comes. Statistics of whole rows are completed
-    by a small float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have them decide.
-    It trusts that every rank aggregates its own columns, and reports their statistics, correctly.
+    equal shards, and its columns of all vectors, in whose place the result comes. Statistics of whole rows are
+    completed by a small float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have
+    them decide. It trusts that every rank aggregates its own columns, and reports their statistics, correctly.
 
     Args:
         num_ranks: number of processes, m / k.

@@ -43,6 +43,10 @@ class StepSeed(nn.Module):
         self._calls += 1
         return generator
 
+    def happens(self, probability: float) -> bool:
+        """Decide by one call whether something of this probability happens: never at 0, always at 1."""
+        return bool(torch.rand((), generator=self.next()) < probability)
+
     def get_extra_state(self) -> int:
         """Return the number of calls so far."""
         return self._calls

@@ -80,6 +80,37 @@ def test_everything_in_one_file(tmp_path: Path) -> None:
     assert isinstance(trainer.callbacks[0].attack, GaussianNoise)
 
 
+ATTACKS_IN_YAML = [
+    "{class_path: Zero}",
+    "{class_path: Scale, init_args: {factor: -4}}",
+    "{class_path: Mimic, init_args: {worker: 1}}",
+    "{class_path: MinMax, init_args: {perturbation: unit}}",
+    "{class_path: BitFlip, init_args: {bit: 30, probability: 0.5, fraction: 0.01}}",
+    "{class_path: StaleGradient, init_args: {delay: 3}}",
+    "{class_path: OptimalALittleIsEnough, init_args: {evaluations: 5, step: -1.0}}",
+    "{class_path: OptimalInnerProductManipulation, init_args: {aggregator: {class_path: Krum}, num_byzantine: 1}}",
+    "{class_path: Intermittent, init_args: {attack: {class_path: SignFlip}, probability: 0.5}}",
+    "{class_path: Intermittent, init_args: {attack: {class_path: LabelFlip, init_args: {num_classes: 10}}, "
+    "probability: 1}}",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS_IN_YAML)
+def test_every_attack_in_yaml(attack: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    spec = yaml.safe_load(attack)
+    simulation = {
+        "class_path": "lightning_byzantine.callbacks.ByzantineSimulation",
+        "init_args": {"workers": [2], "attack": spec},
+    }
+    config.write_text(yaml.safe_dump({"trainer": {"strategy": "byzantine_ddp", "callbacks": [simulation]}}))
+    parsed = parse("--config", str(config)).trainer.callbacks[0].attack
+    assert type(parsed).__name__ == spec["class_path"]
+    for name, value in spec.get("init_args", {}).items():
+        given = getattr(parsed, name)
+        assert type(given).__name__ == value["class_path"] if isinstance(value, dict) else given == value
+
+
 def test_no_estimator_in_yaml() -> None:
     arguments = ["--trainer.strategy=ByzantineDDPStrategy", "--trainer.strategy.estimator=null"]
     assert parse(*arguments).trainer.strategy.estimator is None

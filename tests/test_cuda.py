@@ -6,8 +6,20 @@ import pytest
 import torch
 from test_strategy import RULES
 
-from lightning_byzantine.aggregators import Aggregator
-from lightning_byzantine.attacks import ALittleIsEnough, GaussianNoise, NonFinite, SignFlip, VectorAttack
+from lightning_byzantine.aggregators import Aggregator, Krum
+from lightning_byzantine.attacks import (
+    ALittleIsEnough,
+    Attack,
+    BitFlip,
+    GaussianNoise,
+    Intermittent,
+    Mimic,
+    MinMax,
+    NonFinite,
+    OptimalALittleIsEnough,
+    SignFlip,
+    StaleGradient,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,9 +35,25 @@ def test_rules_give_what_they_give_on_the_cpu(rule: Aggregator, dtype: torch.dty
     torch.testing.assert_close(result.cpu(), deepcopy(rule)(rows, num_byzantine=4))
 
 
-@pytest.mark.parametrize("attack", [SignFlip(), ALittleIsEnough(z=1.0), GaussianNoise(std=2.0), NonFinite()], ids=repr)
-def test_attacks_leave_honest_rows_alone(attack: VectorAttack) -> None:
+@pytest.mark.parametrize(
+    "attack",
+    [
+        SignFlip(),
+        ALittleIsEnough(z=1.0),
+        GaussianNoise(std=2.0),
+        NonFinite(),
+        Mimic(),
+        MinMax(),
+        BitFlip(fraction=0.5),
+        StaleGradient(delay=2),
+        Intermittent(SignFlip(), probability=0.5),
+        OptimalALittleIsEnough(Krum()),
+    ],
+    ids=repr,
+)
+def test_attacks_leave_honest_rows_alone(attack: Attack) -> None:
     rows = torch.randn(5, 100).cuda()
-    forged = attack(rows, byzantine=[1])
+    forged, on_cpu = deepcopy(attack)(rows, byzantine=[1]), deepcopy(attack)(rows.cpu(), byzantine=[1])
+    torch.testing.assert_close(forged.cpu(), on_cpu, equal_nan=True)
     assert forged.is_cuda
     assert torch.equal(forged[[0, 2, 3, 4]], rows[[0, 2, 3, 4]])

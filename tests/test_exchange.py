@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,17 @@ from lightning_byzantine.aggregators import CTMA, Aggregator, CoordinateWiseMedi
 from lightning_byzantine.attacks import (
     ALittleIsEnough,
     Attack,
+    BitFlip,
     GaussianNoise,
     InnerProductManipulation,
+    Intermittent,
+    Mimic,
+    MinMax,
     NonFinite,
+    OptimalALittleIsEnough,
+    OptimalInnerProductManipulation,
     SignFlip,
+    StaleGradient,
 )
 from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.exchange import AllGather, AllToAll
@@ -113,12 +121,65 @@ def fit_attacked(attack: Attack, byzantine: int, exchange: str) -> Tensor:
 
 @pytest.mark.parametrize("byzantine", [0, 2])
 @pytest.mark.parametrize(
-    "attack", [SignFlip(), InnerProductManipulation(), ALittleIsEnough(z=1.0), NonFinite()], ids=repr
+    "attack",
+    [
+        SignFlip(),
+        InnerProductManipulation(),
+        ALittleIsEnough(z=1.0),
+        NonFinite(),
+        Mimic(),
+        BitFlip(bit=27, probability=0.5),
+        StaleGradient(delay=2),
+        Intermittent(SignFlip(), probability=0.5),
+        OptimalALittleIsEnough(evaluations=4),
+        OptimalInnerProductManipulation(evaluations=4),
+    ],
+    ids=repr,
 )
 def test_attacks_are_the_same_under_both(three_ranks: RankPool, attack: Attack, byzantine: int) -> None:
     gathered, sharded = (three_ranks.run(fit_attacked, attack, byzantine, exchange) for exchange in EXCHANGES)
     for history in sharded:
         assert torch.equal(history, gathered[0])
+
+
+def tampered_blocks(name: str, blocks: list[list[Tensor]], attack: Attack) -> list[Tensor]:
+    """Return the whole row that worker 0 is given."""
+    exchange = EXCHANGES[name](torch.distributed.get_world_size())
+    for block in blocks:
+        exchange.start(block[torch.distributed.get_rank()].clone()[None])
+    matrix = attack.tamper(exchange.finish(), [0])
+    return exchange.collect([block[0] for block in matrix.blocks])
+
+
+@pytest.mark.parametrize("perturbation", ["std", "unit", "sign"])
+def test_statistics_of_whole_rows_are_the_same_under_both(three_ranks: RankPool, perturbation: str) -> None:
+    blocks = blocks_of([100, 1, 7, 1000], [torch.float32] * 4, m=3)
+    gathered, sharded = (three_ranks.run(tampered_blocks, name, blocks, MinMax(perturbation)) for name in EXCHANGES)
+    expected = MinMax(perturbation)(torch.cat(blocks, dim=1), [0])[0]
+    for forged in [*gathered, *sharded]:
+        torch.testing.assert_close(torch.cat(forged), expected)
+    assert all(torch.equal(torch.cat(forged), torch.cat(sharded[0])) for forged in sharded)
+
+
+def resume_stale_shards(folder: Path) -> list[Tensor]:
+    """Save after two steps, as rank 0 does for all, and resume: return what worker 0 sends in two more steps."""
+    attack, resumed = StaleGradient(delay=1), StaleGradient(delay=1)
+
+    def sent(attack: Attack, step: float) -> Tensor:
+        return tampered_blocks("all_to_all", [torch.full((3, 7), step)], attack)[0]
+
+    sent(attack, 0.0), sent(attack, 1.0)
+    if torch.distributed.get_rank() == 0:
+        torch.save(attack.state_dict(), folder / "state")
+    torch.distributed.barrier()
+    resumed.load_state_dict(torch.load(folder / "state", weights_only=True))
+    return [sent(resumed, 2.0), sent(resumed, 3.0)]
+
+
+def test_all_shards_forget_what_only_one_has_kept(three_ranks: RankPool, tmp_path: Path) -> None:
+    for first, second in three_ranks.run(resume_stale_shards, tmp_path):
+        assert torch.equal(first, torch.full((7,), 2.0))
+        assert torch.equal(second, torch.full((7,), 2.0))
 
 
 def tamper_shards(attack: Attack, length: int) -> Tensor:

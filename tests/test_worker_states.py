@@ -13,7 +13,7 @@ from training import Regression, fit, loader, parameters, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.aggregators import CTMA, Bucketing, CoordinateWiseMedian, Krum
-from lightning_byzantine.attacks import InnerProductManipulation
+from lightning_byzantine.attacks import InnerProductManipulation, Intermittent
 from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.optim import DoubleMomentumEstimator
@@ -53,7 +53,7 @@ def fit_and_save(folder: Path, optimizer: str, arguments: dict[str, Any], **trai
         num_batches=8 * accumulate,
         accumulate_grad_batches=accumulate,
         callbacks=[
-            ByzantineSimulation(InnerProductManipulation(), workers=[1]),
+            ByzantineSimulation(Intermittent(InnerProductManipulation(), probability=0.5), workers=[1]),
             ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1),
         ],
         enable_checkpointing=True,

@@ -6,20 +6,38 @@ Attacks on vectors are called as ``attack(vectors, byzantine=[...])`` on an [m, 
 
 from lightning_byzantine.attacks.a_little_is_enough import ALittleIsEnough
 from lightning_byzantine.attacks.attack import Attack, DataAttack, VectorAttack
+from lightning_byzantine.attacks.bit_flip import BitFlip
 from lightning_byzantine.attacks.gaussian_noise import GaussianNoise
 from lightning_byzantine.attacks.inner_product_manipulation import InnerProductManipulation
+from lightning_byzantine.attacks.intermittent import Intermittent
 from lightning_byzantine.attacks.label_flip import LabelFlip
+from lightning_byzantine.attacks.mimic import Mimic
+from lightning_byzantine.attacks.min_max import MinMax
 from lightning_byzantine.attacks.non_finite import NonFinite
+from lightning_byzantine.attacks.optimal_a_little_is_enough import OptimalALittleIsEnough
+from lightning_byzantine.attacks.optimal_inner_product_manipulation import OptimalInnerProductManipulation
+from lightning_byzantine.attacks.scale import Scale
 from lightning_byzantine.attacks.sign_flip import SignFlip
+from lightning_byzantine.attacks.stale_gradient import StaleGradient
+from lightning_byzantine.attacks.zero import Zero
 
 __all__ = [
     "ALittleIsEnough",
     "Attack",
+    "BitFlip",
     "DataAttack",
     "GaussianNoise",
     "InnerProductManipulation",
+    "Intermittent",
     "LabelFlip",
+    "Mimic",
+    "MinMax",
     "NonFinite",
+    "OptimalALittleIsEnough",
+    "OptimalInnerProductManipulation",
+    "Scale",
     "SignFlip",
+    "StaleGradient",
     "VectorAttack",
+    "Zero",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_number
+from lightning_byzantine.checks import check_finite
 
 __all__ = ["ALittleIsEnough"]
 
@@ -18,8 +18,9 @@ class ALittleIsEnough(VectorAttack):
     """All Byzantine workers send mu - z sigma: mean and deviation (ddof 1) of the honest rows in each coordinate.
 
     Args:
-        z: how many deviations. None for Phi^-1((m - f - s) / (m - f)) with s = floor(m / 2 + 1) - f, the largest that
-            leaves a majority on the attackers' side; with few Byzantine workers that is 0 or less, and harmless.
+        z: how many deviations; a negative one for mu + |z| sigma. None for Phi^-1((m - f - s) / (m - f)) with
+            s = floor(m / 2 + 1) - f, the largest that leaves a majority on the attackers' side; with few Byzantine
+            workers that is 0 or less, and harmless.
 
     Source: Baruch et al., "A Little Is Enough: Circumventing Defenses for Distributed Learning", NeurIPS 2019.
 
@@ -35,9 +36,7 @@ class ALittleIsEnough(VectorAttack):
     def __init__(self, z: float | None = None) -> None:
         super().__init__()
         if z is not None:
-            check_number("z", z)
-            if not math.isfinite(z):
-                raise ValueError(f"z must be finite, got {z}")
+            check_finite("z", z)
         self.z = z
 
     def extra_repr(self) -> str:
@@ -48,10 +47,10 @@ class ALittleIsEnough(VectorAttack):
         """Raise :class:`ValueError` when there is no z for these numbers of workers; warn when it does no harm."""
         super().check(num_workers, byzantine)
         z = self._deviations(num_workers, len(byzantine))
-        if z <= 0:
+        if z == 0 or (z < 0 and self.z is None):
             warnings.warn(
                 f"ALittleIsEnough has z={z:.2f} with {len(byzantine)} of {num_workers} workers, which does no harm."
-                " Pass z > 0 or attack with more workers.",
+                " Pass another z or attack with more workers.",
                 stacklevel=2,
             )
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_byzantine.attacks import Attack, DataAttack, VectorAttack
+from lightning_byzantine.aggregators import Mean
+from lightning_byzantine.attacks import Attack
 from lightning_byzantine.exchange import AllGather, Exchange
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import Names, WorkerMatrix
@@ -62,6 +63,10 @@ class ByzantineSimulation(pl.Callback):
             raise MisconfigurationException(
                 f"ByzantineSimulation needs strategy='byzantine_ddp' or 'ddp', got {type(trainer.strategy).__name__}"
             )
+        if isinstance(trainer.strategy, ByzantineDDPStrategy):
+            self.attack.aim(trainer.strategy.aggregator, trainer.strategy.num_byzantine)
+        else:
+            self.attack.aim(Mean(), num_byzantine=0)
         with warnings.catch_warnings():
             if trainer.global_rank != 0:
                 warnings.simplefilter("ignore")  # once is enough
@@ -71,18 +76,18 @@ class ByzantineSimulation(pl.Callback):
                 f"ByzantineSimulation makes {len(self.workers)} workers Byzantine, more than the strategy's"
                 f" num_byzantine={trainer.strategy.num_byzantine} allows for: no rule can be expected to survive."
             )
-        if stage != "fit" or not isinstance(self.attack, DataAttack):
+        if stage != "fit" or not self.attack.on_data:
             return
         if "dataloader_iter" in signature(pl_module.training_step).parameters:
             raise MisconfigurationException(
                 f"{type(self.attack).__name__} poisons the batches that Lightning hands to `training_step`, got a"
                 " `training_step(dataloader_iter)` that fetches its own. Take `batch` instead."
             )
-        self._poison_batches(trainer, self.attack)
+        self._poison_batches(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(self.attack, VectorAttack):
+        if not self.attack.on_vectors:
             return
         strategy = trainer.strategy
         if isinstance(strategy, ByzantineDDPStrategy):
@@ -123,13 +128,15 @@ class ByzantineSimulation(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.attack.load_state_dict(state_dict)
 
-    def _poison_batches(self, trainer: pl.Trainer, attack: DataAttack) -> None:
+    def _poison_batches(self, trainer: pl.Trainer) -> None:
         strategy, honest = trainer.strategy, trainer.strategy.batch_to_device
         assert isinstance(strategy, DDPStrategy)
 
         def batch_to_device(batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-            if trainer.training and _next_worker(strategy) in self.workers:
-                batch = attack.poison(batch)
+            if trainer.training:
+                # On every rank, for all of them, and the checkpoint, to agree on what the attack keeps.
+                poisoned = self.attack.poison(batch)
+                batch = poisoned if _next_worker(strategy) in self.workers else batch
             return honest(batch, device, dataloader_idx)
 
         # On the instance, so that it goes before hooks of the module and of the data module alike; see teardown.
@@ -139,7 +146,7 @@ class ByzantineSimulation(pl.Callback):
 class _TamperedExchange:
     """An exchange in which some workers lie."""
 
-    def __init__(self, exchange: Exchange, attack: VectorAttack, workers: Sequence[int]) -> None:
+    def __init__(self, exchange: Exchange, attack: Attack, workers: Sequence[int]) -> None:
         self._exchange = exchange
         self._attack = attack
         self._workers = workers

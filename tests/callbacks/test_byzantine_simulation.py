@@ -1,11 +1,13 @@
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from rank_pool import RankPool
 from torch import Tensor, nn
@@ -13,15 +15,24 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
-from lightning_byzantine.aggregators import Mean
+from lightning_byzantine.aggregators import CoordinateWiseMedian, Krum, Mean
 from lightning_byzantine.attacks import (
     ALittleIsEnough,
     Attack,
+    BitFlip,
     GaussianNoise,
     InnerProductManipulation,
+    Intermittent,
     LabelFlip,
+    Mimic,
+    MinMax,
     NonFinite,
+    OptimalALittleIsEnough,
+    OptimalInnerProductManipulation,
+    Scale,
     SignFlip,
+    StaleGradient,
+    Zero,
 )
 from lightning_byzantine.callbacks import ByzantineSimulation
 
@@ -31,6 +42,15 @@ VECTOR_ATTACKS: list[Attack] = [
     ALittleIsEnough(z=1.0),
     GaussianNoise(std=10.0),
     NonFinite(),
+    Zero(),
+    Scale(factor=5.0),
+    Mimic(),
+    MinMax(),
+    BitFlip(probability=0.5),
+    StaleGradient(delay=3),
+    Intermittent(SignFlip(), probability=0.5),
+    OptimalALittleIsEnough(evaluations=4),
+    OptimalInnerProductManipulation(evaluations=4),
 ]
 
 
@@ -126,6 +146,51 @@ def test_label_flip_poisons_the_training_of_its_workers_only(
         assert all(label == truth for truth, label in [*validated, *afterwards])
 
 
+def trained_on(attack: Attack, workers: list[int]) -> list[tuple[float, int]]:
+    labels = torch.arange(36) % 10
+    data = DataLoader(TensorDataset(labels[:, None].repeat(1, 8).float(), labels), batch_size=1)
+    model = Classification()
+    callback = ByzantineSimulation(attack, workers)
+    trainer(ByzantineDDPStrategy(), callbacks=[callback]).fit(model, data)
+    # What a checkpoint by rank 0 would have to know, though rank 0 is honest.
+    resumed = Intermittent(LabelFlip(num_classes=10), probability=0.5)
+    resumed.load_state_dict(callback.state_dict())
+    upcoming = [resumed.poison((0, torch.tensor([2])))[1].item() for _ in range(8)]
+    return [*model.trained_on, (0.0, int("".join(map(str, upcoming))))]
+
+
+def test_an_intermittent_attack_on_data_is_drawn_for_alike_on_all_ranks(three_ranks: RankPool) -> None:
+    results = three_ranks.run(trained_on, Intermittent(LabelFlip(num_classes=10), probability=0.5), [1, 2])
+    flipped = [[label == 9 - truth for truth, label in result[:-1]] for result in results]
+    assert not any(flipped[0])
+    assert flipped[1] == flipped[2]
+    assert 0 < sum(flipped[1]) < len(flipped[1])
+    assert len({result[-1] for result in results}) == 1
+
+
+def fit_against(attack: Attack, strategy: type[DDPStrategy], **arguments: Any) -> Tensor:
+    return fit_attacked(strategy, attack, [0], **arguments)
+
+
+def test_a_line_search_is_against_the_rule_in_use(three_ranks: RankPool) -> None:
+    for arguments in ({"aggregator": CoordinateWiseMedian()}, {"aggregator": Krum(), "num_byzantine": 0}):
+        rule, bound = arguments["aggregator"], arguments.get("num_byzantine", 1)
+        found, told = (
+            three_ranks.run(fit_against, attack, ByzantineDDPStrategy, **arguments)[0]
+            for attack in (OptimalALittleIsEnough(), OptimalALittleIsEnough(rule, num_byzantine=bound))
+        )
+        assert torch.equal(found, told)
+    found, told = (
+        three_ranks.run(fit_against, attack, DDPStrategy)[0]
+        for attack in (
+            OptimalInnerProductManipulation(evaluations=3),
+            # Against the mean, the search only ever doubles: 0, 1, 3.
+            InnerProductManipulation(epsilon=3.0),
+        )
+    )
+    assert torch.equal(found, told)
+
+
 def fit_error(callback: ByzantineSimulation, strategy: Any, model: type[pl.LightningModule] = Regression) -> str:
     with pytest.raises((ValueError, MisconfigurationException)) as caught:
         trainer(strategy, callbacks=[callback]).fit(model(), loader())
@@ -141,6 +206,9 @@ def test_misuse_is_named_before_training(two_ranks: RankPool) -> None:
         == "ValueError: workers must be indices in [0, 2) for 2 workers, got 2"
     )
     assert "workers must leave at least one honest worker" in message(ByzantineSimulation(SignFlip(), [0, 1]), "ddp")
+    assert "worker must be an honest one, got worker=0 with [0] Byzantine" in message(
+        ByzantineSimulation(Mimic(worker=0), [0]), "byzantine_ddp"
+    )
     assert "z must be given" in message(ByzantineSimulation(ALittleIsEnough(), [0]), "byzantine_ddp")
     assert "in DDP's only communication hook" in message(
         ByzantineSimulation(SignFlip(), [0]), DDPStrategy(ddp_comm_hook=fit_error)
@@ -239,6 +307,25 @@ def test_the_attack_is_in_the_checkpoint() -> None:
     callback.attack(torch.zeros(2, 2), [0])
     other.load_state_dict(callback.state_dict())
     assert torch.equal(other.attack(torch.zeros(2, 2), [0]), callback.attack(torch.zeros(2, 2), [0]))
+
+
+def fit_stale(folder: Path, exchange: str, **arguments: Any) -> Tensor:
+    callbacks = [
+        ByzantineSimulation(StaleGradient(delay=2), [1]),
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1),
+    ]
+    strategy = ByzantineDDPStrategy(exchange=exchange)
+    return fit(strategy, Regression(), callbacks=callbacks, num_batches=8, enable_checkpointing=True, **arguments)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_old_gradients_go_through_a_checkpoint(three_ranks: RankPool, tmp_path: Path, exchange: str) -> None:
+    three_ranks.run(fit_stale, tmp_path, exchange)
+    kept = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["callbacks"]
+    assert any("StaleGradient" in key and len(state["_extra_state"]) == 3 for key, state in kept.items())
+    histories = three_ranks.run(fit_stale, tmp_path, exchange, ckpt_path=tmp_path / "step=4.ckpt")
+    assert len(histories[0]) == 4 and histories[0].isfinite().all()
+    assert all(torch.equal(history, histories[0]) for history in histories)
 
 
 def test_mean_is_moved_and_the_default_is_not(three_ranks: RankPool) -> None:

@@ -1,0 +1,78 @@
+"""Broken hardware."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.attacks.attack import VectorAttack, replace_rows
+from lightning_byzantine.checks import check_integer_at_least, check_probability
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.seeding import StepSeed
+
+__all__ = ["BitFlip"]
+
+# The integers that show a floating-point number's bits, by its size in bytes, and the highest bit, which is the sign.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class BitFlip(VectorAttack):
+    """Each Byzantine worker sends its own estimate with bits of the IEEE 754 representation flipped.
+
+    Bits are numbered from the least significant one. In float32, 0 to 22 are the mantissa, 23 to 30 the exponent and 31
+    the sign; flipping 30 turns ordinary gradients into numbers of about 1e38.
+
+    Args:
+        bit: which bit. None for one that is drawn for each value.
+        probability: of a step to be hit; in others, the Byzantine workers are honest.
+        fraction: chance of each value to be flipped in a step that is hit.
+        seed: seed of the draws, which are new at every step and the same on every rank. As with
+            :class:`~lightning_byzantine.attacks.GaussianNoise`, draws for values follow DDP's order of the columns,
+            and each shard of a sharded matrix has its own.
+
+    Source: Xie et al., "Phocas: Dimensional Byzantine-Resilient Stochastic Gradient Descent", 2018.
+
+    Example:
+        >>> BitFlip(bit=31)(torch.tensor([[1.5], [2.0]]), byzantine=[0])
+        tensor([[-1.5000],
+                [ 2.0000]])
+
+    """
+
+    def __init__(self, bit: int | None = None, probability: float = 1.0, fraction: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        if bit is not None:
+            check_integer_at_least("bit", bit, 0)
+        check_probability("probability", probability)
+        check_probability("fraction", fraction)
+        self.bit = bit
+        self.probability = probability
+        self.fraction = fraction
+        self.steps = StepSeed(seed)
+        self.draws = StepSeed(seed)
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``repr``."""
+        return f"bit={self.bit}, probability={self.probability}, fraction={self.fraction}"
+
+    def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
+        """Return a matrix with bits flipped in the Byzantine rows, from one draw for all blocks of a step."""
+        generator = self.draws.next(stream=1 + matrix.shard)
+        if not self.steps.happens(self.probability):
+            return matrix
+        return replace_rows(matrix, byzantine, lambda block, rows: self._flip(block[rows], generator))
+
+    def _flip(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        integers = _INTEGERS[values.itemsize]
+        width = 8 * values.itemsize
+        if self.bit is None:
+            bits = torch.randint(width, values.shape, generator=generator).to(values.device)
+        elif self.bit < width:
+            bits = torch.full(values.shape, self.bit, device=values.device)
+        else:
+            raise ValueError(f"bit must be in [0, {width}) for {values.dtype}, got {self.bit}")
+        # The highest one overflows to the smallest negative number, which is that bit.
+        masks = torch.ones_like(bits).bitwise_left_shift(bits).to(integers)
+        if self.fraction < 1:
+            masks *= (torch.rand(values.shape, generator=generator) < self.fraction).to(masks)
+        return values.contiguous().view(integers).bitwise_xor(masks).view(values.dtype)

@@ -1,0 +1,140 @@
+"""What attacks with a line search against the rule in use have in common."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import torch
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.attacks.attack import VectorAttack
+from lightning_byzantine.checks import check_integer_at_least
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.matrix import WorkerMatrix
+
+__all__ = ["OptimalAttack", "line_search"]
+
+# How much smaller a step gets after a trial that was no better.
+_RATIO = 0.8
+
+
+class OptimalAttack(VectorAttack):
+    """An attack by a factor that is chosen anew at every step, as the one that does most harm to the rule in use.
+
+    Harm is the distance between the mean of the honest rows and what the rule makes of the forged matrix;
+    :func:`line_search` looks for the largest. Each of its trials costs one run of the rule and a copy of the matrix.
+    The rule runs on a copy of itself, so that its draws and its state stay what they were.
+
+    Args:
+        aggregator: the rule to attack. None for the one in use in training, which is ``Mean`` under stock ``ddp``.
+        num_byzantine: the f that the rule is called with. None for the strategy's in training, and for the number of
+            Byzantine workers elsewhere.
+        evaluations: how many factors to try in each step.
+        step: how far the first trial is from factor 0.
+
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator | None = None,
+        num_byzantine: int | None = None,
+        evaluations: int = 20,
+        step: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if aggregator is not None and not isinstance(aggregator, Aggregator):
+            raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
+        if num_byzantine is not None:
+            check_integer_at_least("num_byzantine", num_byzantine, 0)
+        check_integer_at_least("evaluations", evaluations, 2)
+        self.num_byzantine = num_byzantine
+        self.evaluations = evaluations
+        self.step = step
+        # In lists, where torch finds no submodules: a rule's state is not the attack's to save, nor to load.
+        self._given = [aggregator]
+        self._in_use: list[tuple[Aggregator, int]] = []
+
+    @property
+    def aggregator(self) -> Aggregator | None:
+        """The rule to attack; None before it is known."""
+        return self._given[0] or (self._in_use[0][0] if self._in_use else None)
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``repr``."""
+        return (
+            f"aggregator={self._given[0]!r}, num_byzantine={self.num_byzantine}, evaluations={self.evaluations},"
+            f" step={self.step}"
+        )
+
+    def aim(self, aggregator: Aggregator, num_byzantine: int) -> None:
+        """Learn which rule is in use, and the f that it is called with."""
+        self._in_use = [(aggregator, num_byzantine)]
+
+    def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
+        """Raise :class:`ValueError` when no rule is known, or it can't serve these workers."""
+        super().check(num_workers, byzantine)
+        if self.aggregator is None:
+            raise ValueError(
+                "aggregator must be given where there is no strategy that has one, got aggregator=None. Pass"
+                f" {type(self).__name__}(aggregator=...)."
+            )
+        self.aggregator.check(num_workers, self._bound(byzantine))
+
+    @abstractmethod
+    def with_factor(self, factor: float) -> VectorAttack:
+        """Return the attack of that factor."""
+
+    def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
+        """Return a matrix with the Byzantine rows forged by the factor that does most harm."""
+        honest = [row for row in range(matrix.num_workers) if row not in byzantine]
+        mean = matrix.map_blocks(lambda block: block[honest].double().mean(dim=0, keepdim=True))
+
+        def harm(factor: float) -> float:
+            return self._distance(self.with_factor(factor).tamper(matrix, byzantine), mean, byzantine)
+
+        factor = line_search(harm, self.step, self.evaluations)
+        return self.with_factor(factor).tamper(matrix, byzantine)
+
+    def _distance(self, forged: WorkerMatrix, mean: WorkerMatrix, byzantine: Sequence[int]) -> float:
+        assert self.aggregator is not None  # see check
+        try:
+            result = deepcopy(self.aggregator).aggregate(forged, self._bound(byzantine))
+        except ByzantineBreakdownError:
+            return -torch.inf  # who stops the training is found out
+        return mean.distances(result).item()
+
+    def _bound(self, byzantine: Sequence[int]) -> int:
+        if self.num_byzantine is not None:
+            return self.num_byzantine
+        return self._in_use[0][1] if self._in_use else len(byzantine)
+
+
+def line_search(harm: Callable[[float], float], step: float, evaluations: int) -> float:
+    """Return the factor that did most harm of those that were tried, the one nearest to 0 where several did.
+
+    From 0 on, steps double while each does more harm than the last; from then on every step is 0.8 times the one
+    before, and is taken where it does more harm than the best so far.
+
+    Args:
+        harm: maps a factor to what is to become large.
+        step: the first step; the sign is the direction of the search.
+        evaluations: how often to call ``harm``.
+
+    Source: the search of ByzFL 0.0.11, https://github.com/LPD-EPFL/byzfl, after Allouah et al., "Fixing by Mixing: A
+    Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
+
+    Example:
+        >>> round(line_search(lambda factor: factor if factor < 3.3 else 0.0, step=1.0, evaluations=20), 2)
+        3.27
+
+    """
+    best, most = 0.0, harm(0.0)
+    grows = True
+    for _ in range(evaluations - 1):
+        trial = best + step
+        if (value := harm(trial)) > most:
+            best, most = trial, value
+        else:
+            grows = False
+        step *= 2 if grows else _RATIO
+    return best

@@ -1,0 +1,89 @@
+"""Every attack once more, from its formula, in float64 loops over Python lists of NumPy rows."""
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from oracles import Oracle, Rows
+
+Forge = Callable[[Rows, float], np.ndarray]
+
+_STRUCTS = {"float16": ("<e", "<H"), "float32": ("<f", "<I"), "float64": ("<d", "<Q")}
+
+
+def honest_mean(rows: Rows) -> np.ndarray:
+    return np.array([sum(values) / len(rows) for values in zip(*rows, strict=True)])
+
+
+def deviation(rows: Rows, ddof: int) -> np.ndarray:
+    result = []
+    for values, mean in zip(zip(*rows, strict=True), honest_mean(rows), strict=True):
+        result.append((sum((value - mean) ** 2 for value in values) / (len(rows) - ddof)) ** 0.5)
+    return np.array(result)
+
+
+def a_little_is_enough(rows: Rows, z: float, ddof: int = 1) -> np.ndarray:
+    return honest_mean(rows) - z * deviation(rows, ddof)
+
+
+def inner_product_manipulation(rows: Rows, epsilon: float) -> np.ndarray:
+    return -epsilon * honest_mean(rows)
+
+
+def min_max(rows: Rows, perturbation: str) -> np.ndarray:
+    """Bisect for gamma: all distances from the forged row are checked at every trial."""
+    mean = honest_mean(rows)
+    norm = np.linalg.norm(mean)
+    direction = {
+        "std": -deviation(rows, 1) if len(rows) > 1 else 0 * mean,
+        "unit": -mean / norm if norm else 0 * mean,
+        "sign": -np.sign(mean),
+    }[perturbation]
+    widest = max(float(np.linalg.norm(row - other)) for row in rows for other in rows)
+
+    def is_hidden(gamma: float) -> bool:
+        return max(float(np.linalg.norm(mean + gamma * direction - row)) for row in rows) <= widest
+
+    if not direction.any() or widest == 0:
+        return mean
+    low, high = 0.0, 1e-6
+    while is_hidden(high):
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_hidden(middle) else (low, middle)
+    return mean + low * direction
+
+
+def best_factor(harm: Callable[[float], float], step: float, evaluations: int) -> float:
+    """ByzFL's search: double the step while it helps, then shrink it to 0.8 of itself after every trial."""
+    best, most, left = 0.0, harm(0.0), evaluations - 1
+    while left > 0:
+        left -= 1
+        value = harm(best + step)
+        if not value > most:
+            step *= 0.8
+            break
+        best, most, step = best + step, value, 2 * step
+    while left > 0:
+        left -= 1
+        value = harm(best + step)
+        if value > most:
+            best, most = best + step, value
+        step *= 0.8
+    return best
+
+
+def optimal(rows: Rows, f: int, rule: Oracle, forge: Forge, step: float, evaluations: int = 20) -> np.ndarray:
+    def harm(factor: float) -> float:
+        return float(np.linalg.norm(rule([*rows, *[forge(rows, factor)] * f], f) - honest_mean(rows)))
+
+    return forge(rows, best_factor(harm, step, evaluations))
+
+
+def flip_bit(value: float, bit: int, dtype: str) -> float:
+    """Through bytes: a number as its IEEE 754 representation, bit 0 the least significant."""
+    number, integer = _STRUCTS[dtype]
+    (bits,) = struct.unpack(integer, struct.pack(number, value))
+    (flipped,) = struct.unpack(number, struct.pack(integer, bits ^ (1 << bit)))
+    return float(flipped)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from vectors import rows
+
+from lightning_byzantine.aggregators import (
+    Krum,
+)
+from lightning_byzantine.attacks import (
+    Intermittent,
+    LabelFlip,
+    Mimic,
+    OptimalALittleIsEnough,
+    SignFlip,
+)
+
+
+def test_intermittent_attacks_some_steps_and_leaves_others_alone() -> None:
+    attack = Intermittent(SignFlip(), probability=0.3, seed=5)
+    forged = [attack(rows(), [2]) for _ in range(300)]
+    attacked = [torch.equal(vectors[2], -rows()[2]) for vectors in forged]
+    assert sum(attacked) == pytest.approx(90, abs=30)
+    assert all(torch.equal(vectors, rows()) for vectors, hit in zip(forged, attacked, strict=True) if not hit)
+    twin = Intermittent(SignFlip(), probability=0.3, seed=5)
+    assert [torch.equal(twin(rows(), [2])[2], -rows()[2]) for _ in range(300)] == attacked
+    assert torch.equal(Intermittent(SignFlip(), probability=0.0)(rows(), [2]), rows())
+
+
+def test_intermittent_poisons_some_batches() -> None:
+    attack = Intermittent(LabelFlip(num_classes=10), probability=0.5)
+    assert (attack.on_data, attack.on_vectors) == (True, False)
+    labels = [attack.poison((0, torch.tensor([2])))[1].item() for _ in range(100)]
+    assert set(labels) == {2, 7}
+    assert labels.count(7) == pytest.approx(50, abs=20)
+    with pytest.raises(TypeError, match="Intermittent attacks batches, not vectors: call its `poison`"):
+        attack(rows(), [0])
+
+
+def test_intermittent_is_checked_as_what_it_wraps() -> None:
+    with pytest.raises(ValueError, match="worker must be an honest one"):
+        Intermittent(Mimic(worker=0), probability=0.5)(rows(), [0])
+    with pytest.raises(ValueError, match="aggregator must be given"):
+        Intermittent(OptimalALittleIsEnough(), probability=0.0)(rows(), [0])
+    attack = Intermittent(OptimalALittleIsEnough(), probability=1.0)
+    attack.aim(Krum(), num_byzantine=1)
+    assert torch.equal(attack(rows(), [0]), OptimalALittleIsEnough(Krum())(rows(), [0]))
+    with pytest.raises(TypeError, match=r"attack must be an Attack, such as SignFlip\(\), got 'SignFlip'"):
+        Intermittent("SignFlip", probability=0.5)
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got -0.1"):
+        Intermittent(SignFlip(), probability=-0.1)
