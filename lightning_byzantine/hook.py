@@ -11,7 +11,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.estimators import Estimator
+from lightning_byzantine.estimators import Estimator, keep
 from lightning_byzantine.exchange import Exchange
 from lightning_byzantine.gradients import clipping_factor, unscaled
 from lightning_byzantine.local_gradients import LocalGradients
@@ -52,6 +52,8 @@ class AggregationHook:
         max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
             then before backward has ended, for only then is the norm known.
         num_local_workers: how many workers this process acts as, k.
+        previous: where to keep what the rule returned last, by parameter name, for a rule that starts from it; None for
+            rules that don't.
 
     Attributes:
         exchange: as given.
@@ -68,6 +70,7 @@ class AggregationHook:
         loss_scale: Callable[[], float | None] = lambda: None,
         max_norm: float | None = None,
         num_local_workers: int = 1,
+        previous: dict[str, Tensor] | None = None,
     ) -> None:
         self.exchange = exchange
         parameters = dict(module.named_parameters())
@@ -76,6 +79,7 @@ class AggregationHook:
         self._estimator = estimator
         self._loss_scale = loss_scale
         self._max_norm = max_norm
+        self._previous = previous
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale: float | None = None
         self._buckets: list[_Bucket] = []
@@ -151,9 +155,10 @@ class AggregationHook:
         return rows
 
     def _aggregated_gradients(self, buckets: list[_Bucket]) -> list[Tensor]:
-        matrix = self.exchange.finish()
+        matrix = self.exchange.finish(self._previous_blocks(buckets))
         try:
             aggregates = self.exchange.collect(self._aggregate(matrix))
+            self._keep(buckets, aggregates)
         except ByzantineBreakdownError:
             if self._estimator is not None:
                 for worker in range(self.gradients.num_workers):
@@ -171,6 +176,29 @@ class AggregationHook:
             else:
                 self._estimator.discard(worker)
         return [self._gradient(self._estimator, *pair) for pair in zip(buckets, aggregates, strict=True)]
+
+    def _previous_blocks(self, buckets: list[_Bucket]) -> list[Tensor] | None:
+        if not self._previous:
+            return None
+        blocks = []
+        for bucket in buckets:
+            block = bucket.sent.new_zeros(bucket.sent.shape[1])
+            for name, part in bucket.parts(block):
+                if name in self._previous:
+                    part.copy_(self._previous[name]).mul_(self._scale_sent)
+            blocks.append(block)
+        return blocks
+
+    def _keep(self, buckets: list[_Bucket], aggregates: list[Tensor]) -> None:
+        if self._previous is not None:
+            for bucket, aggregate in zip(buckets, aggregates, strict=True):
+                parts = {name: part / self._scale_sent for name, part in bucket.parts(aggregate) if name is not None}
+                keep(parts, self._previous)
+
+    @property
+    def _scale_sent(self) -> float:
+        # Estimators have undone it, and raw gradients have not.
+        return 1.0 if self._scale is None or self._estimator is not None else self._scale
 
     def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:
         # Into DDP's own buffer, as its all-reduce does, which saves DDP a copy.

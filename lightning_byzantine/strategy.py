@@ -130,6 +130,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.hook: AggregationHook | None = None
         self.window: AccumulationWindow | None = None
         self._num_byzantine = num_byzantine
+        self._previous: dict[str, Tensor] = {}
         self._unknown_to_ddp: dict[str, nn.Parameter] = {}
         self._given_estimator = self.estimator if estimator != "auto" else estimator
         self._max_worker_grad_norm = max_worker_grad_norm
@@ -186,6 +187,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         alone = self.num_workers == 1 and (self.estimator is None or self.estimator.transparent)
         if self.estimator is not None:
             self.estimator.reset()
+        self._previous.clear()
         self.hook = AggregationHook(
             self.lightning_module,
             exchange=_EXCHANGES[self.exchange](self.world_size),
@@ -194,6 +196,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
             num_local_workers=self.workers_per_process,
+            previous=self._previous if self.aggregator.uses_previous else None,
         )
         self.hook.register(self.model)
 
@@ -311,6 +314,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             dict(self.lightning_module.named_parameters()),
             self.aggregator,
             self.estimator,
+            self._previous,
             self.global_rank,
             self.world_size,
             self.workers_per_process,
