@@ -1,6 +1,7 @@
 """The mean around the median of rows that Krum has chosen."""
 
 import torch
+from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.krum import krum_scores
@@ -39,11 +40,15 @@ class Bulyan(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the vector of means of the chosen rows."""
-        left = list(range(matrix.num_workers))
+        left = torch.arange(matrix.num_workers)
+
+        def scores(squared: Tensor) -> Tensor:
+            return krum_scores(squared[left][:, left], num_byzantine)
+
         chosen = []
         for _ in range(matrix.num_workers - 2 * num_byzantine):
-            rows = torch.tensor(left)
-            best = matrix.lowest(lambda squared, rows=rows: krum_scores(squared[rows][:, rows], num_byzantine), 1)
-            chosen.append(left.pop(int(best)))
+            best = matrix.lowest(scores, 1)
+            chosen.append(int(left[best]))
+            left = left[torch.arange(len(left)) != best]
         count = matrix.num_workers - 4 * num_byzantine
         return matrix.select(torch.tensor(sorted(chosen))).coordinatewise(lambda rows: mean_around_median(rows, count))

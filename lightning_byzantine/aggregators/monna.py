@@ -23,6 +23,7 @@ class MoNNA(Aggregator):
     Source: Farhadkhani et al., "Robust Collaborative Learning with Linear Gradient Overhead", ICML 2023.
 
     Example:
+        >>> import torch
         >>> MoNNA(reference=1)(torch.tensor([[9.0], [1.0], [2.0]]), num_byzantine=1)
         tensor([1.5000])
 

@@ -42,7 +42,7 @@ class SMEA(Aggregator):
         """Return the average of the subset of the least spread."""
         subsets = all_subsets(matrix.num_workers, matrix.num_workers - num_byzantine)
         squared = matrix.exact_squared_distances()
-        spreads = torch.cat([_spreads(squared, batch) for batch in subsets.split(_BATCH)])
+        spreads = torch.cat([_spreads(squared, batch) for batch in torch.split(subsets, _BATCH)])
         return matrix.combine(mean_of(subsets[nearest(spreads, 1)[0]], matrix.num_workers))
 
 
@@ -55,4 +55,5 @@ def _spreads(squared: Tensor, subsets: Tensor) -> Tensor:
     # Inner products about the mean, from distances: -1/2 (I - 11^T / k) D (I - 11^T / k).
     means = chosen.mean(1)
     products = (means[:, :, None] + means[:, None, :] - means.mean(1)[:, None, None] - chosen) / 2
-    return (torch.linalg.eigvalsh(products)[:, -1].clamp(min=0) * units).sqrt()
+    eigenvalues: Tensor = torch.linalg.eigvalsh(products)
+    return eigenvalues[:, -1].clamp(min=0).mul(units).sqrt()
