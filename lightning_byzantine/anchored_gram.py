@@ -7,6 +7,9 @@ from lightning_byzantine.gram import Gram, most_central_row
 
 __all__ = ["AnchoredGram"]
 
+# A squared distance below this part of the squares it is the difference of is rounding alone.
+_ROUNDING = 1e-13
+
 
 class AnchoredGram(Gram):
     """Inner products of rows and of 0, as seen from some origin.
@@ -38,9 +41,20 @@ class AnchoredGram(Gram):
             weights: [k, m].
 
         """
-        return super().mixed(torch.cat([weights, -weights.sum(1, keepdim=True)], dim=1))
+        return super().mixed(_with_zero(weights))
 
     def points(self, weights: Tensor) -> Gram:
         """Return the same from amid the points, so that what they have in common takes no digits from distances."""
         central = most_central_row(self.mixed(weights).squared_distances()[0])
-        return self.mixed(weights - weights[central])
+        seen = weights - weights[central]
+        gram = self.mixed(seen)
+        # Rows of one direction and of several lengths may be scaled to the same point, but for rounding: they must tie.
+        terms = (_with_zero(seen).abs() @ self.products.diagonal().sqrt()).square()
+        norms = gram.products.diagonal()
+        squared = norms + norms[:, None] - 2 * gram.products
+        same = squared <= _ROUNDING * (terms + terms[:, None])
+        return gram.rows(same.int().argmax(1))
+
+
+def _with_zero(weights: Tensor) -> Tensor:
+    return torch.cat([weights, -weights.sum(1, keepdim=True)], dim=1)

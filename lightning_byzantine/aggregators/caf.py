@@ -10,7 +10,7 @@ from lightning_byzantine.points import Point
 
 __all__ = ["CAF"]
 
-# Eigenvalues that differ by less than this part of them are one: rounding must not choose among their vectors.
+# What differs by less than this part of it is equal: rounding must not choose among vectors, nor keep a weight alive.
 _SAME = 1e-9
 
 
@@ -43,14 +43,15 @@ class CAF(Aggregator):
         weights = torch.ones(num_workers, dtype=torch.float64)
         best, least = weights, torch.inf
         squared = matrix.exact_squared_distances()
-        while weights.sum() > num_workers - 2 * num_byzantine:
+        while weights.sum() > num_workers - 2 * num_byzantine + _SAME:
             left = weights.nonzero().flatten()
             eigenvalue, projections = _widest_spread(squared[left][:, left], weights[left])
             if eigenvalue < (1 - _SAME) * least:
                 best, least = weights, eigenvalue
             if eigenvalue == 0:
                 break
-            weights = weights.index_copy(0, left, weights[left] * (1 - projections / projections.max()))
+            loss = projections / projections.max()
+            weights = weights.index_copy(0, left, torch.where(loss > 1 - _SAME, 0.0, weights[left] * (1 - loss)))
         return matrix.combine(best / best.sum())
 
 
