@@ -16,7 +16,7 @@ __all__ = ["MeaMed", "mean_around_median"]
 class MeaMed(Aggregator):
     """In every coordinate, the mean of the m - f values nearest to the median.
 
-    For even m the median is the mean of the middle two, as in ByzFL on NumPy arrays; ByzPy takes the lower of them. Of
+    For even m the median is the mean of the middle two, as in ByzFL; ByzPy takes the lower of them. Of
     two values as far from the median, one below and one above, where only one has a place, half of each counts: neither
     the sign nor the workers' order then matters.
 
