@@ -1,8 +1,8 @@
-"""The one error of its own that the package raises."""
+"""The errors of its own that the package raises."""
 
 from collections.abc import Sequence
 
-__all__ = ["ByzantineBreakdownError"]
+__all__ = ["ByzantineBreakdownError", "ReferenceLostError"]
 
 
 class ByzantineBreakdownError(RuntimeError):
@@ -34,3 +34,25 @@ class ByzantineBreakdownError(RuntimeError):
     def __reduce__(self) -> tuple[type, tuple[list[int], int, int]]:
         # Lightning's spawn and fork launchers pickle a worker's error to raise it in the parent.
         return type(self), (self.workers, self.num_workers, self.num_byzantine)
+
+
+class ReferenceLostError(ByzantineBreakdownError):
+    """The row of the worker that a rule trusts is non-finite or too large to measure, so that it has nothing to go by.
+
+    Args:
+        workers: the index of that worker.
+        num_workers: number of workers whose rows are left.
+        num_byzantine: how many of those may be Byzantine.
+
+    Example:
+        >>> raise ReferenceLostError(workers=[2], num_workers=4, num_byzantine=1)
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.ReferenceLostError: the trusted worker (rank 2) sent a non-finite or overflowing \
+vector
+
+    """
+
+    def __init__(self, workers: Sequence[int], num_workers: int, num_byzantine: int) -> None:
+        super().__init__(workers, num_workers, num_byzantine)
+        self.args = (f"the trusted worker (rank {self.workers[0]}) sent a non-finite or overflowing vector",)

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Gram", "all_digits", "are_sharp", "centred_gram", "quick_gram", "quick_products"]
+__all__ = [
+    "Gram",
+    "all_digits",
+    "are_sharp",
+    "centred_gram",
+    "most_central_row",
+    "quick_gram",
+    "quick_products",
+]
 
 # A squared distance below this part of the squared norms it is the difference of has lost too many of their 16 digits.
 _LOST = 1e-6
@@ -51,6 +59,10 @@ class Gram:
         """Return that of rows sum_j weights[i, j] x_j; any origin will do where weights sum to 1, or to 0."""
         size = weights.abs()
         return Gram(weights @ self.products @ weights.T, size @ self.errors @ size.T)
+
+    def points(self, weights: Tensor) -> "Gram":
+        """Return that of the points sum_j weights[i, j] x_j, seen from anywhere."""
+        return self.mixed(weights)
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         """Return ||x_i - o||^2, [m], and their errors."""
@@ -166,7 +178,7 @@ def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
     for _ in range(2):
         if not _lost_digits(products):
             break
-        central = _most_central_row(_squared_distances(products))
+        central = most_central_row(_squared_distances(products))
         if central == origin:
             break
         origin = central
@@ -193,7 +205,16 @@ def _lost_digits(gram: Tensor) -> bool:
     return bool(close.fill_diagonal_(False).any())
 
 
-def _most_central_row(distances: Tensor) -> int:
-    """Return the row with the nearest majority: it is within two honest diameters of every honest row."""
+def most_central_row(distances: Tensor) -> int:
+    """Return the row with the nearest majority: it is within two honest diameters of every honest row.
+
+    Args:
+        distances: [m, m], squared or not.
+
+    Example:
+        >>> most_central_row(torch.tensor([[0.0, 9.0, 8.0], [9.0, 0.0, 1.0], [8.0, 1.0, 0.0]]))
+        1
+
+    """
     majority = distances.shape[0] // 2
     return int(distances.kthvalue(majority + 1, dim=1).values.argmin())

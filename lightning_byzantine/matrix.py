@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lightning_byzantine.anchored_gram import AnchoredGram
 from lightning_byzantine.gram import Gram, all_digits, are_sharp, centred_gram, quick_gram, quick_products
 from lightning_byzantine.ordering import nearest, told_apart
 from lightning_byzantine.points import Combination, Coordinatewise, Point
@@ -34,9 +35,10 @@ _ROUNDING_OF_NORMS = 16 * 2.0**-24
 class WorkerMatrix:
     """m rows (workers) x d columns (coordinates), stored as column blocks [m, c_b] of any floating dtypes.
 
-    Rows can be dropped (:meth:`select`) and replaced by affine combinations of themselves (:meth:`mix`) at no cost:
-    both give a lazy view. All statistics are float64 tensors on the CPU, so that a rule's small mathematics needs one
-    copy off the device for each pass over the columns. Nothing is ever written to the blocks.
+    Rows can be dropped (:meth:`select`), replaced by affine combinations of themselves (:meth:`mix`) and made shorter
+    (:meth:`scale`) at no cost: all give a lazy view. All statistics are float64 tensors on the CPU, so that a rule's
+    small mathematics needs one copy off the device for each pass over the columns. Nothing is ever written to the
+    blocks.
 
     Args:
         blocks: column blocks, each [m, c_b], on one device.
@@ -47,6 +49,10 @@ class WorkerMatrix:
 
     Attributes:
         previous: what came of the step before, [c_b] for each block, for rules that start from it; None at first.
+
+    Attributes:
+        previous: what was aggregated in the step before, one [c_b] tensor for each block; None in the first step, and
+            where the rule has no use for it.
 
     Example:
         >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
@@ -74,11 +80,18 @@ class WorkerMatrix:
         self._mixing: Tensor | None = None
         self._source = self  # the same rows, not mixed
         self._stored = self  # all rows of the blocks
+        self._is_anchored = False  # whether inner products tell where 0 is
+        self.previous: list[Tensor] | None = None
 
     @property
     def num_workers(self) -> int:
         """Number of rows, m."""
         return len(self._rows) if self._mixing is None else self._mixing.shape[0]
+
+    @property
+    def workers(self) -> Tensor:
+        """Indices of the workers whose rows this matrix, or the one it mixes, was made of: some may be dropped."""
+        return self._rows
 
     def select(self, rows: Tensor) -> "WorkerMatrix":
         """Keep the given rows only; the others are never read again (0 * inf would be nan).
@@ -107,6 +120,17 @@ class WorkerMatrix:
         mixed._source = self._source
         return mixed
 
+    def scale(self, factors: Tensor) -> "WorkerMatrix":
+        """Multiply every row by a number of its own: lengths are about 0, which the inner products then have to know.
+
+        Args:
+            factors: [m].
+
+        """
+        scaled = self.mix(factors.double().diag())
+        scaled._source = self._source._anchored
+        return scaled
+
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
         return self._with_blocks([function(block) for block in self.blocks])
@@ -118,7 +142,7 @@ class WorkerMatrix:
             weights: [m] with sum 1.
 
         """
-        return Combination(weights.double() @ self._mixing_matrix)
+        return Combination(weights.double() @ self._mixing_matrix, is_affine=not self._source._is_anchored)
 
     def mean(self) -> Combination:
         """Return the average of all rows, lazily."""
@@ -141,6 +165,10 @@ class WorkerMatrix:
         """Return ||x_i - x_j||^2, [m, m]: through the Gram matrix, one pass for all rules and views together."""
         return self._gram.squared_distances()[0]
 
+    def exact_squared_distances(self) -> Tensor:
+        """Return ||x_i - x_j||^2, [m, m], in float64: for what is not lowest where distances are."""
+        return self._exact_gram(self._source).squared_distances()[0]
+
     def lowest(self, statistic: Callable[[Tensor], Tensor], count: int) -> Tensor:
         """Return where a statistic of the squared distances is lowest, ties broken by index.
 
@@ -154,7 +182,7 @@ class WorkerMatrix:
         """
         squared, errors = self._gram.squared_distances()
         if errors.any() and not told_apart(statistic(squared - errors), statistic(squared + errors), count):
-            squared = self._exact_gram().squared_distances()[0]
+            squared = self.exact_squared_distances()
         return nearest(statistic(squared), count)
 
     def nearest(self, center: Point, count: int) -> Tensor:
@@ -214,22 +242,44 @@ class WorkerMatrix:
     @property
     def _gram(self) -> Gram:
         gram = self._source._inner
-        return gram if self._mixing is None else gram.mixed(self._mixing)
+        return gram if self._mixing is None else gram.points(self._mixing)
+
+    @cached_property
+    def _anchored(self) -> "WorkerMatrix":
+        """The same rows, not mixed, with inner products that tell where 0 is."""
+        if self._is_anchored:
+            return self
+        anchored = self._with_blocks(self.blocks)
+        anchored._rows = self._rows
+        anchored._stored = self._stored
+        anchored._is_anchored = True
+        return anchored
+
+    def _source_for(self, center: Combination) -> "WorkerMatrix":
+        return self._source if center.is_affine else self._source._anchored
+
+    def _with_blocks(self, blocks: list[Tensor]) -> "WorkerMatrix":
+        matrix = WorkerMatrix(blocks, self._complete, self.shard)
+        matrix.previous = self.previous
+        return matrix
 
     @cached_property
     def _inner(self) -> Gram:
         """Inner products of the rows, not mixed, about an origin that leaves their distances sharp."""
         quick = self._stored._quick_gram
-        if quick is not None and (selected := quick.rows(self._rows)).is_sharp():
-            return selected
+        if quick is not None:
+            selected = quick.rows(self._rows)
+            if self._is_anchored:
+                selected = AnchoredGram.about_zero(selected)
+            if selected.is_sharp():
+                return selected
         return self._exact_inner()
 
     def _exact_inner(self) -> Gram:
         products = centred_gram(self._products)
-        return Gram(products, torch.zeros_like(products))
+        return (AnchoredGram if self._is_anchored else Gram)(products, torch.zeros_like(products))
 
-    def _exact_gram(self) -> Gram:
-        source = self._source
+    def _exact_gram(self, source: "WorkerMatrix") -> Gram:
         if source._inner.errors.any():
             source._inner = source._exact_inner()
         return self._gram
@@ -244,9 +294,12 @@ class WorkerMatrix:
         return quick_gram(sums, num_columns=len(self._rows) * sum(block.shape[1] for block in self.blocks))
 
     def _products(self, origin: int | None) -> Tensor:
-        total = torch.zeros(len(self._rows), len(self._rows), dtype=torch.float64, device=self.blocks[0].device)
+        size = len(self._rows) + self._is_anchored
+        total = torch.zeros(size, size, dtype=torch.float64, device=self.blocks[0].device)
         for index in range(len(self.blocks)):
             for _, chunk in self._chunks(index, _float64):
+                if self._is_anchored:
+                    chunk = nn.functional.pad(chunk, (0, 0, 0, 1))  # 0 as the last row
                 rows = chunk if origin is None else chunk - chunk[origin]
                 total.addmm_(rows, rows.T)
         return self._complete(total).cpu()
@@ -254,7 +307,7 @@ class WorkerMatrix:
     def _measured_from(self, center: Point) -> tuple[Tensor, Tensor]:
         """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""
         if isinstance(center, Combination):
-            return self._source._inner.mixed(self._mixing_matrix - center.weights).squared_norms()
+            return self._source_for(center)._inner.mixed(self._mixing_matrix - center.weights).squared_norms()
         if isinstance(center, Coordinatewise) and center.values is None and self._is_quick:
             return self._compute_and_measure(center)
         squared = self._exact_distances(center).square()
@@ -262,7 +315,7 @@ class WorkerMatrix:
 
     def _exact_distances(self, center: Point) -> Tensor:
         if isinstance(center, Combination):
-            self._exact_gram()
+            self._exact_gram(self._source_for(center))
             return self._measured_from(center)[0].sqrt()
         values = self._values(center) if isinstance(center, Coordinatewise) else center
 
@@ -369,11 +422,15 @@ def _float64(_: torch.dtype) -> torch.dtype:
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Write sum_i w_i x_i of the rows whose weight is not 0, of which there is at least one."""
+    """Write sum_i w_i x_i of the rows whose weight is not 0."""
     # Row by row and without fused operations, not as a product of matrices: each coordinate then comes out the same
     # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it; and
     # neither autocast nor TensorFloat-32, which round to three digits, have a say in it.
-    first, *others = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
+    used = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
+    if not used:  # a row that was scaled to 0
+        out.zero_()
+        return
+    first, *others = used
     torch.mul(*first, out=out)
     product = torch.empty_like(out)
     for row, weight in others:

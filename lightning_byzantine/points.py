@@ -17,11 +17,13 @@ class Combination:
     """A point sum_i w_i x_i, not yet computed.
 
     Args:
-        weights: [n] float64 on the CPU, one for each stored row; their sum is 1.
+        weights: [n] float64 on the CPU, one for each stored row.
+        is_affine: whether the sum of the weights is 1. Otherwise 0 has the rest of it.
 
     """
 
     weights: Tensor
+    is_affine: bool = True
 
 
 class Coordinatewise:

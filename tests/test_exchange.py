@@ -9,7 +9,24 @@ from torch import Tensor
 from training import Regression, fit
 
 from lightning_byzantine import ByzantineDDPStrategy
-from lightning_byzantine.aggregators import CTMA, Aggregator, CoordinateWiseMedian, GeometricMedian, Krum, MultiKrum
+from lightning_byzantine.aggregators import (
+    ARC,
+    CAF,
+    CTMA,
+    NNM,
+    SMEA,
+    Aggregator,
+    CenteredClipping,
+    Clipping,
+    ComparativeGradientElimination,
+    CoordinateWiseMedian,
+    GeometricMedian,
+    Krum,
+    MeaMed,
+    MinimumDiameterAveraging,
+    MoNNA,
+    MultiKrum,
+)
 from lightning_byzantine.attacks import (
     ALittleIsEnough,
     Attack,
@@ -77,6 +94,31 @@ def test_near_ties_are_decided_alike(three_ranks: RankPool, rule: Aggregator) ->
     gathered, sharded = (three_ranks.run(exchange_blocks, name, [rows], rule, 1) for name in EXCHANGES)
     for result in [*gathered, *sharded]:
         assert torch.equal(result[0], gathered[0][0])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        MeaMed(),
+        MinimumDiameterAveraging(),
+        MoNNA(reference=1),
+        ComparativeGradientElimination(),
+        CAF(),
+        SMEA(),
+        CenteredClipping(tau=2.0),
+        Clipping(CoordinateWiseMedian(), max_norm=2.0),
+        ARC(NNM(SMEA())),
+    ],
+    ids=lambda rule: repr(rule).replace("\n", " "),
+)
+def test_rules_give_the_same_under_both(three_ranks: RankPool, rule: Aggregator) -> None:
+    blocks = blocks_of([100, 1, 0, 7], [torch.float32] * 4, 3, seed=4)
+    expected = torch.cat(results_on_one_process(blocks, rule, 1))
+    gathered, sharded = (three_ranks.run(exchange_blocks, name, blocks, rule, 1) for name in EXCHANGES)
+    for results in (gathered, sharded):
+        for result in results:
+            assert torch.equal(torch.cat(result), torch.cat(results[0]))
+            torch.testing.assert_close(torch.cat(result), expected, rtol=1e-6, atol=1e-6)
 
 
 def iterates(rule: Aggregator) -> bool:

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
 FLOORS = {
     0: [
+        "anchored_gram",
         "checks",
         "errors",
         "gradients",

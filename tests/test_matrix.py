@@ -42,6 +42,32 @@ def test_a_mixed_matrix_is_the_matrix_of_the_mixed_rows() -> None:
     torch.testing.assert_close(mixed.length(weights - 0.2), ((weights - 0.2) @ expected).norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_scaled_matrix_is_the_matrix_of_the_scaled_rows(dtype: torch.dtype) -> None:
+    vectors, mixing, again = rows().to(dtype), affine(4, 6, seed=1), affine(5, 4, seed=2)
+    factors = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
+    stored = WorkerMatrix(blocks(vectors))
+    scaled = stored.mix(mixing).scale(factors).mix(again)
+    expected = again @ factors.diag() @ mixing @ vectors.double()
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(scaled.squared_norms(), expected.square().sum(1), **near)
+    torch.testing.assert_close(scaled.squared_distances(), WorkerMatrix([expected]).squared_distances(), **near)
+    weights = torch.tensor([0.5, -0.5, 0.2, 0.3, 0.5], dtype=torch.float64)
+    center = scaled.combine(weights)
+    torch.testing.assert_close(whole(scaled.materialize(center)).double(), weights @ expected, **near)
+    for matrix, dense in ((scaled, expected), (stored, vectors.double())):
+        torch.testing.assert_close(matrix.distances(center), (dense - weights @ expected).norm(dim=1), **near)
+    torch.testing.assert_close(scaled.length(weights - 0.2), ((weights - 0.2) @ expected).norm(), **near)
+
+
+def test_what_was_aggregated_before_is_known_to_all_views() -> None:
+    matrix = WorkerMatrix(blocks(rows()))
+    matrix.previous = [torch.zeros(7), torch.zeros(1), torch.zeros(22)]
+    views = [matrix.select(torch.tensor([0, 2])), matrix.mix(affine(3, 6, seed=0)), matrix.scale(torch.ones(6))]
+    for view in [*views, matrix.map_blocks(torch.neg)]:
+        assert view.previous is matrix.previous
+
+
 def test_a_center_of_one_view_serves_another() -> None:
     vectors = rows()
     matrix = WorkerMatrix(blocks(vectors))

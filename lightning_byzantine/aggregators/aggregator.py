@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.checks import check_num_byzantine, check_vectors
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.matrix import WorkerMatrix
@@ -23,6 +24,9 @@ class Aggregator(nn.Module, ABC):
     Attributes:
         uses_products: whether the rule, or its base, needs the rows' inner products, so that their norms need no pass
             of their own.
+        uses_previous: whether the rule, or its base, starts from what was aggregated last: from
+            :attr:`~lightning_byzantine.matrix.WorkerMatrix.previous`. The strategy keeps it in the checkpoint, and on
+            plain tensors the rule that is called keeps it in its ``state_dict``.
 
     Example:
         >>> class FirstRow(Aggregator):
@@ -34,6 +38,12 @@ class Aggregator(nn.Module, ABC):
     """
 
     uses_products: bool = False
+    uses_previous: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.uses_previous:
+            self.last_aggregate = LastAggregate()
 
     @abstractmethod
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
@@ -85,9 +95,16 @@ class Aggregator(nn.Module, ABC):
 
         Raises:
             TypeError: if ``vectors`` is not a floating-point tensor, or ``num_byzantine`` not an integer.
-            ValueError: if ``vectors`` is not 2D or is empty, or the rule can't serve m and f.
+            ValueError: if ``vectors`` is not 2D or is empty, or the rule can't serve m and f; if it ``uses_previous``
+                and d is not that of the call before.
             ByzantineBreakdownError: if more than f rows are non-finite or overflow.
 
         """
         check_vectors(vectors)
-        return self.aggregate(WorkerMatrix([vectors]), num_byzantine)[0]
+        matrix = WorkerMatrix([vectors])
+        if self.uses_previous:
+            matrix.previous = self.last_aggregate.blocks_for(vectors)
+        aggregate = self.aggregate(matrix, num_byzantine)[0]
+        if self.uses_previous:
+            self.last_aggregate.keep(aggregate)
+        return aggregate

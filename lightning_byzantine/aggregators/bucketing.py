@@ -4,6 +4,7 @@ import torch
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
+from lightning_byzantine.aggregators.monna import MoNNA
 from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.points import Point
@@ -19,7 +20,7 @@ class Bucketing(MetaAggregator):
     rank; the number of calls is part of the ``state_dict``.
 
     Args:
-        base: the rule that is applied to the bucket means.
+        base: the rule that is applied to the bucket means; not :class:`MoNNA`, whose worker has no bucket.
         bucket_size: s. None for floor(m / 2f) (m when f = 0), or one less where that would leave 2f buckets only,
             which no base rule can serve.
         seed: seed of the draws.
@@ -35,6 +36,8 @@ class Bucketing(MetaAggregator):
 
     def __init__(self, base: Aggregator, bucket_size: int | None = None, seed: int = 0) -> None:
         super().__init__(base)
+        if any(isinstance(rule, MoNNA) for rule in base.modules()):
+            raise ValueError("base must not be MoNNA nor contain it: random buckets have no trusted worker's row")
         if bucket_size is not None:
             check_integer_at_least("bucket_size", bucket_size, 1)
         self.bucket_size = bucket_size

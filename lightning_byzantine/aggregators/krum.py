@@ -7,7 +7,7 @@ from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.ordering import mean_of
 from lightning_byzantine.points import Point
 
-__all__ = ["Krum", "best_scored"]
+__all__ = ["Krum", "best_scored", "krum_scores"]
 
 
 class Krum(Aggregator):
@@ -33,9 +33,10 @@ class Krum(Aggregator):
 
 def best_scored(matrix: WorkerMatrix, num_byzantine: int, count: int) -> Tensor:
     """Return the rows with the least sums of squared distances to their m - f - 1 nearest others, [count]."""
+    return matrix.lowest(lambda squared: krum_scores(squared, num_byzantine), count)
 
-    def scores(squared: Tensor) -> Tensor:
-        # The first column is the row's distance to itself.
-        return squared.sort(dim=1).values[:, 1 : matrix.num_workers - num_byzantine].sum(dim=1)
 
-    return matrix.lowest(scores, count)
+def krum_scores(squared: Tensor, num_byzantine: int) -> Tensor:
+    """Return each row's sum of squared distances to its m - f - 1 nearest others, [m], from all of them, [m, m]."""
+    # The first column is the row's distance to itself.
+    return squared.sort(dim=1).values[:, 1 : len(squared) - num_byzantine].sum(dim=1)

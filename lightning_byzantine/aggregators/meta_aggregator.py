@@ -3,6 +3,7 @@
 from abc import ABC
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 
 __all__ = ["MetaAggregator"]
 
@@ -28,6 +29,9 @@ class MetaAggregator(Aggregator, ABC):
             raise TypeError(f"base must be an Aggregator, such as CoordinateWiseMedian(), got {base!r}")
         self.base = base
         self.uses_products = self.uses_products or base.uses_products
+        self.uses_previous = self.uses_previous or base.uses_previous
+        if self.uses_previous:
+            self.last_aggregate = LastAggregate()
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` when this rule or its base can't serve m workers of which f are Byzantine."""

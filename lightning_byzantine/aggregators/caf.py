@@ -1,0 +1,81 @@
+"""A filter along the directions of the widest spread."""
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.ordering import nearest
+from lightning_byzantine.points import Point
+
+__all__ = ["CAF"]
+
+# What differs by less than this part of it is equal: rounding must not choose among vectors, nor keep a weight alive.
+_SAME = 1e-9
+
+
+class CAF(Aggregator):
+    """Covariance bound-agnostic filter: weights fall along the direction of the widest spread, until 2f are gone.
+
+    From c = 1, repeat while sum_i c_i > m - 2f: with mu the mean under the weights c, and (lambda, v) the largest
+    eigenvalue of the covariance about it and its vector, tau_i = <v, x_i - mu>^2 and
+    c_i <- c_i (1 - tau_i / max_j tau_j), the maximum over those j that have a weight left. Returns the mu of the least
+    lambda seen.
+
+    Eigenvectors are exact, from inner products. ByzFL takes one step of the power method from a random vector and ByzPy
+    three from a fixed one, which give the same where the rows are on a line. Their maximum is over all rows, also those
+    of weight 0, which may then go on for ever. For f = 0, where ByzFL returns None, this is the mean.
+
+    Source: Allouah, Guerraoui & Stephan, "Towards Trustworthy Federated Learning with Untrusted Participants", ICML
+    2025, algorithm 2.
+
+    Example:
+        >>> CAF()(torch.tensor([[1.0], [2.0], [3.0], [90.0]]), num_byzantine=1)
+        tensor([2.0076])
+
+    """
+
+    uses_products = True
+
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the mean of the least spread, as weights of the rows."""
+        num_workers = matrix.num_workers
+        weights = torch.ones(num_workers, dtype=torch.float64)
+        best, least = weights, torch.inf
+        squared = matrix.exact_squared_distances()
+        while weights.sum() > num_workers - 2 * num_byzantine + _SAME:
+            left = weights.nonzero().flatten()
+            eigenvalue, projections = _widest_spread(squared[left][:, left], weights[left])
+            if eigenvalue < (1 - _SAME) * least:
+                best, least = weights, eigenvalue
+            if eigenvalue == 0:
+                break
+            loss = projections / projections.max()
+            weights = weights.index_copy(0, left, torch.where(loss > 1 - _SAME, 0.0, weights[left] * (1 - loss)))
+        return matrix.combine(best / best.sum())
+
+
+def _widest_spread(squared: Tensor, weights: Tensor) -> tuple[float, Tensor]:
+    """Return the largest eigenvalue of the weighted covariance, and all squared projections on its vector in any unit.
+
+    Args:
+        squared: [n, n], squared distances.
+        weights: [n], positive.
+
+    """
+    unit = float(squared.max())
+    if unit == 0:
+        return 0.0, torch.zeros_like(weights)
+    # Inner products about the weighted mean, from distances, in units that can't overflow.
+    parts = weights / weights.sum()
+    centring = torch.eye(len(parts), dtype=torch.float64) - parts
+    products = -0.5 * centring @ (squared / unit) @ centring.T
+    # X diag(c) X^T has the eigenvalues of sqrt(c) X^T X sqrt(c), and its vectors are combinations of the rows.
+    roots = parts.sqrt()
+    eigenvalues, vectors = torch.linalg.eigh(roots[:, None] * products * roots)
+    largest = eigenvalues[-1]
+    space = vectors[:, eigenvalues >= (1 - _SAME) * largest]
+    # Where there are several widest directions: that of the row which is best seen in them, ties broken by index.
+    seen = space.square().sum(1)
+    vector = space @ space[nearest(1 - seen.clamp(max=1), 1)[0]]
+    return float(largest) * unit, (products @ (roots * vector)).square()

@@ -1,0 +1,65 @@
+"""Steps of bounded length from the last aggregate."""
+
+import torch
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.checks import check_integer_at_least, check_positive
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.points import Point
+
+__all__ = ["CenteredClipping"]
+
+
+class CenteredClipping(Aggregator):
+    """v <- v + (1/m) sum_i (x_i - v) min(1, tau / ||x_i - v||), from the v that was aggregated last, at first 0.
+
+    No worker moves the result by more than tau / m in an iteration. Nor do the honest ones, together, by more than tau:
+    tau should be some times their distance from v, and where v starts far away from them, it takes several steps to
+    arrive.
+
+    Args:
+        tau: the length at which differences from v are cut off, in the units of the rows.
+        num_iterations: how many iterations a call makes.
+
+    The paper's form, as ByzFL's ``CenteredClipping(m=None, L=num_iterations, tau=tau)``, whose tau is 100 by default.
+    ByzPy keeps nothing between calls: it makes ten iterations from the mean of the rows, to where one attacker can move
+    it.
+
+    Source: Karimireddy, He & Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021.
+
+    Example:
+        >>> rule = CenteredClipping(tau=2.0)
+        >>> rule(torch.tensor([[1.0], [2.0], [90.0]]), num_byzantine=1)
+        tensor([1.6667])
+        >>> rule(torch.tensor([[1.0], [2.0], [90.0]]), num_byzantine=1)
+        tensor([2.2222])
+
+    """
+
+    uses_previous = True
+
+    def __init__(self, tau: float = 10.0, num_iterations: int = 1) -> None:
+        super().__init__()
+        check_positive("tau", tau)
+        check_integer_at_least("num_iterations", num_iterations, 1)
+        self.tau = tau
+        self.num_iterations = num_iterations
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``repr``."""
+        return f"tau={self.tau}, num_iterations={self.num_iterations}"
+
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the center after its last step."""
+        center = matrix.previous
+        for _ in range(self.num_iterations):
+            distances = matrix.squared_norms().sqrt() if center is None else matrix.distances(center)
+            shares = torch.where(distances > self.tau, self.tau / distances, 1.0) / matrix.num_workers
+            stay = float(1 - shares.sum())
+            # The rows' part, scaled: their weights sum to 1 - stay.
+            moved = matrix.materialize(matrix.scale(shares).combine(torch.ones(matrix.num_workers)))
+            if center is not None:
+                moved = [part + stay * old for part, old in zip(moved, center, strict=True)]
+            center = moved
+        assert center is not None  # num_iterations is at least 1
+        return center

@@ -1,0 +1,48 @@
+"""Rows of bounded length."""
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.aggregators.aggregator import Aggregator
+from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
+from lightning_byzantine.checks import check_positive
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.points import Point
+
+__all__ = ["Clipping", "clipped"]
+
+
+class Clipping(MetaAggregator):
+    """The base rule on rows that were shortened to norm C where they are longer: x_i min(1, C / ||x_i||).
+
+    Args:
+        base: the rule that is applied to the clipped rows.
+        max_norm: C, in the units of the rows. 2, as in ByzFL and in ByzPy, is for raw gradients of small networks.
+
+    Source: Karimireddy, He & Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021, section 4.
+
+    Example:
+        >>> from lightning_byzantine.aggregators import Mean
+        >>> Clipping(Mean(), max_norm=5.0)(torch.tensor([[1.0, 0.0], [60.0, 80.0]]), num_byzantine=0)
+        tensor([2., 2.])
+
+    """
+
+    def __init__(self, base: Aggregator, max_norm: float = 2.0) -> None:
+        super().__init__(base)
+        check_positive("max_norm", max_norm)
+        self.max_norm = max_norm
+
+    def extra_repr(self) -> str:
+        """Show the argument in ``repr``."""
+        return f"max_norm={self.max_norm}"
+
+    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
+        """Return the base's result on the clipped rows."""
+        return self.base.locate(clipped(matrix, matrix.squared_norms().sqrt(), self.max_norm), num_byzantine)
+
+
+def clipped(matrix: WorkerMatrix, norms: Tensor, max_norm: float) -> WorkerMatrix:
+    """Shorten the rows whose norms, [m], are above ``max_norm``, lazily."""
+    longer = norms > max_norm
+    return matrix.scale(torch.where(longer, max_norm / norms, 1.0)) if longer.any() else matrix
