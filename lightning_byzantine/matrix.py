@@ -48,9 +48,6 @@ class WorkerMatrix:
             matrix was cut into shards; None for a plain tensor. DDP changes it once, after a process's first step.
 
     Attributes:
-        previous: what came of the step before, [c_b] for each block, for rules that start from it; None at first.
-
-    Attributes:
         previous: what was aggregated in the step before, one [c_b] tensor for each block; None in the first step, and
             where the rule has no use for it.
 
@@ -81,7 +78,6 @@ class WorkerMatrix:
         self._source = self  # the same rows, not mixed
         self._stored = self  # all rows of the blocks
         self._is_anchored = False  # whether inner products tell where 0 is
-        self.previous: list[Tensor] | None = None
 
     @property
     def num_workers(self) -> int:
@@ -257,11 +253,6 @@ class WorkerMatrix:
 
     def _source_for(self, center: Combination) -> "WorkerMatrix":
         return self._source if center.is_affine else self._source._anchored
-
-    def _with_blocks(self, blocks: list[Tensor]) -> "WorkerMatrix":
-        matrix = WorkerMatrix(blocks, self._complete, self.shard)
-        matrix.previous = self.previous
-        return matrix
 
     @cached_property
     def _inner(self) -> Gram:
