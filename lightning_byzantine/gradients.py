@@ -2,8 +2,26 @@
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
-__all__ = ["clipping_factor", "unscaled"]
+__all__ = ["clipping_factor", "flattened", "unscaled"]
+
+
+def flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return the gradient as [n], in the order in which the parameter's values are in memory, as in DDP's buckets.
+
+    That is another order than the indices' where a network is in ``torch.channels_last``.
+
+    Example:
+        >>> flattened(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), parameter=torch.zeros(2, 2).T)
+        tensor([1., 3., 2., 4.])
+
+    """
+    if parameter.is_contiguous() or not is_non_overlapping_and_dense_or_false(parameter):
+        return gradient.flatten()
+    flat = gradient.new_empty(gradient.numel())
+    flat.as_strided(parameter.shape, parameter.stride()).copy_(gradient)
+    return flat
 
 
 def unscaled(gradient: Tensor, scale: float | None) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_byzantine.gradients import flattened
+
 __all__ = ["LocalGradients"]
 
 
@@ -39,7 +41,9 @@ class LocalGradients:
         kept = self._kept[self.worker]
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                gradient = parameter.grad.flatten()
+                # DDP may have made it a view of a bucket, which is going to hold another worker's gradient.
+                own = parameter.grad.clone() if parameter.grad._is_view() else parameter.grad
+                gradient = flattened(own, parameter)
                 kept[name] = kept[name] + gradient if name in kept else gradient
                 parameter.grad = None
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_byzantine.accumulation_window import AccumulationWindow
-from lightning_byzantine.gradients import clipping_factor, unscaled
+from lightning_byzantine.gradients import clipping_factor, flattened, unscaled
 from lightning_byzantine.isolation import unnoticed
 from lightning_byzantine.optim import DoubleMomentum
 
@@ -117,7 +117,7 @@ class PreviousPointRedirection(_DDPForwardRedirection):
             loss = loss / self._window.batches_of_a_worker * (1.0 if scale is None else scale)
             gradients = _gradients_of(loss, list(parameters.values()))
         return {
-            name: unscaled(gradient.flatten(), scale)
+            name: unscaled(flattened(gradient, parameters[name]), scale)
             for name, gradient in zip(parameters, gradients, strict=True)
             if gradient is not None
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 from training import Regression, fit, loader, parameters, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
-from lightning_byzantine.aggregators import CTMA, Bucketing, CoordinateWiseMedian, Krum
+from lightning_byzantine.aggregators import CTMA, NNM, Bucketing, CenteredClipping, CoordinateWiseMedian, Krum
 from lightning_byzantine.attacks import InnerProductManipulation, Intermittent
 from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
@@ -23,6 +23,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "paper's momentum": {"estimator": WorkerMomentum(transparent=False)},
     "no estimator": {"estimator": None},
     "rule with state": {"aggregator": CTMA(Bucketing(CoordinateWiseMedian()))},
+    "rule that starts from its last result": {"aggregator": CenteredClipping(tau=0.1)},
+    "rule that starts from its last result, all_to_all": {
+        "aggregator": NNM(CenteredClipping(tau=0.1)),
+        "exchange": "all_to_all",
+        "estimator": None,
+    },
     "all_to_all": {"exchange": "all_to_all"},
     "many buckets": {"aggregator": Krum(), "bucket_cap_mb": 0.0005},
     "double momentum": {"estimator": DoubleMomentumEstimator(), "max_worker_grad_norm": 1.0},

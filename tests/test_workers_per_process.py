@@ -147,6 +147,20 @@ def test_a_parameter_that_some_workers_leave_unused(one_rank: RankPool, three_ra
     assert_all_close(one_rank.run(fit_workers, 3, **options), expected[0])
 
 
+class ZeroedGradients(Regression):
+    """Sets gradients to zero and not to None, so that DDP's buckets stay where they are."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("model", [Regression, ZeroedGradients])
+def test_gradients_that_are_views_of_buckets(one_rank: RankPool, model: type[pl.LightningModule]) -> None:
+    options = {"model": model, "num_byzantine": 1}
+    expected = one_rank.run(fit_workers, 3, **options)
+    assert_all_close(one_rank.run(fit_workers, 3, gradient_as_bucket_view=True, **options), expected[0])
+
+
 class Negate(DataAttack):
     def poison(self, batch: Any) -> Any:
         return [batch[0], -batch[1]]
