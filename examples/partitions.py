@@ -66,7 +66,7 @@ class Dirichlet(Partition):
     proportion to their shares.
 
     Args:
-        alpha: above 0. About 0.1 gives workers of one or two classes; the larger, the more alike they are.
+        alpha: above 0. At 0.1, most of a worker's images are of one class; the larger, the more alike workers are.
         seed: of the shares and of the draws; the partition is the same in every epoch.
 
     Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"

@@ -28,7 +28,7 @@ class Method:
 
     """
 
-    estimator: Estimator | None
+    estimator: Estimator | None = None
     momentum: float = 0.0
 
 
