@@ -1,6 +1,8 @@
 """What a worker sends instead of its raw gradient."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +13,12 @@ __all__ = ["Estimator", "WorkerMomentum"]
 
 
 class Estimator(ABC):
-    """A worker's estimate of the gradient, kept over steps and per parameter.
+    """The workers' estimates of the gradient, kept over steps, per parameter and for each worker of this process.
 
-    One step is: :meth:`estimate` for every parameter, an exchange, then either :meth:`commit` or :meth:`discard`, then
-    :meth:`gradient` for every parameter. Parameters go by name, since DDP moves them from bucket to bucket. All tensors
-    are flat, [n] for a parameter of n elements, and float32 where the parameter has half precision.
+    One step is: :meth:`estimate` for every parameter and worker, an exchange, then either :meth:`commit` or
+    :meth:`discard` for every worker, then :meth:`gradient` for every parameter. Parameters go by name, since DDP moves
+    them from bucket to bucket. All tensors are flat, [n] for a parameter of n elements, and float32 where the parameter
+    has half precision. Workers are counted within the process, from 0; mostly there is one.
 
     Attributes:
         transparent: whether the optimizer receives exactly the mean gradient when the rule is the mean, so that a
@@ -34,22 +37,23 @@ class Estimator(ABC):
         """Forget everything: the next step is the first one."""
 
     @abstractmethod
-    def estimate(self, name: str, gradient: Tensor, out: Tensor) -> None:
+    def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write what the worker sends for one parameter into ``out``, which the estimator may keep.
 
         Args:
             name: the parameter's name in the LightningModule.
             gradient: [n], the worker's gradient, in the dtype of ``out``.
             out: [n], float32 or float64.
+            worker: which of this process's workers.
 
         """
 
     @abstractmethod
-    def commit(self) -> None:
+    def commit(self, worker: int = 0) -> None:
         """Make the estimates of this step the worker's state."""
 
     @abstractmethod
-    def discard(self) -> None:
+    def discard(self, worker: int = 0) -> None:
         """Leave the worker's state as it was before this step's estimates."""
 
     @abstractmethod
@@ -63,16 +67,16 @@ class Estimator(ABC):
         """
 
     @abstractmethod
-    def worker_state(self) -> dict[str, Tensor]:
-        """Return this worker's own state by parameter name."""
+    def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
+        """Return a worker's own state by parameter name."""
 
     @abstractmethod
     def shared_state(self) -> dict[str, Tensor]:
         """Return by parameter name the state that is the same on every rank."""
 
     @abstractmethod
-    def load_state(self, worker: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`worker_state` and :meth:`shared_state` returned."""
+    def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`worker_state`, for each worker, and :meth:`shared_state` returned."""
 
 
 class WorkerMomentum(Estimator):
@@ -121,23 +125,22 @@ class WorkerMomentum(Estimator):
 
     def reset(self) -> None:
         """Forget all momentum."""
-        self._momentum: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._momentum: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._pending: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         self._aggregate: dict[str, Tensor] = {}
 
-    def estimate(self, name: str, gradient: Tensor, out: Tensor) -> None:
+    def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write v_t into ``out``."""
-        _momentum(self._momentum.get(name), gradient, self.beta, self.transparent, out)
-        self._pending[name] = out
+        _momentum(self._momentum[worker].get(name), gradient, self.beta, self.transparent, out)
+        self._pending[worker][name] = out
 
-    def commit(self) -> None:
+    def commit(self, worker: int = 0) -> None:
         """Make v_t the momentum."""
-        self._momentum.update(self._pending)
-        self._pending.clear()
+        self._momentum[worker].update(self._pending.pop(worker, {}))
 
-    def discard(self) -> None:
+    def discard(self, worker: int = 0) -> None:
         """Keep v_{t-1}."""
-        self._pending.clear()
+        self._pending.pop(worker, None)
 
     def gradient(self, name: str, aggregate: Tensor) -> Tensor:
         """Return g^_t, or v^_t when not transparent."""
@@ -147,18 +150,18 @@ class WorkerMomentum(Estimator):
         self._aggregate[name] = aggregate
         return _undo_momentum(previous, aggregate, self.beta)
 
-    def worker_state(self) -> dict[str, Tensor]:
+    def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
         """Return v_t."""
-        return dict(self._momentum)
+        return dict(self._momentum[worker])
 
     def shared_state(self) -> dict[str, Tensor]:
         """Return v^_t; empty when not transparent."""
         return dict(self._aggregate)
 
-    def load_state(self, worker: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+    def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
         """Continue from v_t and v^_t."""
         self.reset()
-        self._momentum.update(worker)
+        self._momentum.update(enumerate(map(dict, workers)))
         self._aggregate.update(shared)
 
 

@@ -1,113 +1,131 @@
-"""Collectives: from every worker's own vector to the matrix of all of them."""
+"""Collectives: from the vectors of a process's own workers to the matrix of all workers."""
 
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.matrix import Names, WorkerMatrix
 
 __all__ = ["AllGather", "AllToAll", "Exchange", "gather", "gather_to_first"]
 
 
 class Exchange(Protocol):
-    """One exchange a step: :meth:`start` for every block of the worker's vector, then :meth:`finish` once."""
+    """One exchange a step: :meth:`start` for every block of the workers' vectors, then :meth:`finish` once."""
 
-    def start(self, block: Tensor) -> None:
-        """Begin to send one block [c], which must not be written to before :meth:`finish` returned."""
+    def start(self, rows: Tensor, names: Names = ()) -> None:
+        """Begin to send one block.
+
+        Args:
+            rows: [k, c], of the k workers that this process acts as, the same number on all ranks. Must not be written
+                to before :meth:`finish` has returned.
+            names: the parameters that make up the columns.
+
+        """
 
     def finish(self) -> WorkerMatrix:
         """Wait for all blocks and return them as a matrix, in the order they were started.
 
-        Its blocks are valid until the next :meth:`start`.
+        Rows go by rank, and within a rank as they were sent. Blocks are valid until the next :meth:`start`.
         """
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Turn what this rank made of the matrix's blocks into whole blocks [c], the same on every rank."""
 
+    def share(self, wholes: list[Tensor]) -> list[Tensor]:
+        """Return this rank's part of whole blocks [c], in the columns of its matrix: :meth:`collect` undone."""
+
 
 class AllGather:
     """Every rank receives every worker's vector and aggregates for itself: it trusts nobody's values.
 
-    A rank moves (m - 1) d elements and holds (m + 2) d: all vectors, its own, and the result. Memory for received
-    vectors is kept from step to step. A single worker needs no process group.
+    A rank moves (m - k) d elements and holds (m + k + 1) d: all vectors, its own, and the result. Memory for received
+    vectors is kept from step to step. A single rank needs no process group.
 
     Args:
-        num_workers: number of ranks, m.
+        num_ranks: number of processes, m / k.
 
     Example:
-        >>> exchange = AllGather(num_workers=1)
-        >>> exchange.start(torch.tensor([1.0, 2.0]))
+        >>> exchange = AllGather(num_ranks=1)
+        >>> exchange.start(torch.tensor([[1.0, 2.0]]))
         >>> exchange.finish().num_workers
         1
 
     """
 
-    def __init__(self, num_workers: int) -> None:
-        self.num_workers = num_workers
-        self._started: list[tuple[Tensor, dist.Work | None]] = []
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._started: list[tuple[Tensor, Names, dist.Work | None]] = []
         self._received = _Buffers()
 
-    def start(self, block: Tensor) -> None:
+    def start(self, rows: Tensor, names: Names = ()) -> None:
         """Gather one block asynchronously, so that backward goes on meanwhile."""
-        if self.num_workers == 1:
-            self._started.append((block[None], None))
+        if self.num_ranks == 1:
+            self._started.append((rows, names, None))
             return
-        rows = self._received.get(len(self._started), block, self.num_workers, block.numel())
-        self._started.append((rows, _all_gather(rows.view(-1), block, async_op=True)))
+        received = self._received.get(len(self._started), rows, self.num_ranks * rows.shape[0], rows.shape[1])
+        self._started.append((received, names, _all_gather(received.view(-1), rows.view(-1), async_op=True)))
 
     def finish(self) -> WorkerMatrix:
         """Wait for all blocks."""
         started, self._started = self._started, []
-        for _, work in started:
+        for *_, work in started:
             if work is not None:
                 work.wait()
-        return WorkerMatrix([rows for rows, _ in started])
+        return WorkerMatrix([rows for rows, *_ in started], layout=tuple(names for _, names, _ in started))
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Return the parts: every rank has aggregated all columns."""
         return parts
 
+    def share(self, wholes: list[Tensor]) -> list[Tensor]:
+        """Return the whole blocks: every rank has all columns."""
+        return wholes
+
 
 class AllToAll:
-    """Every rank receives all workers' values of its 1/m of the columns, aggregates those, and shares the result.
+    """Every rank receives all workers' values of its share of the columns, aggregates those, and shares the result.
 
-    A rank moves about 2 d elements, as in a ring all-reduce, and holds about 4 d: its vector and a copy in equal
-    shards, its columns of all vectors, and the result. Statistics of whole rows are completed by a small float64
-    all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have them decide. It trusts that
-    every rank aggregates its own columns, and reports their statistics, correctly.
+    With one worker a rank, it moves about 2 d elements, as in a ring all-reduce, and holds about 4 d: its vector and a
+    copy in equal shards, its columns of all vectors, and the result. Statistics of whole rows are completed by a small
+    float64 all-reduce each, so that all ranks decide alike, and as :class:`AllGather` would have them decide. It trusts
+    that every rank aggregates its own columns, and reports their statistics, correctly.
 
     Args:
-        num_workers: number of ranks, m.
+        num_ranks: number of processes, m / k.
 
     Example:
-        >>> exchange = AllToAll(num_workers=1)
-        >>> exchange.start(torch.tensor([1.0, 2.0]))
+        >>> exchange = AllToAll(num_ranks=1)
+        >>> exchange.start(torch.tensor([[1.0, 2.0]]))
         >>> exchange.collect([exchange.finish().blocks[0][0]])
         [tensor([1., 2.])]
 
     """
 
-    def __init__(self, num_workers: int) -> None:
-        self.num_workers = num_workers
-        self._started: list[tuple[Tensor, int, dist.Work | None]] = []
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._started: list[tuple[Tensor, int, Names, dist.Work | None]] = []
         self._lengths: list[int] = []
         self._sent, self._received = _Buffers(), _Buffers()
 
-    def start(self, block: Tensor) -> None:
+    def start(self, rows: Tensor, names: Names = ()) -> None:
         """Send every rank its columns of one block asynchronously, so that backward goes on meanwhile."""
-        if self.num_workers == 1:
-            self._started.append((block[None], block.numel(), None))
+        num_local, length = rows.shape
+        if self.num_ranks == 1:
+            self._started.append((rows, length, names, None))
             return
         # Equal shards for all: the zeros that fill up the last one change no norm and no distance.
-        width = -(-block.numel() // self.num_workers)
-        padded = self._sent.get(len(self._started), block, self.num_workers, width).view(-1)
-        padded[: block.numel()] = block
-        padded[block.numel() :] = 0
-        shards = self._received.get(len(self._started), block, self.num_workers, width)
-        work = dist.all_to_all_single(shards.view(-1), padded, async_op=True)
-        self._started.append((shards, block.numel(), work))
+        width = -(-length // self.num_ranks)
+        index = len(self._started)
+        sent = self._sent.get(index, rows, self.num_ranks * num_local, width)
+        for rank, shard in enumerate(sent.view(self.num_ranks, num_local, width)):
+            own = rows[:, rank * width : (rank + 1) * width]
+            shard[:, : own.shape[1]] = own
+            shard[:, own.shape[1] :] = 0
+        shards = self._received.get(index, rows, self.num_ranks * num_local, width)
+        work = dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True)
+        self._started.append((shards, length, names, work))
 
     def finish(self) -> WorkerMatrix:
         """Wait for all shards."""
@@ -115,24 +133,34 @@ class AllToAll:
         for *_, work in started:
             if work is not None:
                 work.wait()
-        self._lengths = [length for _, length, _ in started]
-        return WorkerMatrix([shards for shards, *_ in started], complete=self._sum_over_ranks, shard=self._rank())
+        self._lengths = [length for _, length, *_ in started]
+        layout = tuple(names for _, _, names, _ in started)
+        return WorkerMatrix([shards for shards, *_ in started], self._sum_over_ranks, self._rank(), layout)
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Gather the aggregated shards of each block."""
-        if self.num_workers == 1:
+        if self.num_ranks == 1:
             return parts
-        wholes = [part.new_empty(self.num_workers * part.numel()) for part in parts]
+        wholes = [part.new_empty(self.num_ranks * part.numel()) for part in parts]
         works = [_all_gather(whole, part, async_op=True) for whole, part in zip(wholes, parts, strict=True)]
         for work in works:
             work.wait()
         return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
 
+    def share(self, wholes: list[Tensor]) -> list[Tensor]:
+        """Cut this rank's columns out of whole blocks, with zeros in the place of those that fill up."""
+        parts = []
+        for whole in wholes:
+            width = -(-whole.numel() // self.num_ranks)
+            own = whole[self._rank() * width :][:width]
+            parts.append(nn.functional.pad(own, (0, width - own.numel())))
+        return parts
+
     def _rank(self) -> int:
-        return dist.get_rank() if self.num_workers > 1 else 0
+        return dist.get_rank() if self.num_ranks > 1 else 0
 
     def _sum_over_ranks(self, statistic: Tensor) -> Tensor:
-        if self.num_workers > 1:
+        if self.num_ranks > 1:
             dist.all_reduce(statistic)
         return statistic
 

@@ -14,24 +14,25 @@ from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
 from lightning_byzantine.gradients import clipping_factor, unscaled
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.local_gradients import LocalGradients
+from lightning_byzantine.matrix import Names, WorkerMatrix
 
 __all__ = ["AggregationHook"]
 
 
 @dataclass
 class _Bucket:
-    """One DDP bucket on its way: what the worker sent for it, and DDP's claim to the result."""
+    """One DDP bucket on its way: what the workers sent for it, and DDP's claim to the result."""
 
-    names: list[str | None]  # by parameter; None for one that is switched off, as `toggle_optimizer` does
+    names: Names
     sizes: list[int]
     gradient: Tensor  # DDP's buffer
     future: Future[Tensor]
-    sent: Tensor = field(init=False)
+    sent: Tensor = field(init=False)  # [k, c]
 
     def parts(self, *buffers: Tensor) -> Iterable[tuple[Any, ...]]:
-        """Return each parameter's name with its part of each buffer."""
-        return zip(self.names, *(torch.split(buffer, self.sizes) for buffer in buffers), strict=True)
+        """Return each parameter's name with its part, the last dimension, of each buffer."""
+        return zip(self.names, *(torch.split(buffer, self.sizes, dim=-1) for buffer in buffers), strict=True)
 
 
 class AggregationHook:
@@ -50,6 +51,11 @@ class AggregationHook:
         loss_scale: returns the factor that the loss was multiplied by, None without a gradient scaler.
         max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
             then before backward has ended, for only then is the norm known.
+        num_local_workers: how many workers this process acts as, k.
+
+    Attributes:
+        exchange: as given.
+        gradients: keeps the local workers' gradients apart.
 
     """
 
@@ -61,13 +67,16 @@ class AggregationHook:
         estimator: Estimator | None = None,
         loss_scale: Callable[[], float | None] = lambda: None,
         max_norm: float | None = None,
+        num_local_workers: int = 1,
     ) -> None:
         self.exchange = exchange
+        parameters = dict(module.named_parameters())
+        self.gradients = LocalGradients(parameters, num_local_workers)
         self._aggregate = aggregate
         self._estimator = estimator
         self._loss_scale = loss_scale
         self._max_norm = max_norm
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale: float | None = None
         self._buckets: list[_Bucket] = []
 
@@ -83,45 +92,62 @@ class AggregationHook:
         buffer = bucket.buffer()
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
-        names = [self._names[parameter] if parameter.requires_grad else None for parameter in bucket.parameters()]
-        sizes = [parameter.numel() for parameter in bucket.parameters()]
-        self._buckets.append(_Bucket(names, sizes, buffer, future))
+        parameters = bucket.parameters()
+        names = tuple(self._names[parameter] if parameter.requires_grad else None for parameter in parameters)
+        self._buckets.append(_Bucket(names, [parameter.numel() for parameter in parameters], buffer, future))
         if self._max_norm is None:
             self._send(self._buckets[-1])
         if bucket.is_last():
             buckets, self._buckets = self._buckets, []
             if self._max_norm is not None:
-                factor = self._clipping_factor(buckets, self._max_norm)
+                factors = self._clipping_factors(buckets, self._max_norm)
                 for waiting in buckets:
-                    self._send(waiting, factor)
+                    self._send(waiting, factors)
             for done, gradient in zip(buckets, self._aggregated_gradients(buckets), strict=True):
                 done.future.set_result(gradient)
+            self.gradients.clear()
         return future
 
-    def _clipping_factor(self, buckets: list[_Bucket], max_norm: float) -> Tensor:
+    def _clipping_factors(self, buckets: list[_Bucket], max_norm: float) -> list[Tensor]:
         # By name, for the last digit not to depend on how DDP made its buckets.
         parts = {name: part for bucket in buckets for name, part in bucket.parts(bucket.gradient) if name is not None}
-        return clipping_factor([unscaled(parts[name], self._scale) for name in sorted(parts)], max_norm)
+        return [
+            clipping_factor(
+                [unscaled(self.gradients.of(worker, name, parts[name]), self._scale) for name in sorted(parts)],
+                max_norm,
+            )
+            for worker in range(self.gradients.num_workers)
+        ]
 
-    def _send(self, bucket: _Bucket, factor: Tensor | None = None) -> None:
-        if self._estimator is None:
-            bucket.sent = bucket.gradient if factor is None else bucket.gradient * factor
+    def _send(self, bucket: _Bucket, factors: list[Tensor] | None = None) -> None:
+        if self._estimator is None and factors is None and self.gradients.num_workers == 1:
+            bucket.sent = bucket.gradient[None]
         else:
-            bucket.sent = self._estimate(self._estimator, bucket, factor)
-        self.exchange.start(bucket.sent)
+            bucket.sent = self._rows(bucket, factors)
+        self.exchange.start(bucket.sent, bucket.names)
 
-    def _estimate(self, estimator: Estimator, bucket: _Bucket, factor: Tensor | None) -> Tensor:
+    def _rows(self, bucket: _Bucket, factors: list[Tensor] | None) -> Tensor:
         # Momentum mixes steps, and so must not see a loss scale that changes between them.
-        gradients = unscaled(bucket.gradient, self._scale)
-        if factor is not None:
-            gradients = gradients * factor
-        sent = torch.empty_like(gradients)
-        for name, gradient, part in bucket.parts(gradients, sent):
+        scale = self._scale if self._estimator is not None else None
+        dtype = bucket.gradient.dtype
+        if self._estimator is not None:
+            dtype = torch.promote_types(dtype, torch.float32)
+        rows = bucket.gradient.new_empty(self.gradients.num_workers, bucket.gradient.numel(), dtype=dtype)
+        for name, arrived, part in bucket.parts(bucket.gradient, rows):
             if name is None:
                 part.zero_()
-            else:
-                estimator.estimate(name, gradient, out=part)
-        return sent
+                continue
+            for worker, out in enumerate(part):
+                gradient = self.gradients.of(worker, name, arrived)
+                if self._estimator is not None:
+                    gradient = unscaled(gradient, scale)
+                if factors is not None:
+                    gradient = gradient * factors[worker]
+                if self._estimator is None:
+                    out.copy_(gradient)
+                else:
+                    self._estimator.estimate(name, gradient, out, worker)
+        return rows
 
     def _aggregated_gradients(self, buckets: list[_Bucket]) -> list[Tensor]:
         matrix = self.exchange.finish()
@@ -129,18 +155,20 @@ class AggregationHook:
             aggregates = self.exchange.collect(self._aggregate(matrix))
         except ByzantineBreakdownError:
             if self._estimator is not None:
-                self._estimator.discard()
+                for worker in range(self.gradients.num_workers):
+                    self._estimator.discard(worker)
             if self._scale is None:
                 raise
             # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
             return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
         if self._estimator is None:
             return aggregates
-        # What would be dropped by everybody else must not stay in this worker's own state either.
-        if WorkerMatrix([bucket.sent[None] for bucket in buckets]).measurable():
-            self._estimator.commit()
-        else:
-            self._estimator.discard()
+        # What would be dropped by everybody else must not stay in a worker's own state either.
+        for worker, measurable in enumerate(WorkerMatrix([bucket.sent for bucket in buckets]).measurable()):
+            if measurable:
+                self._estimator.commit(worker)
+            else:
+                self._estimator.discard(worker)
         return [self._gradient(self._estimator, *pair) for pair in zip(buckets, aggregates, strict=True)]
 
     def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:

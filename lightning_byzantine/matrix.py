@@ -11,7 +11,10 @@ from lightning_byzantine.ordering import nearest, told_apart
 from lightning_byzantine.points import Combination, Coordinatewise, Point
 from lightning_byzantine.scratch import Scratch
 
-__all__ = ["WorkerMatrix"]
+__all__ = ["Names", "WorkerMatrix"]
+
+# The parameters that make up a block, in order; None for one that is switched off, as `toggle_optimizer` does.
+Names = tuple[str | None, ...]
 
 # Bytes of one chunk: small enough that a CPU's cache holds it through all that is done to it but large enough to be
 # shared among its cores, and on an accelerator so large that launching kernels costs nothing beside running them.
@@ -39,6 +42,11 @@ class WorkerMatrix:
         blocks: column blocks, each [m, c_b], on one device.
         complete: sums a statistic over all ranks, where each holds other columns of the same rows.
         shard: which of those columns these are; 0 where a rank holds them all.
+        layout: for each block, the names of the parameters whose flattened values its columns are, or were before the
+            matrix was cut into shards; None for a plain tensor. DDP changes it once, after a process's first step.
+
+    Attributes:
+        previous: what came of the step before, [c_b] for each block, for rules that start from it; None at first.
 
     Example:
         >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
@@ -51,10 +59,16 @@ class WorkerMatrix:
     """
 
     def __init__(
-        self, blocks: Sequence[Tensor], complete: Callable[[Tensor], Tensor] = lambda total: total, shard: int = 0
+        self,
+        blocks: Sequence[Tensor],
+        complete: Callable[[Tensor], Tensor] = lambda total: total,
+        shard: int = 0,
+        layout: tuple[Names, ...] | None = None,
     ) -> None:
         self.blocks = list(blocks)
         self.shard = shard
+        self.layout = layout
+        self.previous: list[Tensor] | None = None
         self._complete = complete
         self._rows = torch.arange(self.blocks[0].shape[0])
         self._mixing: Tensor | None = None
@@ -75,7 +89,7 @@ class WorkerMatrix:
         """
         if self._mixing is not None:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
-        selected = WorkerMatrix(self.blocks, self._complete, self.shard)
+        selected = self._with_blocks(self.blocks)
         selected._rows = self._rows[rows]
         selected._stored = self._stored
         return selected
@@ -87,7 +101,7 @@ class WorkerMatrix:
             weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
 
         """
-        mixed = WorkerMatrix(self.blocks, self._complete, self.shard)
+        mixed = self._with_blocks(self.blocks)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
         mixed._source = self._source
@@ -95,7 +109,7 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return WorkerMatrix([function(block) for block in self.blocks], self._complete, self.shard)
+        return self._with_blocks([function(block) for block in self.blocks])
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
@@ -187,6 +201,11 @@ class WorkerMatrix:
         quick = self._stored._quick_gram if from_products and self._mixing is None else None
         norms = self._quick_squared_norms() if quick is None else quick.products.diagonal()[self._rows]
         return norms.isfinite() & (norms <= min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM))
+
+    def _with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
+        matrix = WorkerMatrix(blocks, self._complete, self.shard, self.layout)
+        matrix.previous = self.previous
+        return matrix
 
     @property
     def _mixing_matrix(self) -> Tensor:

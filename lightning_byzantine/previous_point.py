@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_byzantine.accumulation_window import AccumulationWindow
 from lightning_byzantine.gradients import clipping_factor, unscaled
 from lightning_byzantine.isolation import unnoticed
 from lightning_byzantine.optim import DoubleMomentum
@@ -22,22 +23,29 @@ class PreviousPointRedirection(_DDPForwardRedirection):
     """Runs ``training_step`` at x_{t-1} first, for the gradient g~_t alone, and then as Lightning would.
 
     It happens within DDP's forward: DDP has sent its buffers to all ranks by then, and not yet prepared its backward.
-    With ``accumulate_grad_batches``, gradients are summed over the batches of one optimizer step.
+    With ``accumulate_grad_batches``, gradients are summed over the batches of one optimizer step, for each worker that
+    this process acts as.
 
     Args:
         optimizer: what knows x_{t-1}.
         max_norm: clips g~_t to this norm; None for no clipping.
         loss_scale: returns the factor that the loss is multiplied by, None without a gradient scaler.
+        window: the batches of the optimizer step that is under way.
 
     """
 
     def __init__(
-        self, optimizer: DoubleMomentum, max_norm: float | None, loss_scale: Callable[[], float | None]
+        self,
+        optimizer: DoubleMomentum,
+        max_norm: float | None,
+        loss_scale: Callable[[], float | None],
+        window: AccumulationWindow,
     ) -> None:
         self._optimizer = optimizer
         self._max_norm = max_norm
         self._loss_scale = loss_scale
-        self._sum: dict[str, Tensor] = {}
+        self._window = window
+        self._sums: list[dict[str, Tensor]] = []
 
     @override
     def __call__(
@@ -79,18 +87,23 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         kwargs: dict[str, Any],
         is_last: bool,
     ) -> None:
+        if self._window.position == 0:
+            self._sums = [{} for _ in range(self._window.num_local_workers)]
         # At the same steps on all ranks, for a training step may have collectives of its own.
         if self._optimizer.estimator.step > 1:
             with unnoticed(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
                 gradients = self._gradients(module, training_step(*args, **kwargs))
+            total = self._sums[self._window.worker]
             for name, gradient in gradients.items():
-                self._sum[name] = self._sum[name] + gradient if name in self._sum else gradient
+                total[name] = total[name] + gradient if name in total else gradient
         if is_last:
-            gradients, self._sum = self._sum, {}
-            if self._max_norm is not None:
-                factor = clipping_factor(list(gradients.values()), self._max_norm)
-                gradients = {name: gradient * factor for name, gradient in gradients.items()}
-            self._optimizer.estimator.begin(gradients)
+            self._optimizer.estimator.begin(*map(self._clipped, self._sums))
+
+    def _clipped(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._max_norm is None:
+            return gradients
+        factor = clipping_factor(list(gradients.values()), self._max_norm)
+        return {name: gradient * factor for name, gradient in gradients.items()}
 
     def _gradients(self, module: pl.LightningModule, output: Any) -> dict[str, Tensor]:
         """Return the flat gradients of what the training step returned, without the loss scale."""
@@ -101,7 +114,7 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         # Backward runs without autocast in the ordinary pass.
         with torch.autocast(module.device.type, enabled=False):
-            loss = loss / module.trainer.accumulate_grad_batches * (1.0 if scale is None else scale)
+            loss = loss / self._window.batches_of_a_worker * (1.0 if scale is None else scale)
             gradients = _gradients_of(loss, list(parameters.values()))
         return {
             name: unscaled(gradient.flatten(), scale)

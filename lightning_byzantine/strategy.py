@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_byzantine.accumulation_window import AccumulationWindow
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
-from lightning_byzantine.checks import check_positive
+from lightning_byzantine.checks import check_integer_at_least, check_positive
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
 from lightning_byzantine.hook import AggregationHook
@@ -52,9 +54,9 @@ _REFUSED = (
 class ByzantineDDPStrategy(DDPStrategy):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
-    Every rank is one worker. It sends an estimate of the gradient, receives those of all others, and applies the same
-    rule to the same rows, so that parameters stay bit-identical without trust in any rank's values; see ``exchange``
-    for a cheaper way that trusts more.
+    Every rank is one worker, or several; see ``workers_per_process``. It sends an estimate of the gradient, receives
+    those of all others, and applies the same rule to the same rows, so that parameters stay bit-identical without trust
+    in any rank's values; see ``exchange`` for a cheaper way that trusts more.
 
     Args:
         aggregator: the rule. None for ``CTMA(base=NNM(base=CoordinateWiseMedian()))``.
@@ -65,7 +67,10 @@ class ByzantineDDPStrategy(DDPStrategy):
             then "auto" stands for what it was wrapped with.
         max_worker_grad_norm: clips each worker's raw gradient to this norm, before the estimator. None for no clipping.
         exchange: "all_gather" lets every rank aggregate for itself and trusts nobody's values; "all_to_all" lets every
-            rank aggregate 1/m of the columns, at the traffic of a ring all-reduce, and trusts it with them.
+            rank aggregate its share of the columns, at the traffic of a ring all-reduce, and trusts it with them.
+        workers_per_process: how many workers each process acts as, k, so that m is k times the number of processes:
+            batch j of an epoch is the process's worker j mod k's, and ``accumulate_grad_batches`` becomes k where it
+            is 1. Batches at the end of an epoch that don't make a window of k are left out.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
             the number of workers has changed.
         **kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
@@ -73,10 +78,11 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
-        ValueError: if the exchange is unknown; and when the Trainer is made, if f is not under m / 2, or the aggregator
-            can't serve m and f.
+        ValueError: if the exchange is unknown, or ``workers_per_process`` is under 1; and when the Trainer is made, if
+            f is not under m / 2, or the aggregator can't serve m and f.
         MisconfigurationException: if another communication hook is given, or an argument that takes gradients around
-            this one, or the accelerator is neither CPU nor CUDA.
+            this one, or the accelerator is neither CPU nor CUDA; and when fit starts, if ``accumulate_grad_batches`` is
+            neither 1 nor a multiple of ``workers_per_process``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -96,6 +102,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         estimator: Estimator | Literal["auto"] | None = "auto",
         max_worker_grad_norm: float | None = None,
         exchange: Literal["all_gather", "all_to_all"] = "all_gather",
+        workers_per_process: int = 1,
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -116,24 +123,32 @@ class ByzantineDDPStrategy(DDPStrategy):
             check_positive("max_worker_grad_norm", max_worker_grad_norm)
         if exchange not in _EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(_EXCHANGES)}, got {exchange!r}")
+        check_integer_at_least("workers_per_process", workers_per_process, 1)
         self.exchange = exchange
+        self.workers_per_process = workers_per_process
         self.restart_estimator = restart_estimator
         self.hook: AggregationHook | None = None
+        self.window: AccumulationWindow | None = None
         self._num_byzantine = num_byzantine
         self._unknown_to_ddp: dict[str, nn.Parameter] = {}
         self._given_estimator = self.estimator if estimator != "auto" else estimator
         self._max_worker_grad_norm = max_worker_grad_norm
 
     @property
+    def num_workers(self) -> int:
+        """Number of workers, m: all processes' together."""
+        return self.world_size * self.workers_per_process
+
+    @property
     def num_byzantine(self) -> int:
         """How many workers may be Byzantine, f."""
-        return (self.world_size - 1) // 2 if self._num_byzantine is None else self._num_byzantine
+        return (self.num_workers - 1) // 2 if self._num_byzantine is None else self._num_byzantine
 
     @override
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
         # The first moment at which the number of workers is known: while the Trainer is being made.
-        self.aggregator.check(self.world_size, self.num_byzantine)
+        self.aggregator.check(self.num_workers, self.num_byzantine)
         if self.parallel_devices and self.root_device.type not in ("cpu", "cuda"):
             raise MisconfigurationException(
                 f"{type(self).__name__} runs where DDP runs, on accelerator='cpu' or 'cuda', got a device of type"
@@ -142,8 +157,10 @@ class ByzantineDDPStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.window = AccumulationWindow(trainer, self.workers_per_process)
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.world_size == 2:
+        if trainer.state.fn == TrainerFn.FITTING and self.num_workers == 2:
             rank_zero_warn(
                 "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
                 " f=0 with 2 workers. Use 3 workers or more."
@@ -166,7 +183,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         self._set_up_estimator()
         assert isinstance(self.model, DistributedDataParallel)
         assert self.lightning_module is not None
-        alone = self.world_size == 1 and (self.estimator is None or self.estimator.transparent)
+        alone = self.num_workers == 1 and (self.estimator is None or self.estimator.transparent)
         if self.estimator is not None:
             self.estimator.reset()
         self.hook = AggregationHook(
@@ -176,6 +193,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             estimator=None if alone else self.estimator,
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
+            num_local_workers=self.workers_per_process,
         )
         self.hook.register(self.model)
 
@@ -190,10 +208,50 @@ class ByzantineDDPStrategy(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.workers_per_process == 1:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        assert self.hook is not None
+        assert self.window is not None
+        assert isinstance(self.model, DistributedDataParallel)
+        gradients = self.hook.gradients
+        if self.window.position == 0:
+            gradients.clear()
+        gradients.worker = self.window.worker
+        if self.model.find_unused_parameters and self.model.require_backward_grad_sync:
+            gradients.define()
+        # Lightning divides by the number of batches of all workers together.
+        loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
+        if not self.model.require_backward_grad_sync:
+            gradients.take()
+        return loss
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        assert self.window is not None
+        if self.window.is_complete:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        rank_zero_warn(
+            f"The epoch has ended after {self.window.position + 1} of workers_per_process={self.workers_per_process}"
+            " batches, which are left out, since some workers have none. `limit_train_batches` can end it earlier."
+        )
+        with self.block_backward_sync():
+            return closure()
+
+    @override
     def teardown(self) -> None:
         # As Lightning does with optimizers: what is kept for a checkpoint after fit need not stay on the device.
+        if self.window is not None:
+            self.window.restore()
         if self.estimator is not None:
-            self.estimator.load_state(*map(_to_cpu, (self.estimator.worker_state(), self.estimator.shared_state())))
+            workers = [_to_cpu(self.estimator.worker_state(worker)) for worker in range(self.workers_per_process)]
+            self.estimator.load_state(workers, _to_cpu(self.estimator.shared_state()))
         for optimizer in self.optimizers:
             if isinstance(optimizer, DoubleMomentum):
                 _optimizer_to_device(optimizer.base, torch.device("cpu"))
@@ -233,8 +291,9 @@ class ByzantineDDPStrategy(DDPStrategy):
             self.optimizers = [optimizer]
             self.estimator = optimizer.estimator
             optimizer.receives_estimates = True
+            assert self.window is not None
             self._forward_redirection = PreviousPointRedirection(
-                optimizer, self._max_worker_grad_norm, self._loss_scale
+                optimizer, self._max_worker_grad_norm, self._loss_scale, self.window
             )
 
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
@@ -254,6 +313,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             self.estimator,
             self.global_rank,
             self.world_size,
+            self.workers_per_process,
             self.root_device,
         )
 

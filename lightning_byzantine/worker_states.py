@@ -21,7 +21,8 @@ class WorkerStates:
         aggregator: the rule.
         estimator: this rank's estimator.
         rank: this rank.
-        num_workers: number of ranks, m.
+        num_ranks: number of ranks.
+        num_local_workers: how many workers each rank acts as, k.
         device: where this rank trains.
 
     """
@@ -32,14 +33,16 @@ class WorkerStates:
         aggregator: Aggregator,
         estimator: Estimator | None,
         rank: int,
-        num_workers: int,
+        num_ranks: int,
+        num_local_workers: int,
         device: torch.device,
     ) -> None:
         self._parameters = parameters
         self._aggregator = aggregator
         self._estimator = estimator
         self._rank = rank
-        self._num_workers = num_workers
+        self._num_ranks = num_ranks
+        self._num_local_workers = num_local_workers
         self._device = device
 
     def save(self, *, alone: bool) -> dict[str, Any]:
@@ -50,15 +53,16 @@ class WorkerStates:
 
         """
         state: dict[str, Any] = {
-            "num_workers": self._num_workers,
+            "num_workers": self._num_ranks * self._num_local_workers,
             "aggregator": self._aggregator.state_dict(),
             "estimator": repr(self._estimator),
             "shared": {} if self._estimator is None else self._estimator.shared_state(),
             "workers": {},
         }
         if self._estimator is not None:
-            own = self._estimator.worker_state()
-            state["workers"] = {self._rank: own} if alone or self._num_workers == 1 else self._gather(own)
+            own = [self._estimator.worker_state(worker) for worker in range(self._num_local_workers)]
+            gathered = alone or self._num_ranks == 1
+            state["workers"] = dict(zip(self._own_workers, own, strict=True)) if gathered else self._gather(own)
         return state
 
     def load(self, state: dict[str, Any]) -> None:
@@ -69,21 +73,27 @@ class WorkerStates:
                 this one can't take.
 
         """
-        self._check("number of workers", state["num_workers"], self._num_workers)
+        num_workers = self._num_ranks * self._num_local_workers
+        self._check("number of workers", state["num_workers"], num_workers)
         self._check("estimator", state["estimator"], repr(self._estimator))
         self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self._aggregator.state_dict()))
         self._aggregator.load_state_dict(state["aggregator"])
         if self._estimator is None:
             return
-        if len(state["workers"]) != self._num_workers:
+        if len(state["workers"]) != num_workers:
             self._estimator.reset()
             rank_zero_warn(
                 "The checkpoint was written while its run was being interrupted: it holds"
-                f" {len(state['workers'])} of {self._num_workers} workers' states, so all estimators start afresh."
+                f" {len(state['workers'])} of {num_workers} workers' states, so all estimators start afresh."
             )
             return
-        worker, shared = self._to_device(state["workers"][self._rank]), self._to_device(state["shared"])
-        self._estimator.load_state(worker, shared)
+        own = [self._to_device(state["workers"][worker]) for worker in self._own_workers]
+        self._estimator.load_state(own, self._to_device(state["shared"]))
+
+    @property
+    def _own_workers(self) -> range:
+        first = self._rank * self._num_local_workers
+        return range(first, first + self._num_local_workers)
 
     def _check(self, what: str, saved: Any, current: Any) -> None:
         if saved != current:
@@ -94,20 +104,22 @@ class WorkerStates:
                 f" `ByzantineDDPStrategy(..., estimator={self._estimator!r}, restart_estimator=True)`."
             )
 
-    def _gather(self, own: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    def _gather(self, own: list[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """Gather states on rank 0. A worker that was dropped since its first step has none for a parameter."""
-        workers: dict[int, dict[str, Tensor]] = {rank: {} for rank in range(self._num_workers)}
+        num_workers = self._num_ranks * self._num_local_workers
+        workers: dict[int, dict[str, Tensor]] = {worker: {} for worker in range(num_workers)}
         # On all ranks, so that they agree on which parameters to gather, whatever one of them claims.
-        present = gather(torch.tensor([name in own for name in self._parameters], dtype=torch.uint8).to(self._device))
+        known = torch.tensor([[name in state for name in self._parameters] for state in own], dtype=torch.uint8)
+        present = torch.stack(gather(known.flatten().to(self._device))).view(num_workers, len(self._parameters))
         for index, (name, parameter) in enumerate(self._parameters.items()):
-            if not any(flags[index] for flags in present):
+            if not present[:, index].any():
                 continue
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            value = own.get(name, torch.zeros(parameter.numel(), dtype=dtype))
-            received = gather_to_first(value.to(self._device))
-            for rank, part in enumerate(received or []):
-                if present[rank][index]:
-                    workers[rank][name] = part
+            zeros = torch.zeros(parameter.numel(), dtype=torch.promote_types(parameter.dtype, torch.float32))
+            values = torch.stack([state.get(name, zeros).to(self._device) for state in own])
+            rows = [row for rank_rows in gather_to_first(values) or [] for row in rank_rows]
+            for worker, row in enumerate(rows):
+                if present[worker, index]:
+                    workers[worker][name] = row
         return workers
 
     def _to_device(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def test_continues_from_a_saved_state() -> None:
     whole = run([WorkerMomentum()], gradients)
     first, second = WorkerMomentum(), WorkerMomentum()
     run([first], gradients[:3])
-    second.load_state(first.worker_state(), first.shared_state())
+    second.load_state([first.worker_state()], first.shared_state())
     for resumed, expected in zip(run([second], gradients[3:]), whole[3:], strict=True):
         assert torch.equal(resumed, expected)
     second.reset()

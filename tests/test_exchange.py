@@ -28,7 +28,7 @@ def exchange_blocks(name: str, blocks: list[list[Tensor]], rule: Aggregator, num
     exchange = EXCHANGES[name](torch.distributed.get_world_size())
     for _ in range(2):
         for block in blocks:
-            exchange.start(block[torch.distributed.get_rank()].clone())
+            exchange.start(block[torch.distributed.get_rank()].clone()[None])
         result = exchange.collect(rule.aggregate(exchange.finish(), num_byzantine))
     return result
 
@@ -124,7 +124,7 @@ def test_attacks_are_the_same_under_both(three_ranks: RankPool, attack: Attack, 
 def tamper_shards(attack: Attack, length: int) -> Tensor:
     """Return the noise that the workers 0 and 1 were given, put together from all ranks' shards."""
     exchange = AllToAll(torch.distributed.get_world_size())
-    exchange.start(torch.zeros(length))
+    exchange.start(torch.zeros(1, length))
     matrix = attack.tamper(exchange.finish(), [0, 1])
     return torch.stack([exchange.collect([matrix.blocks[0][row]])[0] for row in (0, 1)])
 

@@ -21,9 +21,19 @@ FLOORS = {
         "selection",
         "snapshot",
     ],
-    1: ["aggregators", "attacks", "estimators", "optim"],
+    1: ["aggregators", "attacks", "estimators", "local_gradients", "optim"],
     2: ["exchange"],
-    3: ["callbacks", "hook", "isolation", "previous_point", "registry", "strategy", "worker_states", "wrapping"],
+    3: [
+        "accumulation_window",
+        "callbacks",
+        "hook",
+        "isolation",
+        "previous_point",
+        "registry",
+        "strategy",
+        "worker_states",
+        "wrapping",
+    ],
     4: ["__init__", "__main__", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

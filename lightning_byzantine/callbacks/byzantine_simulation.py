@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_byzantine.attacks import Attack, DataAttack, VectorAttack
 from lightning_byzantine.exchange import AllGather, Exchange
 from lightning_byzantine.hook import AggregationHook
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.matrix import Names, WorkerMatrix
 from lightning_byzantine.strategy import ByzantineDDPStrategy
 
 __all__ = ["ByzantineSimulation"]
@@ -31,7 +31,7 @@ class ByzantineSimulation(pl.Callback):
 
     Args:
         attack: what the Byzantine workers do.
-        workers: their indices; one worker is one rank.
+        workers: their indices. Rank r is worker r, or with ``workers_per_process=k`` the k workers from r k on.
 
     Raises:
         TypeError: if ``attack`` is not an Attack, or the Trainer is not ``lightning.pytorch``'s.
@@ -65,7 +65,7 @@ class ByzantineSimulation(pl.Callback):
         with warnings.catch_warnings():
             if trainer.global_rank != 0:
                 warnings.simplefilter("ignore")  # once is enough
-            self.attack.check(trainer.world_size, self.workers)
+            self.attack.check(_num_workers(trainer.strategy), self.workers)
         if isinstance(trainer.strategy, ByzantineDDPStrategy) and len(self.workers) > trainer.strategy.num_byzantine:
             rank_zero_warn(
                 f"ByzantineSimulation makes {len(self.workers)} workers Byzantine, more than the strategy's"
@@ -78,8 +78,7 @@ class ByzantineSimulation(pl.Callback):
                 f"{type(self.attack).__name__} poisons the batches that Lightning hands to `training_step`, got a"
                 " `training_step(dataloader_iter)` that fetches its own. Take `batch` instead."
             )
-        if trainer.global_rank in self.workers:
-            self._poison_batches(trainer, self.attack)
+        self._poison_batches(trainer, self.attack)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,15 +123,17 @@ class ByzantineSimulation(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.attack.load_state_dict(state_dict)
 
-    @staticmethod
-    def _poison_batches(trainer: pl.Trainer, attack: DataAttack) -> None:
-        honest = trainer.strategy.batch_to_device
+    def _poison_batches(self, trainer: pl.Trainer, attack: DataAttack) -> None:
+        strategy, honest = trainer.strategy, trainer.strategy.batch_to_device
+        assert isinstance(strategy, DDPStrategy)
 
         def batch_to_device(batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-            return honest(attack.poison(batch) if trainer.training else batch, device, dataloader_idx)
+            if trainer.training and _next_worker(strategy) in self.workers:
+                batch = attack.poison(batch)
+            return honest(batch, device, dataloader_idx)
 
         # On the instance, so that it goes before hooks of the module and of the data module alike; see teardown.
-        trainer.strategy.__dict__["batch_to_device"] = batch_to_device
+        strategy.__dict__["batch_to_device"] = batch_to_device
 
 
 class _TamperedExchange:
@@ -143,14 +144,28 @@ class _TamperedExchange:
         self._attack = attack
         self._workers = workers
 
-    def start(self, block: Tensor) -> None:
-        self._exchange.start(block)
+    def start(self, rows: Tensor, names: Names = ()) -> None:
+        self._exchange.start(rows, names)
 
     def finish(self) -> WorkerMatrix:
         return self._attack.tamper(self._exchange.finish(), self._workers)
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         return self._exchange.collect(parts)
+
+    def share(self, wholes: list[Tensor]) -> list[Tensor]:
+        return self._exchange.share(wholes)
+
+
+def _num_workers(strategy: DDPStrategy) -> int:
+    return strategy.num_workers if isinstance(strategy, ByzantineDDPStrategy) else int(strategy.world_size)
+
+
+def _next_worker(strategy: DDPStrategy) -> int:
+    if not isinstance(strategy, ByzantineDDPStrategy):
+        return int(strategy.global_rank)
+    assert strategy.window is not None
+    return strategy.global_rank * strategy.workers_per_process + strategy.window.next_worker
 
 
 def _plain_mean(matrix: WorkerMatrix) -> list[Tensor]:

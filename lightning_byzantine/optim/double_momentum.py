@@ -140,7 +140,7 @@ class DoubleMomentum(Optimizer):
             self._move(steps)
             self.estimator.advance()
         else:
-            self.estimator.begin(None)
+            self.estimator.begin()
         return loss
 
     def take_back(self) -> None:
@@ -209,7 +209,7 @@ class DoubleMomentum(Optimizer):
         own: dict[str, Any] = {"step": self._step}
         own |= {key: {name: self.state[parameters[name]][key] for name in names} for key in ("iterate", "previous")}
         if not self.receives_estimates:
-            own["estimator"] = {"worker": self.estimator.worker_state(), "shared": self.estimator.shared_state()}
+            own["estimator"] = {"workers": [self.estimator.worker_state()], "shared": self.estimator.shared_state()}
         return self.base.state_dict() | {_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """What a worker sends under double momentum."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Literal
 
@@ -82,23 +84,23 @@ class DoubleMomentumEstimator(Estimator):
         """Forget all estimates; the next step is t = 1."""
         self.step = 1
         self.aggregated = False
-        self._estimates: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}
-        self._previous: dict[str, Tensor] | None = None
+        self._estimates: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._pending: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._previous: Sequence[dict[str, Tensor]] | None = None
 
-    def begin(self, previous: dict[str, Tensor] | None) -> None:
+    def begin(self, *previous: dict[str, Tensor]) -> None:
         """Begin a step, which also forgets one that the optimizer was kept from taking.
 
         Args:
-            previous: [n] by parameter name, g~_t; empty at t = 1. Parameters that have no gradient may be missing. None
-                where it is not known yet.
+            *previous: for each worker, g~_t as [n] by parameter name; empty at t = 1. Parameters that have no gradient
+                may be missing. Nothing where it is not known yet.
 
         """
-        self._previous = previous
+        self._previous = previous or None
         self._pending.clear()
         self.aggregated = False
 
-    def estimate(self, name: str, gradient: Tensor, out: Tensor) -> None:
+    def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write d_t into ``out``."""
         if self.step > 1 and self._previous is None:
             raise RuntimeError(
@@ -106,16 +108,16 @@ class DoubleMomentumEstimator(Estimator):
                 " `Trainer(strategy='byzantine_ddp')`, which computes it, or give `DoubleMomentum.step` a closure, or"
                 " compute it in `DoubleMomentum.previous_point()`."
             )
-        previous = (self._previous or {}).get(name)
-        _correct(self._estimates.get(name), gradient, previous, self.schedule.beta_at(self.step), out)
-        self._pending[name] = out
+        previous = None if self._previous is None else self._previous[worker].get(name)
+        _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)
+        self._pending[worker][name] = out
 
-    def commit(self) -> None:
+    def commit(self, worker: int = 0) -> None:
         """Accept d_t, for :meth:`advance`."""
 
-    def discard(self) -> None:
+    def discard(self, worker: int = 0) -> None:
         """Keep d_{t-1}."""
-        self._pending.clear()
+        self._pending.pop(worker, None)
 
     def gradient(self, name: str, aggregate: Tensor) -> Tensor:
         """Return d^_t: the optimizer steps by it."""
@@ -123,25 +125,24 @@ class DoubleMomentumEstimator(Estimator):
         return aggregate
 
     def advance(self) -> None:
-        """Make d_t the worker's state, now that the optimizer has taken the step."""
-        self._estimates.update(self._pending)
+        """Make d_t every worker's state, now that the optimizer has taken the step."""
+        for worker, estimates in self._pending.items():
+            self._estimates[worker].update(estimates)
         self.step += 1
-        self._pending.clear()
-        self._previous = None
-        self.aggregated = False
+        self.begin()
 
-    def worker_state(self) -> dict[str, Tensor]:
+    def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
         """Return d_t."""
-        return dict(self._estimates)
+        return dict(self._estimates[worker])
 
     def shared_state(self) -> dict[str, Tensor]:
         """Return the next t."""
         return {"step": torch.tensor(self.step)}
 
-    def load_state(self, worker: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+    def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
         """Continue from d_t and t."""
         self.reset()
-        self._estimates.update(worker)
+        self._estimates.update(enumerate(map(dict, workers)))
         self.step = int(shared["step"])
 
 
