@@ -1,6 +1,6 @@
 """How much the learning rate matters: final accuracy against it, for each method, with and without an attack.
 
-``python examples/tuning.py --config examples/configs/tuning.yaml --data.path=mnist.npz``. A method's plateau are the
+``python examples/tuning.py --config examples/configs/reproduce/tuning.yaml --data.path=mnist.npz``. A method's plateau are the
 learning rates around its best one at which it stays within 2 points of it.
 """
 

@@ -83,7 +83,8 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether the difference is at most 0.03, or 3 standard deviations."""
-        return abs(self.difference) <= max(_TOLERANCE, _DEVIATIONS * self.deviation)
+        bound = max(_TOLERANCE, _DEVIATIONS * self.deviation)
+        return abs(self.difference) <= bound + 1e-9  # decimal fractions are not exact
 
 
 def compare(results: Sequence[Mapping[str, Any]], reference: Path) -> list[Comparison]:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -41,9 +42,12 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     distinct = {cell.key: cell for cell in cells}
     waiting = [cell for key, cell in distinct.items() if not (folder / key / RESULT).is_file()]
-    # Processes fork from a server that has imported all that a cell needs, and has done nothing else.
+    # Processes fork from a server that has imported all that a cell needs, and has done nothing else. It looks for
+    # modules where its environment says, not where this process does.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reproduction.training"])
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
     def run(cell: Cell) -> None:
         process = context.Process(target=work, args=(cell, folder / cell.key))

@@ -89,7 +89,7 @@ def _print_to(path: Path) -> None:
 
 def _write_for_tensorboard(cell: Cell, accuracies: list[float], folder: Path) -> None:
     logger = TensorBoardLogger(folder, name="", version="")
-    logger.log_hyperparams(cell.labels, {"accuracy": accuracies[-1]})
+    logger.log_hyperparams(cell.labels, {"final_accuracy": accuracies[-1]})
     for epoch, accuracy in enumerate(accuracies, start=1):
-        logger.log_metrics({"accuracy": accuracy}, step=epoch)
+        logger.log_metrics({"test_accuracy": accuracy}, step=epoch)
     logger.finalize("success")

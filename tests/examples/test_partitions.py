@@ -1,6 +1,7 @@
 """Who gets which images."""
 
 import os
+from typing import Any
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from partitions import IID, Dirichlet, LabelSorted, Partition, WorkerSampler
 from rank_pool import RankPool
 from training import trainer
+
+from lightning_byzantine import ByzantineDDPStrategy
 
 LABELS = np.random.default_rng(0).integers(10, size=1000)
 PARTITIONS = [IID(), LabelSorted(), Dirichlet(alpha=0.1), Dirichlet(alpha=0.001), Dirichlet(alpha=100.0)]
@@ -124,7 +127,7 @@ class LabelsOfEveryStep(pl.Callback):
         self.epochs[-1].append(batch[1].tolist())
 
 
-def labels_of_training(strategy: str) -> list[list[list[int]]]:
+def labels_of_training(strategy: Any) -> list[list[list[int]]]:
     seen = LabelsOfEveryStep()
     pl.seed_everything(1, verbose=False)
     data = DigitData(batch_size=64, partition=LabelSorted())
@@ -140,6 +143,17 @@ def test_lightning_leaves_the_partition_to_the_data_module(two_ranks: RankPool, 
         assert len(epochs[0]) == len(epochs[1]) > 5
         assert epochs[0] != epochs[1]  # told which epoch begins
         assert {label for epoch in epochs for batch in epoch for label in batch} <= set(classes)
+
+
+def test_a_process_that_acts_as_several_workers_has_the_parts_of_all(one_rank: RankPool, two_ranks: RankPool) -> None:
+    (alone,) = one_rank.run(labels_of_training, ByzantineDDPStrategy(workers_per_process=4))
+    pair = two_ranks.run(labels_of_training, ByzantineDDPStrategy(workers_per_process=2))
+    for epoch, batches in enumerate(alone):
+        of_worker = [batches[worker::4] for worker in range(4)]
+        assert [pair[worker // 2][epoch][worker % 2 :: 2] for worker in range(4)] == of_worker
+        classes = [{label for batch in part for label in batch} for part in of_worker]
+        assert classes[0] <= set(range(4))
+        assert classes[3] <= set(range(7, 10))
 
 
 def test_the_seed_is_lightnings() -> None:

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import signal
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,23 @@ import reproduce
 import reproduction.runner
 import tuning
 import yaml
+from fake_training import die_half_way_once, finish
 from matplotlib.figure import Figure
 from reproduction.command import grid_parser
 from reproduction.grid import Cell, Run, cells, make_run
 from reproduction.pictures import curves, draw, heat_map
 from reproduction.results import Comparison, compare, report, write_csv
 from reproduction.runner import CellError, run_cells
-from reproduction.training import RESULT, unfinished_folder
+from reproduction.training import RESULT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_byzantine.aggregators import CTMA, CoordinateWiseMedian, GeometricMedian, Krum
 from lightning_byzantine.estimators import WorkerMomentum
 
-EXAMPLES = Path(reproduce.__file__).parent
-CONFIGS = sorted((EXAMPLES / "configs" / "reproduce").iterdir())
+CONFIGS = [
+    Path(reproduce.__file__).parent / "configs" / "reproduce" / name
+    for name in ("mnist.yaml", "mnist_best.yaml", "cifar10.yaml", "tuning.yaml")
+]
 
 SMALL: dict[str, Any] = {
     "network": "torch.nn.Identity",
@@ -115,7 +117,7 @@ def test_what_cannot_run_is_said_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda path: path.stem)
 def test_the_papers_configs_are_the_papers_grid(config: Path) -> None:
     options = grid_parser("", out="out").parse_args(["--config", str(config)])
     grid = cells(options)
@@ -129,6 +131,14 @@ def test_the_papers_configs_are_the_papers_grid(config: Path) -> None:
     assert (repr(rules[1]) in made) == (config.stem == "mnist_best")
 
 
+def test_the_tuning_config_is_three_methods_on_a_grid_of_half_decades() -> None:
+    grid = cells(grid_parser("", out="out").parse_args(["--config", str(CONFIGS[3])]))
+    assert sorted({cell.learning_rate for cell in grid}) == [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+    assert {cell.method for cell in grid} == {"SGD with momentum", "worker momentum", "double momentum"}
+    assert {cell.attack for cell in grid} == {"none", "ALIE"}
+    assert len(grid) == 8 * 3 * 2 * 3
+
+
 def test_a_run_gets_the_objects_of_its_cell() -> None:
     cell = next(cell for cell in small_cells() if cell.attack == "sign flip" and cell.rule == "CTMA" and cell.seed == 3)
     run = make_run(json.loads(json.dumps(cell.run)))
@@ -136,27 +146,6 @@ def test_a_run_gets_the_objects_of_its_cell() -> None:
     assert (run.setting.num_workers, run.setting.num_byzantine, run.seed, run.learning_rate) == (5, 2, 3, 0.1)
     assert repr(run.rule) == repr(CTMA(Krum()))
     assert repr(run.method.estimator) == repr(WorkerMomentum())
-
-
-# What stands for training in the processes of the runner's tests.
-
-
-def finish(cell: Cell, folder: Path) -> None:
-    unfinished = unfinished_folder(folder)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with (folder.parent.parent / "trained.txt").open("a") as file:
-        file.write(f"{cell.key}\n")
-    (unfinished / RESULT).write_text(json.dumps({"accuracies": [0.5, 0.75], "seconds": 1.0, "run": cell.run}))
-    os.replace(unfinished, folder)
-
-
-def die_half_way_once(cell: Cell, folder: Path) -> None:
-    unfinished = unfinished_folder(folder)
-    if cell.seed == 2 and not unfinished.exists():
-        unfinished.mkdir(parents=True)
-        (unfinished / RESULT).write_text('{"accuracies": [0.')
-        os.kill(os.getpid(), signal.SIGKILL)
-    finish(cell, folder)
 
 
 def trained(folder: Path) -> list[str]:
@@ -303,9 +292,52 @@ def test_both_pictures_are_drawn_for_each_setting(tmp_path: Path) -> None:
 def test_the_tuning_picture_shows_each_methods_plateau() -> None:
     rates = [0.01, 0.1, 1.0]
     results = results_of(
-        small_cells(learning_rates=rates, rules={"Mean": "Mean"}), lambda cell: 0.9 + cell.learning_rate / 50
+        small_cells(learning_rates=rates, rules={"Mean": "Mean"}), lambda cell: 0.9 + cell.learning_rate / 48
     )
     figure = tuning.draw_tuning(results)
     assert len(figure.axes) == 2  # attacks
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["worker momentum: 0.1 to 1", "none: 0.1 to 1"]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    pixels, labels = generator.integers(256, size=(90, 28, 28), dtype=np.uint8), np.arange(90) % 10
+    np.savez(tmp_path / "images.npz", x_train=pixels, y_train=labels, x_test=pixels[:20], y_test=labels[:20])
+    return tmp_path / "images.npz"
+
+
+def test_from_a_yaml_to_tables_and_pictures(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = SMALL | {
+        "network": "reproduction.networks.DigitNetwork",
+        "attacks": {"label flip": {"class_path": "LabelFlip", "init_args": {"num_classes": 10}}},
+        "methods": {
+            "worker momentum": {"estimator": "WorkerMomentum"},
+            "double momentum": {"estimator": "DoubleMomentumEstimator"},
+        },
+        "rules": {"Mean": "Mean"},
+        "seeds": [1],
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    out = tmp_path / "out"
+    arguments = ["--config", str(tmp_path / "grid.yaml"), f"--data.path={images}", "--out", str(out), "--jobs=2"]
+    reproduce.main(arguments)
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["estimator"] for row in rows] == ["worker momentum", "double momentum"]
+    assert {path.name for path in out.glob("*.png")} == {"curves-5-2.png", "heatmap-5-2.png"}
+    finished = list((out / "cells").iterdir())
+    assert len(finished) == 2
+    for folder in finished:
+        events = EventAccumulator(str(folder)).Reload()
+        accuracies = [event.value for event in events.Scalars("test_accuracy")]
+        assert accuracies == pytest.approx(json.loads((folder / RESULT).read_text())["accuracies"])
+        assert yaml.safe_load((folder / "hparams.yaml").read_text())["attack"] == "label flip"
+    times = [(folder / RESULT).stat().st_mtime_ns for folder in finished]
+    # Again, and against itself: nothing is trained, and all agrees.
+    capsys.readouterr()
+    reproduce.main([*arguments, "--reference", str(out / "results.csv")])
+    assert [(folder / RESULT).stat().st_mtime_ns for folder in finished] == times
+    assert "2 of 2 cells agree" in capsys.readouterr().out
+    assert (out / "comparison.md").is_file()
