@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from reproduction.grid import GRID_ARGUMENTS, Grid, cells, check
 from reproduction.results import write_csv
@@ -34,13 +33,15 @@ def run_grid(parser: ArgumentParser, options: Namespace) -> list[dict[str, Any]]
     made = parser.instantiate(options)
     try:
         check(Grid(**{name: made[name] for name in GRID_ARGUMENTS}))
-    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     folder = Path(options.out)
     try:
         results = run_cells(cells(options), folder / "cells", options.jobs)
     except CellError as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on with the cells that are not finished") from None
     write_csv(results, folder / "results.csv")
     return results
 

@@ -25,11 +25,13 @@ class Method:
     Args:
         estimator: what a worker sends. None for its gradient.
         momentum: of the SGD that receives the aggregate.
+        learning_rate_factor: multiplies the learning rate. 1 - momentum makes steps as long as without momentum.
 
     """
 
     estimator: Estimator | None = None
     momentum: float = 0.0
+    learning_rate_factor: float = 1.0
 
 
 @dataclass

@@ -47,7 +47,8 @@ def train(config: dict[str, Any]) -> tuple[list[float], float]:
     torch.set_num_threads(1)
     pl.seed_everything(config["seed"], verbose=False)
     run = make_run(config)
-    model = Classifier(run.network, run.learning_rate, run.method.momentum, run.weight_decay)
+    learning_rate = run.learning_rate * run.method.learning_rate_factor
+    model = Classifier(run.network, learning_rate, run.method.momentum, run.weight_decay)
     trainer = _trainer(run)
     start = time.perf_counter()
     trainer.fit(model, datamodule=run.data)
