@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from reproduction.grid import GRID_ARGUMENTS, Grid, cells, check
 from reproduction.results import write_csv
@@ -24,7 +25,9 @@ def grid_parser(description: str | None, out: str) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="the grid, a YAML; options after it change what it says")
     parser.add_class_arguments(Grid)
     parser.add_argument("--out", default=out, help="folder of all that is written")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many cells to train at a time")
+    parser.add_argument(
+        "--jobs", type=PositiveInt, default=os.cpu_count() or 1, help="how many cells to train at a time"
+    )
     return parser
 
 

@@ -10,6 +10,7 @@ import cifar  # noqa: F401  (its class can be named in a YAML)
 import digits  # noqa: F401
 from images import ImageData
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from torch import nn
 
 import lightning_byzantine.optim  # noqa: F401
@@ -64,7 +65,7 @@ class Training:
 
     network: nn.Module
     data: ImageData
-    epochs: int
+    epochs: PositiveInt
     max_worker_grad_norm: float | None = None
     weight_decay: float = 0.0
     accelerator: str = "cpu"
@@ -110,6 +111,7 @@ class Run(Training):
     seed: int
 
 
+_AXES = ("settings", "attacks", "methods", "rules", "learning_rates", "seeds")
 GRID_ARGUMENTS = tuple(entry.name for entry in fields(Grid))
 
 
@@ -171,9 +173,7 @@ def cells(config: Namespace) -> list[Cell]:
                 "seed": seed,
             },
         )
-        for setting, attack, method, rule, learning_rate, seed in product(
-            *(plain[axis] for axis in ("settings", "attacks", "methods", "rules", "learning_rates", "seeds"))
-        )
+        for setting, attack, method, rule, learning_rate, seed in product(*(plain[axis] for axis in _AXES))
         if setting["num_byzantine"] > 0 or plain["attacks"][attack] is None
     ]
 
@@ -182,10 +182,13 @@ def check(grid: Grid) -> None:
     """Raise before anything runs if a part of the grid can't.
 
     Raises:
-        ValueError: if a rule can't serve a setting, or an attack can't be run in it.
+        ValueError: if an axis is empty, a rule can't serve a setting, or an attack can't be run in it.
         FileNotFoundError: if the images are missing.
 
     """
+    for axis in _AXES:
+        if not getattr(grid, axis):
+            raise ValueError(f"{axis} must have at least one entry, got none")
     grid.data.prepare_data()
     for setting in grid.settings:
         for rule in grid.rules.values():

@@ -17,28 +17,27 @@ _DEVIATIONS = 3
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a row for each cell, with an accuracy for each epoch; the file is there whole or not at all."""
+    rows = [
+        {
+            "attack": result["attack"],
+            "estimator": result["method"],
+            "rule": result["rule"],
+            "workers": result["num_workers"],
+            "byzantine": num_attackers(result),
+            "num_byzantine": result["num_byzantine"],
+            "batch_per_worker": _batch_size(result),
+            "lr": result["learning_rate"],
+            "seed": result["seed"],
+            **{f"accuracy_epoch_{epoch}": value for epoch, value in enumerate(result["accuracies"], start=1)},
+            "seconds": round(result["seconds"], 1),
+        }
+        for result in results
+    ]
     unfinished = path.with_name(f".{path.name}")
-    epochs = max(len(result["accuracies"]) for result in results)
-    curve = [f"accuracy_epoch_{epoch}" for epoch in range(1, epochs + 1)]
-    columns = ["attack", "estimator", "rule", "workers", "byzantine", "num_byzantine", "lr", "seed", *curve, "seconds"]
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        for result in results:
-            writer.writerow(
-                {
-                    "attack": result["attack"],
-                    "estimator": result["method"],
-                    "rule": result["rule"],
-                    "workers": result["num_workers"],
-                    "byzantine": num_attackers(result),
-                    "num_byzantine": result["num_byzantine"],
-                    "lr": result["learning_rate"],
-                    "seed": result["seed"],
-                    **dict(zip(curve, result["accuracies"], strict=False)),
-                    "seconds": round(result["seconds"], 1),
-                }
-            )
+        writer.writerows(rows)
     os.replace(unfinished, path)
 
 
@@ -60,13 +59,13 @@ class Comparison:
     """One cell beside its reference.
 
     Attributes:
-        cell: attack, method, rule, numbers of workers and of attackers, learning rate.
+        cell: attack, method, rule, numbers of workers and of attackers, images in a worker's batch, learning rate.
         ours: accuracies over the seeds.
         reference: mean of the reference's.
 
     """
 
-    cell: tuple[str, str, str, int, int, float]
+    cell: tuple[str, str, str, int, int, int, float]
     ours: tuple[float, ...]
     reference: float
 
@@ -102,12 +101,12 @@ def compare(results: Sequence[Mapping[str, Any]], reference: Path) -> list[Compa
         for row in csv.DictReader(file):
             last = [name for name, value in row.items() if name.startswith("accuracy_epoch_") and value][-1]
             names = (row["attack"], row["estimator"], row["rule"])
-            numbers = (int(row["workers"]), int(row["byzantine"]), float(row["lr"]))
+            numbers = (int(row["workers"]), int(row["byzantine"]), int(row["batch_per_worker"]), float(row["lr"]))
             known[*map(_without_parameters, names), *numbers].append(float(row[last]))
     ours = defaultdict(list)
     for result in results:
         names = (result["attack"], result["method"], result["rule"])
-        numbers = (result["num_workers"], num_attackers(result), result["learning_rate"])
+        numbers = (result["num_workers"], num_attackers(result), _batch_size(result), result["learning_rate"])
         ours[*map(_without_parameters, names), *numbers].append(result["accuracies"][-1])
     return [Comparison(cell, tuple(ours[cell]), mean(known[cell])) for cell in ours if cell in known]
 
@@ -122,6 +121,10 @@ def report(comparisons: Sequence[Comparison]) -> str:
     agreeing = sum(entry.agrees for entry in comparisons)
     bounds = f"within {_TOLERANCE} or {_DEVIATIONS} standard deviations"
     return "\n".join([*lines, "", f"{agreeing} of {len(comparisons)} cells agree with the reference {bounds}."])
+
+
+def _batch_size(result: Mapping[str, Any]) -> int:
+    return int(result["run"]["data"]["init_args"]["batch_size"])
 
 
 def _without_parameters(name: str) -> str:

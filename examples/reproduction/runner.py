@@ -65,12 +65,12 @@ def run_cells(
             for future in as_completed(futures):
                 if isinstance(error := future.exception(), CellError):
                     failures.append(str(error))
-                    progress.console.print(f"failed: {error}", highlight=False)
+                    progress.console.print(f"failed: {error}", highlight=False, soft_wrap=True)
                 elif error is not None:
                     raise error
                 else:
                     accuracy = _result(futures[future], folder)["accuracies"][-1]
-                    progress.console.print(f"{accuracy:.4f}  {futures[future]}", highlight=False)
+                    progress.console.print(f"{accuracy:.4f}  {futures[future]}", highlight=False, soft_wrap=True)
                 progress.advance(bar)
         except BaseException:
             # Those under way die of the same interruption, or finish.

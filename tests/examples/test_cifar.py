@@ -1,11 +1,13 @@
 """CIFAR-10: files as the public archive has them, and what must not be read from them."""
 
+import csv
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reproduce
 import torch
 from cifar import Cifar10Data, _augmented
 from reproduction.networks import ResNet18
@@ -85,6 +87,16 @@ def test_augmented_images_are_shifted_and_mirrored_by_at_most_two_pixels() -> No
     columns = [*range(10, 15), *range(17, 22)]  # around 12, and around 31 - 12
     assert places == {(row, column) for row in range(8, 13) for column in columns}
     assert images.sum() == 600  # not written to
+
+
+def test_the_papers_config_trains_on_the_folder(tmp_path: Path) -> None:
+    config = Path(reproduce.__file__).parent / "configs" / "reproduce" / "cifar10.yaml"
+    arguments = ["--config", str(config), f"--data.path={archive(tmp_path)}", "--network.width=2", "--epochs=1"]
+    arguments += ["--data.batch_size=2", '--settings=[{"num_workers": 5, "num_byzantine": 2}]', "--seeds=[1]"]
+    arguments += ["--attacks={none: null}", "--rules={Mean: Mean}", "--accelerator=cpu", "--jobs=2"]
+    reproduce.main([*arguments, "--out", str(tmp_path / "out")])
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        assert [row["estimator"] for row in csv.DictReader(file)] == ["worker momentum 0.9", "double momentum"]
 
 
 def test_resnet18_has_the_size_of_the_original() -> None:

@@ -9,7 +9,7 @@ from optimal_order import BASES, exponent, main, skewed_rows, worst_errors
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[float, float]]:
-    return worst_errors(num_workers=40, num_dimensions=8, num_draws=3)
+    return worst_errors(num_workers=40, num_dimensions=8, num_draws=2)
 
 
 @pytest.mark.parametrize("base", BASES)

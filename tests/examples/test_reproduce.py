@@ -80,6 +80,7 @@ def test_a_cell_is_another_one_when_it_trains_differently_and_not_by_another_nam
     [
         ({"epoch": 3}, "epoch"),
         ({"epochs": "many"}, "epochs"),
+        ({"epochs": 0}, "epochs"),
         ({"rules": {"a": {"class_path": "Mena"}}}, r'"rules".*Mena'),
         ({"rules": {"a": {"class_path": "CTMA", "init_args": {"bas": "Mean"}}}}, r'"rules".*bas'),
         ({"rules": {"a": {"class_path": "GeometricMedian", "init_args": {"init": 3}}}}, r'"rules".*"init"'),
@@ -103,6 +104,7 @@ def test_errors_in_a_yaml_name_the_key_before_anything_runs(
     ("changes", "message"),
     [
         ({"settings": [{"num_workers": 4, "num_byzantine": 2}]}, "0 <= f < m / 2, got f=2 with m=4"),
+        ({"seeds": []}, "seeds must have at least one entry"),
         ({"data": {"class_path": "DigitData", "init_args": {"path": "nowhere.npz"}}}, "got nowhere.npz, where no file"),
         ({"data": {"class_path": "Cifar10Data", "init_args": {"path": "nowhere"}}}, "To fetch it: curl"),
     ],
@@ -210,6 +212,7 @@ def test_the_table_has_a_row_for_each_cell(tmp_path: Path) -> None:
         "workers": "5",
         "byzantine": "0",
         "num_byzantine": "2",
+        "batch_per_worker": "4",
         "lr": "0.1",
         "seed": "1",
         "accuracy_epoch_1": "0.5",
