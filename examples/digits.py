@@ -1,12 +1,13 @@
 """A small convolutional network and real images of digits, shared by the examples."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
-import numpy as np
 import torch
+from images import Arrays, ImageData, load_archive
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -61,54 +62,28 @@ class DigitClassifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=self.hparams.momentum)
 
 
-class DigitData(pl.LightningDataModule):
+class DigitData(ImageData):
     """Real images of handwritten digits.
 
     Args:
         path: an ``mnist.npz`` as Keras lays it out (``x_train, y_train, x_test, y_test``). None for the 1,797 images of
             8 x 8 pixels that come with scikit-learn, a quarter of which are for testing.
         batch_size: images in one batch of one worker.
+        partition: who gets which training images, such as ``IID()``, ``Dirichlet(alpha=0.1)`` or ``LabelSorted()``.
+            None has them shuffled, and spread over the processes by Lightning.
+        validation: the share of the training images that is for validation; see :class:`~images.ImageData`.
 
     """
 
-    def __init__(self, path: str | None = None, batch_size: int = 32) -> None:
-        super().__init__()
-        self.path = path
-        self.batch_size = batch_size
+    def prepare_data(self) -> None:
+        if self.path is not None and not Path(self.path).is_file():
+            raise FileNotFoundError(f"path must be an archive such as mnist.npz, got {self.path}, where no file is")
 
-    def setup(self, stage: str) -> None:
-        train_images, train_labels, test_images, test_labels = self._load()
-        # By the training images alone, so that the test stays a test.
-        mean, deviation = train_images.mean(), train_images.std()
-
-        def dataset(images: np.ndarray, labels: np.ndarray) -> TensorDataset:
-            pixels = torch.from_numpy((images - mean) / deviation).float()
-            return TensorDataset(pixels[:, None], torch.from_numpy(labels).long())
-
-        # A tenth of the training images is for validation, the same on every rank.
-        self.train_set, self.val_set = random_split(
-            dataset(train_images, train_labels), [0.9, 0.1], generator=torch.Generator().manual_seed(0)
+    def load(self) -> Arrays:
+        if self.path is not None:
+            return load_archive(self.path)
+        digits = load_digits()
+        train_x, test_x, train_y, test_y = train_test_split(
+            digits.images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
         )
-        self.test_set = dataset(test_images, test_labels)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val_set, batch_size=256)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test_set, batch_size=256)
-
-    def _load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        if self.path is None:
-            digits = load_digits()
-            train_x, test_x, train_y, test_y = train_test_split(
-                digits.images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
-            )
-            return train_x, train_y, test_x, test_y
-        keys = ("x_train", "y_train", "x_test", "y_test")
-        with np.load(self.path) as archive:
-            if missing := set(keys) - set(archive.files):
-                raise ValueError(f"path must be an archive of {', '.join(keys)}, got {self.path} without {missing}")
-            return tuple(archive[key] for key in keys)
+        return train_x, train_y, test_x, test_y

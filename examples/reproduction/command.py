@@ -1,0 +1,54 @@
+"""The command line that ``examples/reproduce.py`` and ``examples/tuning.py`` share."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+
+from reproduction.grid import GRID_ARGUMENTS, Grid, cells, check
+from reproduction.results import write_csv
+from reproduction.runner import CellError, run_cells
+
+
+def grid_parser(description: str | None, out: str) -> ArgumentParser:
+    """Return a parser of a grid's YAML, and of options that change it.
+
+    Args:
+        description: of the command.
+        out: the default of ``--out``.
+
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="the grid, a YAML; options after it change what it says")
+    parser.add_class_arguments(Grid)
+    parser.add_argument("--out", default=out, help="folder of all that is written")
+    parser.add_argument(
+        "--jobs", type=PositiveInt, default=os.cpu_count() or 1, help="how many cells to train at a time"
+    )
+    return parser
+
+
+def run_grid(parser: ArgumentParser, options: Namespace) -> list[dict[str, Any]]:
+    """Train what is not trained yet, write ``results.csv``, and return the results; end the program on errors."""
+    made = parser.instantiate(options)
+    try:
+        check(Grid(**{name: made[name] for name in GRID_ARGUMENTS}))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    folder = Path(options.out)
+    try:
+        results = run_cells(cells(options), folder / "cells", options.jobs)
+    except CellError as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on with the cells that are not finished") from None
+    write_csv(results, folder / "results.csv")
+    return results
+
+
+def announce(paths: Sequence[Path]) -> None:
+    """Say where things are."""
+    print("\n".join(f"wrote {path}" for path in paths))

@@ -1,0 +1,210 @@
+"""What a YAML says about an experiment, and the cells that follow from it."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any
+
+import cifar  # noqa: F401  (its class can be named in a YAML)
+import digits  # noqa: F401
+from images import ImageData
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from torch import nn
+
+import lightning_byzantine.optim  # noqa: F401
+from lightning_byzantine.aggregators import Aggregator
+from lightning_byzantine.attacks import Attack
+from lightning_byzantine.estimators import Estimator
+
+
+@dataclass
+class Method:
+    """How gradients are estimated, on both sides.
+
+    Args:
+        estimator: what a worker sends. None for its gradient.
+        momentum: of the SGD that receives the aggregate.
+        learning_rate_factor: multiplies the learning rate. 1 - momentum makes steps as long as without momentum.
+
+    """
+
+    estimator: Estimator | None = None
+    momentum: float = 0.0
+    learning_rate_factor: float = 1.0
+
+
+@dataclass
+class Setting:
+    """The system.
+
+    Args:
+        num_workers: m.
+        num_byzantine: f, which the rule is told, and of which all attack: the last ones.
+
+    """
+
+    num_workers: int
+    num_byzantine: int
+
+
+@dataclass(kw_only=True)
+class Training:
+    """What all cells have in common.
+
+    Args:
+        network: from images to logits.
+        data: the images, and how they are divided among the workers.
+        epochs: how many.
+        max_worker_grad_norm: clips each worker's gradient before the estimator. None for no clipping.
+        weight_decay: of SGD.
+        accelerator: of the Trainer. On one device, a process acts as all workers.
+
+    """
+
+    network: nn.Module
+    data: ImageData
+    epochs: PositiveInt
+    max_worker_grad_norm: float | None = None
+    weight_decay: float = 0.0
+    accelerator: str = "cpu"
+
+
+@dataclass(kw_only=True)
+class Grid(Training):
+    """What a YAML holds. Names are those in tables and pictures.
+
+    Args:
+        network: from images to logits.
+        data: the images, and how they are divided among the workers.
+        epochs: how many.
+        settings: numbers of workers, and of Byzantine ones among them.
+        attacks: what the Byzantine workers do, by name. None for no attack.
+        methods: estimators, each with the momentum of the optimizer, by name.
+        rules: aggregation rules by name.
+        learning_rates: of SGD.
+        seeds: of the network, the order of images and all else.
+        max_worker_grad_norm: clips each worker's gradient before the estimator. None for no clipping.
+        weight_decay: of SGD.
+        accelerator: of the Trainer. On one device, a process acts as all workers.
+
+    """
+
+    settings: list[Setting]
+    attacks: dict[str, Attack | None]
+    methods: dict[str, Method]
+    rules: dict[str, Aggregator]
+    learning_rates: list[float]
+    seeds: list[int]
+
+
+@dataclass(kw_only=True)
+class Run(Training):
+    """One cell of the grid, for the process that trains it."""
+
+    setting: Setting
+    attack: Attack | None
+    method: Method
+    rule: Aggregator
+    learning_rate: float
+    seed: int
+
+
+_AXES = ("settings", "attacks", "methods", "rules", "learning_rates", "seeds")
+GRID_ARGUMENTS = tuple(entry.name for entry in fields(Grid))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell's place in the grid, and what to train there, as plain data."""
+
+    attack: str
+    method: str
+    rule: str
+    num_workers: int
+    num_byzantine: int
+    learning_rate: float
+    seed: int
+    run: dict[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """All but what to train."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "run"}
+
+    @property
+    def key(self) -> str:
+        """What the cell's folder is called: another one as soon as anything is trained differently."""
+        return hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rule}, {self.attack}, {self.method}, {self.num_byzantine} of {self.num_workers}, learning rate"
+            f" {self.learning_rate:g}, seed {self.seed}"
+        )
+
+
+def cells(config: Namespace) -> list[Cell]:
+    """Return the grid's cells.
+
+    Args:
+        config: a Grid as plain data, as parsed from a YAML.
+
+    """
+    plain = config.as_dict()
+    common = {name: plain[name] for name in (entry.name for entry in fields(Training))}
+    return [
+        Cell(
+            attack=attack,
+            method=method,
+            rule=rule,
+            num_workers=setting["num_workers"],
+            num_byzantine=setting["num_byzantine"],
+            learning_rate=learning_rate,
+            seed=seed,
+            run={
+                **common,
+                "setting": setting,
+                "attack": plain["attacks"][attack],
+                "method": plain["methods"][method],
+                "rule": plain["rules"][rule],
+                "learning_rate": learning_rate,
+                "seed": seed,
+            },
+        )
+        for setting, attack, method, rule, learning_rate, seed in product(*(plain[axis] for axis in _AXES))
+        if setting["num_byzantine"] > 0 or plain["attacks"][attack] is None
+    ]
+
+
+def check(grid: Grid) -> None:
+    """Raise before anything runs if a part of the grid can't.
+
+    Raises:
+        ValueError: if an axis is empty, a rule can't serve a setting, or an attack can't be run in it.
+        FileNotFoundError: if the images are missing.
+
+    """
+    for axis in _AXES:
+        if not getattr(grid, axis):
+            raise ValueError(f"{axis} must have at least one entry, got none")
+    grid.data.prepare_data()
+    for setting in grid.settings:
+        for rule in grid.rules.values():
+            rule.check(setting.num_workers, setting.num_byzantine)
+        for attack in grid.attacks.values():
+            if attack is not None and setting.num_byzantine > 0:
+                attack.check(setting.num_workers, byzantine_workers(setting))
+
+
+def make_run(run: dict[str, Any]) -> Run:
+    """Return a cell's objects; the network draws its weights here."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Run)
+    return Run(**vars(parser.instantiate(parser.parse_object(run))))
+
+
+def byzantine_workers(setting: Setting) -> list[int]:
+    """Return the last f workers."""
+    return list(range(setting.num_workers - setting.num_byzantine, setting.num_workers))

@@ -1,0 +1,132 @@
+"""Finished cells as a table, and how they compare with those of a reference."""
+
+import csv
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+# What is accepted in any case, in accuracy; and beyond it, so many standard deviations over the seeds.
+_TOLERANCE = 0.03
+_DEVIATIONS = 3
+
+
+def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a row for each cell, with an accuracy for each epoch; the file is there whole or not at all."""
+    rows = [
+        {
+            "attack": result["attack"],
+            "estimator": result["method"],
+            "rule": result["rule"],
+            "workers": result["num_workers"],
+            "byzantine": num_attackers(result),
+            "num_byzantine": result["num_byzantine"],
+            "batch_per_worker": _batch_size(result),
+            "lr": result["learning_rate"],
+            "seed": result["seed"],
+            **{f"accuracy_epoch_{epoch}": value for epoch, value in enumerate(result["accuracies"], start=1)},
+            "seconds": round(result["seconds"], 1),
+        }
+        for result in results
+    ]
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, path)
+
+
+def num_attackers(result: Mapping[str, Any]) -> int:
+    """Return how many workers did attack, which may be fewer than the rule was told."""
+    return 0 if result["run"]["attack"] is None else result["num_byzantine"]
+
+
+def final_accuracies(results: Iterable[Mapping[str, Any]], *axes: str) -> dict[tuple[Any, ...], list[float]]:
+    """Return the accuracies after the last epoch by their place on these axes, a list over all others."""
+    grouped = defaultdict(list)
+    for result in results:
+        grouped[tuple(result[axis] for axis in axes)].append(result["accuracies"][-1])
+    return dict(grouped)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell beside its reference.
+
+    Attributes:
+        cell: attack, method, rule, numbers of workers and of attackers, images in a worker's batch, learning rate.
+        ours: accuracies over the seeds.
+        reference: mean of the reference's.
+
+    """
+
+    cell: tuple[str, str, str, int, int, int, float]
+    ours: tuple[float, ...]
+    reference: float
+
+    @property
+    def difference(self) -> float:
+        """Our mean less the reference's."""
+        return mean(self.ours) - self.reference
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over seeds; of one seed, none."""
+        return stdev(self.ours) if len(self.ours) > 1 else 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is at most 0.03, or 3 standard deviations."""
+        bound = max(_TOLERANCE, _DEVIATIONS * self.deviation)
+        return abs(self.difference) <= bound + 1e-9  # decimal fractions are not exact
+
+
+def compare(results: Sequence[Mapping[str, Any]], reference: Path) -> list[Comparison]:
+    """Return the cells that the reference has too.
+
+    Args:
+        results: finished cells.
+        reference: a CSV with columns as :func:`write_csv` has them; of accuracies, the last. What is in parentheses
+            after the name of a rule or an attack, if it is a list of parameters, plays no part, nor do numbers after a
+            method's name.
+
+    """
+    known = defaultdict(list)
+    with reference.open(newline="") as file:
+        for row in csv.DictReader(file):
+            last = [name for name, value in row.items() if name.startswith("accuracy_epoch_") and value][-1]
+            names = (row["attack"], row["estimator"], row["rule"])
+            numbers = (int(row["workers"]), int(row["byzantine"]), int(row["batch_per_worker"]), float(row["lr"]))
+            known[*map(_without_parameters, names), *numbers].append(float(row[last]))
+    ours = defaultdict(list)
+    for result in results:
+        names = (result["attack"], result["method"], result["rule"])
+        numbers = (result["num_workers"], num_attackers(result), _batch_size(result), result["learning_rate"])
+        ours[*map(_without_parameters, names), *numbers].append(result["accuracies"][-1])
+    return [Comparison(cell, tuple(ours[cell]), mean(known[cell])) for cell in ours if cell in known]
+
+
+def report(comparisons: Sequence[Comparison]) -> str:
+    """Return a Markdown table of the comparisons, and their summary."""
+    lines = ["| attack | method | rule | ours | std | reference | difference | agrees |", "|---" * 8 + "|"]
+    for entry in comparisons:
+        attack, method, rule = entry.cell[:3]
+        numbers = f"{mean(entry.ours):.4f} | {entry.deviation:.4f} | {entry.reference:.4f} | {entry.difference:+.4f}"
+        lines.append(f"| {attack} | {method} | {rule} | {numbers} | {'yes' if entry.agrees else 'NO'} |")
+    agreeing = sum(entry.agrees for entry in comparisons)
+    bounds = f"within {_TOLERANCE} or {_DEVIATIONS} standard deviations"
+    return "\n".join([*lines, "", f"{agreeing} of {len(comparisons)} cells agree with the reference {bounds}."])
+
+
+def _batch_size(result: Mapping[str, Any]) -> int:
+    return int(result["run"]["data"]["init_args"]["batch_size"])
+
+
+def _without_parameters(name: str) -> str:
+    # "CTMA(GeometricMedian(3 iterations, smoothing 0.1))" -> "CTMA(GeometricMedian)", "momentum 0.9" -> "momentum"
+    return re.sub(r"\([^()]*\d[^()]*\)|\s+[\d.]+$", "", name)

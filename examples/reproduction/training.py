@@ -1,0 +1,96 @@
+"""Trains one cell of the grid, with Lightning's Trainer and the strategy, and writes what came of it."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.callbacks import ByzantineSimulation
+from reproduction.classifier import Classifier
+from reproduction.grid import Cell, Run, byzantine_workers, make_run
+
+RESULT = "result.json"
+
+
+def train_and_write(cell: Cell, folder: Path) -> None:
+    """Train a cell in this process, which is for this alone, and then make ``folder`` at once, with all that is in it.
+
+    That is the result, hyperparameters and accuracies for TensorBoard, and what was printed. Before, they are in a
+    folder beside it whose name begins with a dot; it stays there when anything fails.
+    """
+    unfinished = unfinished_folder(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _print_to(unfinished / "log.txt")
+    accuracies, seconds = train(cell.run)
+    result = {**cell.labels, "accuracies": accuracies, "seconds": seconds, "run": cell.run}
+    (unfinished / RESULT).write_text(json.dumps(result, indent=1))
+    _write_for_tensorboard(cell, accuracies, unfinished)
+    os.replace(unfinished, folder)
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Return where a cell is while it is not finished."""
+    return folder.with_name(f".{folder.name}")
+
+
+def train(config: dict[str, Any]) -> tuple[list[float], float]:
+    """Return the accuracies after every epoch, and the seconds that all of it took."""
+    torch.set_num_threads(1)
+    pl.seed_everything(config["seed"], verbose=False)
+    run = make_run(config)
+    learning_rate = run.learning_rate * run.method.learning_rate_factor
+    model = Classifier(run.network, learning_rate, run.method.momentum, run.weight_decay)
+    trainer = _trainer(run)
+    start = time.perf_counter()
+    trainer.fit(model, datamodule=run.data)
+    seconds = time.perf_counter() - start
+    torch.distributed.destroy_process_group()
+    return model.accuracies, seconds
+
+
+def _trainer(run: Run) -> pl.Trainer:
+    strategy = ByzantineDDPStrategy(
+        aggregator=run.rule,
+        num_byzantine=run.setting.num_byzantine,
+        estimator=run.method.estimator,
+        max_worker_grad_norm=run.max_worker_grad_norm,
+        workers_per_process=run.setting.num_workers,
+    )
+    attacks = [] if run.attack is None else [ByzantineSimulation(run.attack, byzantine_workers(run.setting))]
+    return pl.Trainer(
+        strategy=strategy,
+        accelerator=run.accelerator,
+        devices=1,
+        callbacks=attacks,
+        max_epochs=run.epochs,
+        logger=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _print_to(path: Path) -> None:
+    # Below Python, for what libraries print too.
+    sys.stdout.flush()
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _write_for_tensorboard(cell: Cell, accuracies: list[float], folder: Path) -> None:
+    logger = TensorBoardLogger(folder, name="", version="")
+    logger.log_hyperparams(cell.labels, {"final_accuracy": accuracies[-1]})
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        logger.log_metrics({"test_accuracy": accuracy}, step=epoch)
+    logger.finalize("success")
