@@ -161,6 +161,28 @@ def test_gradients_that_are_views_of_buckets(one_rank: RankPool, model: type[pl.
     assert_all_close(one_rank.run(fit_workers, 3, gradient_as_bucket_view=True, **options), expected[0])
 
 
+class Convolutional(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 2), nn.Flatten(), nn.Linear(4, 1))
+
+
+class ChannelsLast(Convolutional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("estimator", ["opaque", "double"])
+def test_parameters_that_are_not_in_the_order_of_their_indices(
+    one_rank: RankPool, num_workers: int, estimator: str
+) -> None:
+    options = {"num_byzantine": 0, "estimator": ESTIMATORS[estimator], "max_worker_grad_norm": 0.5}
+    expected = one_rank.run(fit_workers, num_workers, model=Convolutional, **options)
+    assert_all_close(one_rank.run(fit_workers, num_workers, model=ChannelsLast, **options), expected[0])
+
+
 class Negate(DataAttack):
     def poison(self, batch: Any) -> Any:
         return [batch[0], -batch[1]]
