@@ -44,6 +44,7 @@ def unfinished_folder(folder: Path) -> Path:
 
 def train(config: dict[str, Any]) -> tuple[list[float], float]:
     """Return the accuracies after every epoch, and the seconds that all of it took."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning gives all cores to this process, which is alone in its run
     torch.set_num_threads(1)
     pl.seed_everything(config["seed"], verbose=False)
     run = make_run(config)
