@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
 FLOORS = {
     0: [
         "checks",
+        "compilation",
         "errors",
         "gradients",
         "gram",
