@@ -44,14 +44,13 @@ class Compiled:
 
     def with_squares(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same, and the sum of all squares: a float64 scalar, finite only if all rows are."""
-        dtype = torch.promote_types(rows.dtype, torch.float32)
         if rows.shape[1] < _FEW:
-            return self.function(rows.to(dtype, copy=True)), rows.double().square().sum()
-        kernel = _kernel(self.function, len(rows), dtype)
+            return self.function(rows.to(_widened(rows.dtype), copy=True)), rows.double().square().sum()
+        kernel = _kernel(self.function, len(rows), rows.dtype)
         try:
-            # Row by row and under no_grad, for `torch.compile` would make another kernel for each kind of view, for a
-            # stride between rows that equals their length, and for each grad mode.
-            with torch.no_grad():
+            # `torch.compile` would make another kernel for each kind of view and each grad mode, and where a stride, an
+            # offset and a length happen to be equal.
+            with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 return kernel([row.data for row in rows])
         except BackendCompilerFailed as error:
             raise RuntimeError(
@@ -63,7 +62,7 @@ class Compiled:
 @cache
 def _kernel(function: MeanOfRanks, num_rows: int, dtype: torch.dtype) -> _Kernel:
     def kernel(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        values = [rows[row].to(dtype) for row in range(num_rows)]
+        values = [rows[row].to(_widened(dtype)) for row in range(num_rows)]
         squares = sum((value * value for value in values[1:]), start=values[0] * values[0])
         return function.unrolled(values), squares.sum(dtype=torch.float64)
 
@@ -71,3 +70,7 @@ def _kernel(function: MeanOfRanks, num_rows: int, dtype: torch.dtype) -> _Kernel
     # own, for those are what it counts recompilations by.
     unrolled = torch.fx.symbolic_trace(kernel)
     return torch.compile(unrolled, dynamic=True, fullgraph=True)
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -192,8 +192,12 @@ class WorkerMatrix:
         largest = min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM)
         if ahead is not None and self._sum_of_squares(ahead) <= largest:
             return torch.ones(self.num_workers, dtype=torch.bool)
-        quick = self._stored._quick_gram if from_products and self._mixing is None else None
-        norms = self._quick_squared_norms() if quick is None else quick.products.diagonal()[self._rows]
+        if from_products and self._mixing is None:
+            quick = self._stored._quick_gram
+            products = self._stored._stored_products if quick is None else quick.products
+            norms = products.diagonal()[self._rows]
+        else:
+            norms = self._quick_squared_norms()
         return norms.isfinite() & (norms <= largest)
 
     @property
@@ -214,7 +218,12 @@ class WorkerMatrix:
         return self._exact_inner()
 
     def _exact_inner(self) -> Gram:
-        products = centred_gram(self._products)
+        def about(origin: int | None) -> Tensor:
+            if origin is None and not self._is_quick:
+                return self._stored._stored_products[self._rows][:, self._rows]
+            return self._products(origin)
+
+        products = centred_gram(about)
         return Gram(products, torch.zeros_like(products))
 
     def _exact_gram(self) -> Gram:
@@ -222,6 +231,14 @@ class WorkerMatrix:
         if source._inner.errors.any():
             source._inner = source._exact_inner()
         return self._gram
+
+    @cached_property
+    def _stored_products(self) -> Tensor:
+        """Inner products of all stored rows about 0, for norms and distances alike: an accelerator is waited for once.
+
+        Rows that are not finite spoil their own products only.
+        """
+        return self._products(None)
 
     @cached_property
     def _quick_gram(self) -> Gram | None:
