@@ -59,7 +59,7 @@ class WorkerMatrix:
         self.shard = shard
         self._complete = complete
         self._rows = torch.arange(self.blocks[0].shape[0])
-        self._points: dict[Callable[[Tensor], Tensor], Coordinatewise] = {}
+        self._computed_ahead: dict[Callable[[Tensor], Tensor], list[Tensor]] = {}
         self._mixing: Tensor | None = None
         self._source = self  # the same rows, not mixed
         self._stored = self  # all rows of the blocks
@@ -117,11 +117,13 @@ class WorkerMatrix:
         """Return the point whose every coordinate is a function of m values, lazily; one pass when it is computed.
 
         Args:
-            function: maps m rows [m, c] (float32, or float64 for float64 blocks), which it may overwrite, to [c]. The
-                point of an equal function is the same point, computed once.
+            function: maps m rows [m, c] (float32, or float64 for float64 blocks), which it may overwrite, to [c].
 
         """
-        return self._points.setdefault(function, Coordinatewise(self, function))
+        point = Coordinatewise(self, function)
+        # Handed over, not kept: the matrix refers to itself, and would keep memory until garbage is collected.
+        point.values = self._computed_ahead.pop(function, None)
+        return point
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass; non-finite where the row or the float64 sum is."""
@@ -298,7 +300,7 @@ class WorkerMatrix:
         if not isinstance(point.function, Compiled) or self is not self._stored:
             return math.nan
         values, squares = zip(*map(point.function.with_squares, self.blocks), strict=True)
-        point.values = list(values)
+        self._computed_ahead[point.function] = list(values)
         return float(self._complete(torch.stack(squares).sum()))
 
     def _values(self, point: Coordinatewise) -> list[Tensor]:
