@@ -1,5 +1,6 @@
 """The matrix of all workers' vectors, cut into column blocks: the one place that knows how it is stored."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_byzantine.anchored_gram import AnchoredGram
+from lightning_byzantine.compilation import Compiled
 from lightning_byzantine.gram import Gram, all_digits, are_sharp, centred_gram, quick_gram, quick_products
 from lightning_byzantine.ordering import nearest, told_apart
 from lightning_byzantine.points import Combination, Coordinatewise, Point
@@ -74,6 +76,7 @@ class WorkerMatrix:
         self.previous: list[Tensor] | None = None
         self._complete = complete
         self._rows = torch.arange(self.blocks[0].shape[0])
+        self._computed_ahead: dict[Callable[[Tensor], Tensor], list[Tensor]] = {}
         self._mixing: Tensor | None = None
         self._source = self  # the same rows, not mixed
         self._stored = self  # all rows of the blocks
@@ -151,7 +154,10 @@ class WorkerMatrix:
             function: maps m rows [m, c] (float32, or float64 for float64 blocks), which it may overwrite, to [c].
 
         """
-        return Coordinatewise(self, function)
+        point = Coordinatewise(self, function)
+        # Handed over, not kept: the matrix refers to itself, and would keep memory until garbage is collected.
+        point.values = self._computed_ahead.pop(function, None)
+        return point
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass; non-finite where the row or the float64 sum is."""
@@ -211,7 +217,7 @@ class WorkerMatrix:
             sums.append(total.to(block.dtype))
         return sums
 
-    def measurable(self, from_products: bool = False) -> Tensor:
+    def measurable(self, from_products: bool = False, ahead: Coordinatewise | None = None) -> Tensor:
         """Return a mask [m]: rows that are finite and whose squared norm does not overflow the columns' dtype.
 
         The limit is float32's for half-precision columns, whose sums are never kept in half precision, and 1e300 for
@@ -219,12 +225,20 @@ class WorkerMatrix:
 
         Args:
             from_products: look at the inner products, which somebody is going to need: no pass of its own then.
+            ahead: what is going to be asked for if all rows are measurable: no pass of its own then, if it is compiled.
 
         """
         widest = max((_at_least_float32(block.dtype) for block in self.blocks), key=lambda dtype: dtype.itemsize)
-        quick = self._stored._quick_gram if from_products and self._mixing is None else None
-        norms = self._quick_squared_norms() if quick is None else quick.products.diagonal()[self._rows]
-        return norms.isfinite() & (norms <= min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM))
+        largest = min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM)
+        if ahead is not None and self._sum_of_squares(ahead) <= largest:
+            return torch.ones(self.num_workers, dtype=torch.bool)
+        if from_products and self._mixing is None:
+            quick = self._stored._quick_gram
+            products = self._stored._stored_products if quick is None else quick.products
+            norms = products.diagonal()[self._rows]
+        else:
+            norms = self._quick_squared_norms()
+        return norms.isfinite() & (norms <= largest)
 
     def _with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
         matrix = WorkerMatrix(blocks, self._complete, self.shard, self.layout)
@@ -267,13 +281,26 @@ class WorkerMatrix:
         return self._exact_inner()
 
     def _exact_inner(self) -> Gram:
-        products = centred_gram(self._products)
+        def about(origin: int | None) -> Tensor:
+            if origin is None and not self._is_quick and not self._is_anchored:
+                return self._stored._stored_products[self._rows][:, self._rows]
+            return self._products(origin)
+
+        products = centred_gram(about)
         return (AnchoredGram if self._is_anchored else Gram)(products, torch.zeros_like(products))
 
     def _exact_gram(self, source: "WorkerMatrix") -> Gram:
         if source._inner.errors.any():
             source._inner = source._exact_inner()
         return self._gram
+
+    @cached_property
+    def _stored_products(self) -> Tensor:
+        """Inner products of all stored rows about 0, for norms and distances alike: an accelerator is waited for once.
+
+        Rows that are not finite spoil their own products only.
+        """
+        return self._products(None)
 
     @cached_property
     def _quick_gram(self) -> Gram | None:
@@ -331,6 +358,14 @@ class WorkerMatrix:
     def _is_quick(self) -> bool:
         return self.blocks[0].device.type == "cpu" and all(block.dtype == torch.float32 for block in self.blocks)
 
+    def _sum_of_squares(self, point: Coordinatewise) -> float:
+        """Compute a compiled point of all stored rows, and return the sum of their squares; nan for other points."""
+        if not isinstance(point.function, Compiled) or self is not self._stored:
+            return math.nan
+        values, squares = zip(*map(point.function.with_squares, self.blocks), strict=True)
+        self._computed_ahead[point.function] = list(values)
+        return float(self._complete(torch.stack(squares).sum()))
+
     def _values(self, point: Coordinatewise) -> list[Tensor]:
         if point.values is None:
             matrix = point.matrix
@@ -338,7 +373,7 @@ class WorkerMatrix:
             for index, block in enumerate(self.blocks):
                 values = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
                 for columns, chunk in matrix._chunks(index, _at_least_float32):
-                    values[columns] = point.function(matrix._mixed(chunk, scratch))
+                    values[columns] = matrix._function_of(point, chunk, scratch)
                 point.values.append(values)
         return point.values
 
@@ -349,7 +384,7 @@ class WorkerMatrix:
             whole = block.new_empty(block.shape[1])
             for columns, chunk in self._chunks(index, _at_least_float32):
                 value = whole[columns]
-                value.copy_(point.function(point.matrix._mixed(chunk, scratch)))
+                value.copy_(point.matrix._function_of(point, chunk, scratch))
                 own = chunk if self._mixing is None else self._mixed(chunk, scratch)
                 difference = torch.sub(own, value, out=differences.like(own))
                 norms.append(torch.linalg.vector_norm(difference, dim=1))
@@ -372,6 +407,11 @@ class WorkerMatrix:
                 rows = chunk if self._mixing is None else self._mixed(chunk, scratch)
                 total += statistic(rows, at)
         return self._complete(total).cpu()
+
+    def _function_of(self, point: Coordinatewise, chunk: Tensor, scratch: Scratch) -> Tensor:
+        # What is compiled writes nothing, and so needs no copy.
+        spared = self._mixing is None and isinstance(point.function, Compiled)
+        return point.function(chunk if spared else self._mixed(chunk, scratch))
 
     def _mixed(self, chunk: Tensor, scratch: Scratch) -> Tensor:
         """Write this view's rows of a chunk of stored rows into ``scratch``, and return them, [m, c]."""

@@ -1,12 +1,48 @@
 """Order statistics of every column, by a network of minima and maxima."""
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
 
-__all__ = ["order_statistics"]
+__all__ = ["MeanOfRanks", "order_statistics"]
+
+
+@dataclass(frozen=True)
+class MeanOfRanks:
+    """The mean, in every column, of the values that would stand at some ranks if the column was sorted.
+
+    Args:
+        ranks: in [0, m); 0 is the smallest value.
+
+    Example:
+        >>> MeanOfRanks((1, 2))(torch.tensor([[3.0], [1.0], [2.0], [90.0]]))
+        tensor([2.5000])
+
+    """
+
+    ranks: tuple[int, ...]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Map m rows, [m, c], which are overwritten, to [c]."""
+        return self._mean(order_statistics(rows, self.ranks))
+
+    def unrolled(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return the same without writing to anything: for a compiler, which keeps all values in registers."""
+        values = list(rows)
+        for low, high, keeps_low, keeps_high in _network(len(values), self.ranks):
+            first, second = values[low], values[high]
+            if keeps_low:
+                values[low] = torch.minimum(first, second)
+            if keeps_high:
+                values[high] = torch.maximum(first, second)
+        return self._mean([values[rank] for rank in self.ranks])
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        # Row by row, so that a coordinate's result does not depend on where its chunk was cut.
+        return reduce(torch.add, values) / len(values) if len(values) > 1 else values[0]
 
 
 def order_statistics(rows: Tensor, ranks: Sequence[int]) -> list[Tensor]:

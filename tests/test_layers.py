@@ -10,6 +10,7 @@ FLOORS = {
     0: [
         "anchored_gram",
         "checks",
+        "compilation",
         "errors",
         "gradients",
         "gram",

@@ -53,6 +53,10 @@ class Aggregator(nn.Module, ABC):
         """Raise :class:`ValueError` when the rule can't serve m workers of which f are Byzantine."""
         check_num_byzantine(num_byzantine, num_workers)
 
+    def measurable(self, matrix: WorkerMatrix, num_byzantine: int) -> Tensor:
+        """Return a mask of the rows to keep, [m], from a pass that the rule needs anyway if there is one."""
+        return matrix.measurable(from_products=self.uses_products)
+
     def aggregate(self, matrix: WorkerMatrix, num_byzantine: int) -> list[Tensor]:
         """Drop the rows that can't be measured, then apply the rule to the others.
 
@@ -73,7 +77,7 @@ class Aggregator(nn.Module, ABC):
         """
         num_workers = matrix.num_workers
         self.check(num_workers, num_byzantine)
-        measurable = matrix.measurable(from_products=self.uses_products)
+        measurable = self.measurable(matrix, num_byzantine)
         if not measurable.all():
             dropped = (~measurable).nonzero().flatten().tolist()
             if len(dropped) > num_byzantine:

@@ -1,17 +1,15 @@
 """The median of every coordinate."""
 
-from torch import Tensor
-
-from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
-from lightning_byzantine.selection import order_statistics
+from lightning_byzantine.aggregators.coordinate_wise import CoordinateWise
 
 __all__ = ["CoordinateWiseMedian"]
 
 
-class CoordinateWiseMedian(Aggregator):
+class CoordinateWiseMedian(CoordinateWise):
     """[x]_k = median([x_1]_k, .., [x_m]_k); for even m the average of the middle two.
+
+    Args:
+        compile: have `torch.compile` make one kernel of the median. The result is the same to the bit.
 
     Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
 
@@ -22,14 +20,7 @@ class CoordinateWiseMedian(Aggregator):
 
     """
 
-    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the vector of medians."""
-        return matrix.coordinatewise(_median)
-
-
-def _median(rows: Tensor) -> Tensor:
-    num_workers = len(rows)
-    if num_workers % 2 == 1:
-        return order_statistics(rows, [num_workers // 2])[0]
-    low, high = order_statistics(rows, [num_workers // 2 - 1, num_workers // 2])
-    return (low + high) / 2
+    def ranks(self, num_workers: int, num_byzantine: int) -> tuple[int, ...]:
+        """Return the middle, or both of them."""
+        low, high = (num_workers - 1) // 2, num_workers // 2
+        return (low,) if low == high else (low, high)
