@@ -70,7 +70,7 @@ class AllGather:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self._started: list[tuple[Tensor, Names, dist.Work | None]] = []
+        self._started: list[tuple[Tensor, Names, list[dist.Work]]] = []
         self._sent, self._received = _Buffers(), _Buffers()
 
     def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
@@ -80,17 +80,16 @@ class AllGather:
     def start(self, rows: Tensor, names: Names = ()) -> None:
         """Gather one block asynchronously, so that backward goes on meanwhile."""
         if self.num_ranks == 1:
-            self._started.append((rows, names, None))
+            self._started.append((rows, names, []))
             return
         received = self._received.get(len(self._started), rows, self.num_ranks * rows.shape[0], rows.shape[1])
-        self._started.append((received, names, _all_gather(received.view(-1), rows.view(-1), async_op=True)))
+        self._started.append((received, names, _start_gather(received.view(-1), rows.view(-1))))
 
     def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
         """Wait for all blocks."""
         started, self._started = self._started, []
-        for *_, work in started:
-            if work is not None:
-                work.wait()
+        for *_, works in started:
+            _wait(works)
         matrix = WorkerMatrix([rows for rows, *_ in started], layout=tuple(names for _, names, _ in started))
         matrix.previous = previous
         return matrix
@@ -168,13 +167,12 @@ class AllToAll:
             return parts
         # Nobody needs the columns any more that they were made of.
         wholes = [self._received.first(index, self.num_ranks * part.numel()) for index, part in enumerate(parts)]
-        works = [
+        for works in [
             # A rule may have returned a row as it came.
-            _all_gather(whole, part.clone() if _overlap(whole, part) else part, async_op=True)
+            _start_gather(whole, part.clone() if _overlap(whole, part) else part)
             for whole, part in zip(wholes, parts, strict=True)
-        ]
-        for work in works:
-            work.wait()
+        ]:
+            _wait(works)
         return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
 
     def _own_columns(self, whole: Tensor) -> Tensor:
@@ -211,6 +209,25 @@ class _Buffers:
     def first(self, index: int, length: int) -> Tensor:
         """Return the first elements of that block, flat."""
         return self._buffers[index].view(-1)[:length]
+
+
+def _start_gather(received: Tensor, own: Tensor) -> list[dist.Work]:
+    """Begin to gather every rank's flat tensor, one after the other in ``received``."""
+    if dist.get_backend() != "gloo":
+        return [_all_gather(received, own, async_op=True)]
+    # gloo's own goes through twice the memory, at a third of the speed.
+    rank, parts = dist.get_rank(), received.chunk(dist.get_world_size())
+    works: list[dist.Work | None] = []
+    for distance in range(1, len(parts)):
+        sender, receiver = (rank - distance) % len(parts), (rank + distance) % len(parts)
+        works += [dist.irecv(parts[sender], sender), dist.isend(own, receiver)]
+    parts[rank].copy_(own)
+    return [work for work in works if work is not None]
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:

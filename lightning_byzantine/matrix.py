@@ -78,8 +78,9 @@ class WorkerMatrix:
         self._rows = torch.arange(self.blocks[0].shape[0])
         self._computed_ahead: dict[Callable[[Tensor], Tensor], list[Tensor]] = {}
         self._mixing: Tensor | None = None
-        self._source = self  # the same rows, not mixed
-        self._stored = self  # all rows of the blocks
+        # None for itself, since memory in a cycle would wait for the garbage collector.
+        self._mixed_from: WorkerMatrix | None = None  # the same rows, not mixed
+        self._selected_from: WorkerMatrix | None = None  # all rows of the blocks
         self._is_anchored = False  # whether inner products tell where 0 is
 
     @property
@@ -103,7 +104,7 @@ class WorkerMatrix:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
         selected = self._with_blocks(self.blocks)
         selected._rows = self._rows[rows]
-        selected._stored = self._stored
+        selected._selected_from = self._stored
         return selected
 
     def mix(self, weights: Tensor) -> "WorkerMatrix":
@@ -116,7 +117,7 @@ class WorkerMatrix:
         mixed = self._with_blocks(self.blocks)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
-        mixed._source = self._source
+        mixed._mixed_from = self._source
         return mixed
 
     def scale(self, factors: Tensor) -> "WorkerMatrix":
@@ -127,7 +128,7 @@ class WorkerMatrix:
 
         """
         scaled = self.mix(factors.double().diag())
-        scaled._source = self._source._anchored
+        scaled._mixed_from = self._source._with_anchor
         return scaled
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
@@ -246,6 +247,14 @@ class WorkerMatrix:
         return matrix
 
     @property
+    def _source(self) -> "WorkerMatrix":
+        return self if self._mixed_from is None else self._mixed_from
+
+    @property
+    def _stored(self) -> "WorkerMatrix":
+        return self if self._selected_from is None else self._selected_from
+
+    @property
     def _mixing_matrix(self) -> Tensor:
         return torch.eye(len(self._rows), dtype=torch.float64) if self._mixing is None else self._mixing
 
@@ -254,19 +263,21 @@ class WorkerMatrix:
         gram = self._source._inner
         return gram if self._mixing is None else gram.points(self._mixing)
 
+    @property
+    def _with_anchor(self) -> "WorkerMatrix":
+        """The same rows, not mixed, with inner products that tell where 0 is."""
+        return self if self._is_anchored else self._anchored
+
     @cached_property
     def _anchored(self) -> "WorkerMatrix":
-        """The same rows, not mixed, with inner products that tell where 0 is."""
-        if self._is_anchored:
-            return self
         anchored = self._with_blocks(self.blocks)
         anchored._rows = self._rows
-        anchored._stored = self._stored
+        anchored._selected_from = self._stored
         anchored._is_anchored = True
         return anchored
 
     def _source_for(self, center: Combination) -> "WorkerMatrix":
-        return self._source if center.is_affine else self._source._anchored
+        return self._source if center.is_affine else self._source._with_anchor
 
     @cached_property
     def _inner(self) -> Gram:

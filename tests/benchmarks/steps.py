@@ -1,8 +1,14 @@
 """Whole training steps under stock DDP and under the default rule: ``python tests/benchmarks/steps.py``.
 
-Gloo processes on this machine train a network of ten million parameters by turns with each strategy; a step is forward,
-backward with its exchange, and the optimizer. Times are medians over all steps but each turn's first, on rank 0, as
-ratios to stock DDP. ``memory`` is the most that a process grew during a step, in units of the gradient.
+Gloo processes on this machine train a network of ten million parameters by turns with each strategy; a step is
+forward, backward with its exchange, and the optimizer. Times are medians over all steps but each turn's first, on rank
+0, as ratios to stock DDP. ``memory`` is the most that a process grows by during a step, in units of the gradient, and
+``kept`` is by how much it is larger than under stock DDP between steps; the momentum's two copies are among that.
+Networks: ``resnet``, a ResNet-18 on 32 images of 32 x 32 pixels a process; ``linear``, three square layers on 8
+vectors, which does hardly anything but exchange gradients.
+
+``--floor`` measures an exchange of ten million random numbers a worker alone, with ``all_gather`` and the default rule,
+as a ratio to what it can't do without: gathering the same bytes, one matrix of inner products, and one combination.
 """
 
 import argparse
@@ -13,14 +19,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
 
 import torch.distributed as dist
 from rank_pool import RankPool
-from torch import nn
+from reproduction.networks import ResNet18
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
@@ -30,15 +38,23 @@ from lightning_byzantine.hook import AggregationHook
 
 VARIANTS = ["ddp", "all_to_all", "all_gather"]
 WIDTH = 1824  # three square layers: 10 million parameters
+BLOCK = 2_500_000
 
 
-def make(variant: str) -> Callable[[], None]:
-    """Return a function that takes one step."""
+def make_network(name: str) -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
     torch.manual_seed(0)
-    network = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())])
+    if name == "resnet":
+        return ResNet18(), torch.randn(32, 3, 32, 32, generator=generator)
+    layers = [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(8, WIDTH, generator=generator)
+
+
+def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
+    """Return a function that takes one step, and the number of parameters."""
+    network, inputs = make_network(name)
     model = DistributedDataParallel(network)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    inputs = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     if variant != "ddp":
         num_workers = dist.get_world_size()
         rule, f = CTMA(NNM(CoordinateWiseMedian())), (num_workers - 1) // 2
@@ -50,66 +66,112 @@ def make(variant: str) -> Callable[[], None]:
         model(inputs).square().mean().backward()
         optimizer.step()
 
-    return step
+    return step, sum(parameter.numel() for parameter in network.parameters())
 
 
-def measure(turns: int, steps: int) -> dict[str, list[float]]:
-    """Return seconds of every step but each turn's first, by variant."""
-    contenders = {variant: make(variant) for variant in VARIANTS}
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+def by_turns(contenders: dict[str, Callable[[], None]], turns: int, steps: int) -> dict[str, float]:
+    """Return median seconds of every call but each turn's first, by contender."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
-        for variant, step in contenders.items():
+        for name, step in contenders.items():
             for index in range(steps + 1):
                 dist.barrier()
                 start = time.perf_counter()
                 step()
                 if turn > 0 and index > 0:
-                    times[variant].append(time.perf_counter() - start)
-    return times
+                    times[name].append(time.perf_counter() - start)
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
-def memory(variant: str) -> float:
-    """Return how much the process grew at most during steps, in units of the gradient."""
-    step = make(variant)
-    for _ in range(2):
+def measure(network: str, turns: int, steps: int) -> dict[str, float]:
+    return by_turns({variant: make(variant, network)[0] for variant in VARIANTS}, turns, steps)
+
+
+def measure_floor(turns: int, steps: int) -> dict[str, float]:
+    m = dist.get_world_size()
+    rule, exchange = CTMA(NNM(CoordinateWiseMedian())), AllGather(m)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    own = torch.randn(4 * BLOCK, generator=generator)
+    received = torch.empty(4, m, BLOCK)
+    result, weights = torch.empty(BLOCK), torch.full((m,), 1 / m)
+
+    def robust() -> None:
+        for block in own.split(BLOCK):
+            exchange.start(block[None])
+        exchange.collect(rule.aggregate(exchange.finish(), (m - 1) // 2))
+
+    def floor() -> None:
+        pairs = zip(received, own.split(BLOCK), strict=True)
+        for work in [dist.all_gather_single(rows.view(-1), block, async_op=True) for rows, block in pairs]:
+            work.wait()
+        gram = torch.zeros(m, m)
+        for rows in received:
+            gram.addmm_(rows, rows.T)
+        for rows in received:
+            torch.mv(rows.T, weights, out=result)
+
+    return by_turns({"floor": floor, "all_gather": robust}, turns, steps)
+
+
+def memory(variant: str, network: str) -> tuple[float, float]:
+    """Return how much the process grew at most during steps, and how large it is between them, in gradients."""
+    step, num_parameters = make(variant, network)
+    for _ in range(3):
         step()
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     for _ in range(3):
         step()
     peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return (1024 * peak - before) / (4 * 3 * WIDTH * (WIDTH + 1))
+    unit = 4 * num_parameters
+    return (1024 * peak - before) / unit, before / unit
 
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def in_new_pool(num_processes: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    pool = RankPool(num_processes)  # anew, for what another variant has left behind
+    try:
+        return pool.run(function, *arguments)[0]
+    finally:
+        pool.close()
+
+
 def main() -> None:
     """Print the table, and write it to a file if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3, help="of one turn")
+    parser.add_argument("--networks", nargs="+", choices=["resnet", "linear"], default=["resnet", "linear"])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="of one turn")
+    parser.add_argument("--floor", action="store_true", help="measure the exchange alone")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
-    rows = []
-    print("| processes | strategy | time of a step | memory | seconds |")
-    print("|---|---|---|---|---|", flush=True)
-    for num_processes in arguments.processes:
-        pool = RankPool(num_processes)
-        measured = pool.run(measure, arguments.turns, arguments.steps)[0]
-        times = {variant: median(seconds) for variant, seconds in measured.items()}
-        pool.close()
-        for variant in VARIANTS:
-            pool = RankPool(num_processes)  # anew, for what another variant has left behind
-            grown = pool.run(memory, variant)[0]
-            pool.close()
-            rows.append((num_processes, variant, times[variant] / times["ddp"], grown, times[variant]))
-            print("| {} | `{}` | {:.2f} | {:.1f} | {:.3f} |".format(*rows[-1]), flush=True)
+    rows: list[tuple[Any, ...]] = []
+    if arguments.floor:
+        header = ("processes", "ratio", "seconds")
+        print("| processes | `all_gather` and the default rule | seconds |\n|---|---|---|", flush=True)
+        for num_processes in arguments.processes:
+            times = in_new_pool(num_processes, measure_floor, arguments.turns, arguments.steps)
+            rows.append((num_processes, times["all_gather"] / times["floor"], times["all_gather"]))
+            print("| {} | {:.2f} | {:.3f} |".format(*rows[-1]), flush=True)
+    else:
+        header = ("processes", "network", "strategy", "ratio", "memory", "kept", "seconds")
+        print("| processes | network | strategy | time of a step | memory | kept | seconds |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for num_processes in arguments.processes:
+            for network in arguments.networks:
+                times = in_new_pool(num_processes, measure, network, arguments.turns, arguments.steps)
+                sizes = {variant: in_new_pool(num_processes, memory, variant, network) for variant in VARIANTS}
+                for variant, (grown, size) in sizes.items():
+                    ratio, kept = times[variant] / times["ddp"], size - sizes["ddp"][1]
+                    rows.append((num_processes, network, variant, ratio, grown, kept, times[variant]))
+                    print("| {} | {} | `{}` | {:.2f} | {:.1f} | {:.1f} | {:.3f} |".format(*rows[-1]), flush=True)
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([("processes", "strategy", "ratio", "memory", "seconds"), *rows])
+            csv.writer(file).writerows([header, *rows])
 
 
 if __name__ == "__main__":
