@@ -60,6 +60,9 @@ class WorkerMatrix:
         self._mixing: Tensor | None = None
         self._source = self  # the same rows, not mixed
         self._stored = self  # all rows of the blocks
+        # What has been measured, for those who ask later: squared norms, and distances from a center.
+        self._measured_norms: Tensor | None = None
+        self._measured_distances: Tensor | None = None
 
     @property
     def num_workers(self) -> int:
@@ -186,7 +189,29 @@ class WorkerMatrix:
         widest = max((_at_least_float32(block.dtype) for block in self.blocks), key=lambda dtype: dtype.itemsize)
         quick = self._stored._quick_gram if from_products and self._mixing is None else None
         norms = self._quick_squared_norms() if quick is None else quick.products.diagonal()[self._rows]
+        self._measured_norms = norms
         return norms.isfinite() & (norms <= min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM))
+
+    def known_norms(self) -> Tensor:
+        """Return ||x_i||, [m], as :meth:`measurable` found them; NaN before that."""
+        if self._measured_norms is None:
+            return torch.full((self.num_workers,), torch.nan, dtype=torch.float64)
+        return self._measured_norms.sqrt()
+
+    def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
+        """Return distances that need neither a pass over the columns nor a collective, and what they are from.
+
+        Args:
+            point: the rule's result.
+
+        Returns:
+            [m] and True for ||x_i - point||, where there are inner products already; [m] and False for distances from
+            the center that was measured last; None and False where there is neither.
+
+        """
+        if isinstance(point, Combination) and "_inner" in vars(self._source):
+            return self._source._inner.mixed(self._mixing_matrix - point.weights).squared_norms()[0].sqrt(), True
+        return self._measured_distances, False
 
     @property
     def _mixing_matrix(self) -> Tensor:
@@ -237,9 +262,12 @@ class WorkerMatrix:
         if isinstance(center, Combination):
             return self._source._inner.mixed(self._mixing_matrix - center.weights).squared_norms()
         if isinstance(center, Coordinatewise) and center.values is None and self._is_quick:
-            return self._compute_and_measure(center)
-        squared = self._exact_distances(center).square()
-        return squared, torch.zeros_like(squared)
+            squared, errors = self._compute_and_measure(center)
+        else:
+            squared = self._exact_distances(center).square()
+            errors = torch.zeros_like(squared)
+        self._measured_distances = squared.sqrt()
+        return squared, errors
 
     def _exact_distances(self, center: Point) -> Tensor:
         if isinstance(center, Combination):
