@@ -1,8 +1,8 @@
-"""The one error of its own that the package raises."""
+"""The errors of its own that the package raises."""
 
 from collections.abc import Sequence
 
-__all__ = ["ByzantineBreakdownError"]
+__all__ = ["ByzantineBreakdownError", "ByzantineSuspectError"]
 
 
 class ByzantineBreakdownError(RuntimeError):
@@ -34,3 +34,27 @@ class ByzantineBreakdownError(RuntimeError):
     def __reduce__(self) -> tuple[type, tuple[list[int], int, int]]:
         # Lightning's spawn and fork launchers pickle a worker's error to raise it in the parent.
         return type(self), (self.workers, self.num_workers, self.num_byzantine)
+
+
+class ByzantineSuspectError(RuntimeError):
+    """A worker is under suspicion, and the run was to end then.
+
+    Args:
+        worker: its index.
+        evidence: who it is, and what it did.
+
+    Example:
+        >>> raise ByzantineSuspectError(worker=3, evidence="worker 3 (rank 3): non-finite in 7 of the last 7 steps")
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.ByzantineSuspectError: worker 3 (rank 3): non-finite in 7 of the last 7 steps
+
+    """
+
+    def __init__(self, worker: int, evidence: str) -> None:
+        self.worker = worker
+        self.evidence = evidence
+        super().__init__(evidence)
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.worker, self.evidence)

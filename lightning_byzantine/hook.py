@@ -50,6 +50,8 @@ class AggregationHook:
         loss_scale: returns the factor that the loss was multiplied by, None without a gradient scaler.
         max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
             then before backward has ended, for only then is the norm known.
+        tolerates: tells whether a breakdown of the rule may be answered with gradients of NaN, which somebody takes
+            care of, instead of an error.
 
     """
 
@@ -61,12 +63,14 @@ class AggregationHook:
         estimator: Estimator | None = None,
         loss_scale: Callable[[], float | None] = lambda: None,
         max_norm: float | None = None,
+        tolerates: Callable[[ByzantineBreakdownError], bool] = lambda error: False,
     ) -> None:
         self.exchange = exchange
         self._aggregate = aggregate
         self._estimator = estimator
         self._loss_scale = loss_scale
         self._max_norm = max_norm
+        self._tolerates = tolerates
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self._scale: float | None = None
         self._buckets: list[_Bucket] = []
@@ -127,12 +131,12 @@ class AggregationHook:
         matrix = self.exchange.finish()
         try:
             aggregates = self.exchange.collect(self._aggregate(matrix))
-        except ByzantineBreakdownError:
+        except ByzantineBreakdownError as error:
             if self._estimator is not None:
                 self._estimator.discard()
-            if self._scale is None:
-                raise
             # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
+            if self._scale is None and not self._tolerates(error):
+                raise
             return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
         if self._estimator is None:
             return aggregates

@@ -98,7 +98,11 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return WorkerMatrix([function(block) for block in self.blocks], self._complete, self.shard)
+        return self.with_blocks([function(block) for block in self.blocks])
+
+    def with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
+        """Return a matrix of other values in the same columns."""
+        return WorkerMatrix(blocks, self._complete, self.shard)
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.

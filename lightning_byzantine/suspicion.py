@@ -35,9 +35,9 @@ class Suspicion(nn.Module):
         S_i <- max(0, S_i + z_i - b - 1)                    suspected from S_i >= threshold until S_i = 0
 
     Honest workers with data from one distribution are all as likely to be the farthest in any step. What momentum
-    carries on from one bad batch is not in u, so that it hardly counts for more than one step; b, the median over workers
-    of their average z, is what skewed distances add to everybody's z. A worker whose row can't be measured has z = 3,
-    and so has one with nothing new in its norm where there is something in the others'. Where the rule knows no
+    carries on from one bad batch is not in u, so that it hardly counts for more than one step; b, the median over
+    workers of their average z, is what skewed distances add to everybody's z. A worker whose row can't be measured has
+    z = 3, and so has one with nothing new in its norm where there is something in the others'. Where the rule knows no
     distances, norms take their place.
 
     Args:
