@@ -29,8 +29,9 @@ class Suspect:
         shadow: whether the rule only watched.
 
     Example:
-        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 GPU-1", 100, 98, 0, 41.0, None, shadow=False))
-        worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 GPU-1): trimmed in 98 of the last 100 steps, distance 41 x the median
+        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, shadow=False))
+        worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 4ad1): trimmed in 98 of the last 100 steps, distance 41 x the \
+median
 
     """
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -54,8 +53,8 @@ class ByzantineMonitor(pl.Callback):
     :class:`~lightning_byzantine.evidence.Suspect`. At the end of ``fit`` a table sums up all workers.
 
     Args:
-        on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops its
-            rows from the next step on and lowers ``num_byzantine`` by one, or a function that is called with the
+        on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops
+            its rows from the next step on and lowers ``num_byzantine`` by one, or a function that is called with the
             :class:`~lightning_byzantine.evidence.Suspect`, on every rank. No more than ``num_byzantine`` workers are
             put in quarantine.
         every_n_steps: how often to log scalars. None for the Trainer's ``log_every_n_steps``.
@@ -154,8 +153,8 @@ class ByzantineMonitor(pl.Callback):
             for worker in (before != self._suspicion.suspected).nonzero().flatten().tolist():
                 self._note(trainer, worker)
         self._list_suspects(strategy)
-        every = self.every_n_steps or getattr(trainer, "log_every_n_steps", 1)
-        if weights is not None and every > 0 and trainer.global_step % every == 0:
+        every = self.every_n_steps or trainer.log_every_n_steps
+        if weights is not None and every and trainer.global_step % every == 0:
             self._log(trainer, strategy, weights)
 
     @override
@@ -227,7 +226,7 @@ class ByzantineMonitor(pl.Callback):
     def _quarantine(self, trainer: pl.Trainer, strategy: ByzantineDDPStrategy, suspect: Suspect) -> None:
         if len(strategy.quarantined) >= strategy.num_byzantine:
             rank_zero_warn(
-                f"Did not quarantine worker {suspect.worker}: num_byzantine={strategy.num_byzantine}, and as many are in"
+                f"Did not quarantine worker {suspect.worker}: as many as num_byzantine={strategy.num_byzantine} are in"
                 f" quarantine already, {sorted(strategy.quarantined)}. Look into these hosts."
             )
             return
