@@ -225,7 +225,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             estimator=None if alone or self.shadow else self.estimator,
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
-            tolerates=lambda error: self.breakdown.tolerates(error, self.optimizers),
+            tolerates=self._tolerates,
         )
         self.hook.register(self.model)
 
@@ -325,6 +325,15 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.breakdown.succeeded()
         self._tell(lambda: decision.report().among(workers, matrix.num_workers, measurable=True))
         return decision.values()
+
+    def _tolerates(self, error: ByzantineBreakdownError) -> bool:
+        tolerated = self.breakdown.tolerates(error, self.optimizers)
+        if tolerated:
+            assert self.lightning_module is not None
+            trainer = self.lightning_module.trainer
+            for logger in trainer.loggers:
+                logger.log_metrics({"byzantine/skipped_steps": self.breakdown.skipped}, step=trainer.global_step)
+        return tolerated
 
     def _watch(self, shadow: Shadow, matrix: WorkerMatrix) -> list[Tensor]:
         self._tell(lambda: shadow.report(matrix, self.num_byzantine, self._loss_scale()))

@@ -153,7 +153,7 @@ class ByzantineMonitor(pl.Callback):
             for worker in (before != self._suspicion.suspected).nonzero().flatten().tolist():
                 self._note(trainer, worker)
         self._list_suspects(strategy)
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # as its connector has it
         if weights is not None and every and trainer.global_step % every == 0:
             self._log(trainer, strategy, weights)
 

@@ -36,17 +36,27 @@ class Multiplied(VectorAttack):
         return self.factor * own
 
 
-class FirstSteps(VectorAttack):
+class FirstSteps(Multiplied):
     """Multiplied at first, then honest."""
 
     def __init__(self, steps: int) -> None:
-        super().__init__()
+        super().__init__(10.0)
         self.steps = steps
         self.calls = 0
 
     def tamper(self, matrix: Any, byzantine: Sequence[int]) -> Any:
         self.calls += 1
-        return Multiplied(10.0).tamper(matrix, byzantine) if self.calls <= self.steps else matrix
+        return super().tamper(matrix, byzantine) if self.calls <= self.steps else matrix
+
+
+class FarFromOptimum(Regression):
+    """Its gradients point one way, and stay so: a flipped sign shows in few batches."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0], batch[1] + 20], batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-5)
 
 
 def fit_monitored(
@@ -56,6 +66,7 @@ def fit_monitored(
     strategy: dict[str, Any] | None = None,
     num_batches: int = NUM_STEPS,
     callbacks: Sequence[pl.Callback] = (),
+    model: type[Regression] = Regression,
     monitor: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> tuple[ByzantineMonitor, Tensor, frozenset[int]]:
@@ -67,6 +78,7 @@ def fit_monitored(
         warnings.simplefilter("ignore")
         parameters = fit(
             ddp,
+            model(),
             num_batches=num_batches,
             callbacks=[*attacks, watcher, *callbacks],
             default_root_dir=folder,
@@ -97,7 +109,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_names_the_bad_worker_on_every_rank(five_ranks: RankPool, tmp_path: Path, attack: Attack, variant: str) -> None:
     if variant == "shadow" and isinstance(attack, NonFinite):
         pytest.skip("stock DDP has nothing but NaN from then on")
-    for suspects in five_ranks.run(suspects_of_fit, tmp_path, attack, [3], VARIANTS[variant]):
+    for suspects in five_ranks.run(suspects_of_fit, tmp_path, attack, [3], VARIANTS[variant], model=FarFromOptimum):
         assert suspects == [3]
     first, *_ = lines(tmp_path)
     assert (first["event"], first["worker"], first["rank"], first["device"]) == ("suspected", 3, 3, "cpu")
@@ -161,7 +173,7 @@ def fit_and_look_at_rows(folder: Path, **arguments: Any) -> tuple[frozenset[int]
 
 
 def test_quarantine_drops_the_worker_for_good(five_ranks: RankPool, tmp_path: Path) -> None:
-    results = five_ranks.run(fit_and_look_at_rows, tmp_path, attack=FirstSteps(10), byzantine=[3])
+    results = five_ranks.run(fit_and_look_at_rows, tmp_path, attack=FirstSteps(18), byzantine=[3])
     for quarantined, parameters, suspects, seen in results:
         assert quarantined == {3}
         assert suspects == [3]
@@ -184,19 +196,26 @@ def test_quarantine_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path)
         assert torch.equal(parameters, resumed[0][1])
 
 
-def scores_of_fit(folder: Path, num_batches: int, **arguments: Any) -> Tensor:
-    return fit_monitored(folder, FirstSteps(8), [2], num_batches=num_batches, **arguments)[0].state_dict()["suspicion"][
-        "scores"
-    ]
+class ScoresAtStart(pl.Callback):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        monitor = next(callback for callback in trainer.callbacks if isinstance(callback, ByzantineMonitor))
+        self.scores = monitor.state_dict()["suspicion"]["scores"].clone()
+
+
+def scores_around_fit(folder: Path, num_batches: int, **arguments: Any) -> tuple[Tensor, Tensor]:
+    start = ScoresAtStart()
+    callbacks = [start, *arguments.pop("callbacks", [])]
+    monitor = fit_monitored(folder, FirstSteps(6), [2], num_batches=num_batches, callbacks=callbacks, **arguments)[0]
+    return start.scores, monitor.state_dict()["suspicion"]["scores"]
 
 
 def test_suspicion_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path) -> None:
-    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=9, save_top_k=-1)
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
     arguments: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True}
-    before = three_ranks.run(scores_of_fit, tmp_path, 9, **arguments)
-    after = three_ranks.run(scores_of_fit, tmp_path, 9, ckpt_path=tmp_path / "step=9.ckpt")
-    assert before[0].max() > 0
-    assert all(torch.equal(scores, before[0]) for scores in [*before, *after])
+    _, before = three_ranks.run(scores_around_fit, tmp_path, 6, **arguments)[0]
+    resumed = three_ranks.run(scores_around_fit, tmp_path, 8, ckpt_path=tmp_path / "step=6.ckpt")
+    assert before.max() > 0
+    assert all(torch.equal(scores, before) for scores, _ in resumed)
 
 
 class NotSaved:
@@ -220,19 +239,23 @@ def test_calls_a_function_on_every_rank(three_ranks: RankPool, tmp_path: Path) -
     assert three_ranks.run(suspects_of_callable, tmp_path) == [[1]] * 3
 
 
-def test_yaml_composes_a_function_by_class_path() -> None:
+def monitor_from_yaml(on_suspect: Any) -> ByzantineMonitor:
     monitor = {
         "class_path": "lightning_byzantine.callbacks.ByzantineMonitor",
-        "init_args": {"on_suspect": {"class_path": f"{__name__}.NotSaved", "init_args": {"greeting": "hi"}}},
+        "init_args": {"on_suspect": on_suspect},
     }
     arguments = {"trainer": {"strategy": "byzantine_ddp_shadow", "callbacks": [monitor], "logger": False}}
-    cli = LightningCLI(Regression, run=False, args=arguments, save_config_callback=None)
-    found = next(callback for callback in cli.trainer.callbacks if isinstance(callback, ByzantineMonitor))
-    assert isinstance(found.on_suspect, NotSaved) and found.on_suspect.greeting == "hi"
-    for policy in ("warn", "raise", "quarantine"):
-        monitor["init_args"] = {"on_suspect": policy}
+    with mock.patch("sys.argv", ["fit.py"]):
         cli = LightningCLI(Regression, run=False, args=arguments, save_config_callback=None)
-        assert any(getattr(callback, "on_suspect", None) == policy for callback in cli.trainer.callbacks)
+    return next(callback for callback in cli.trainer.callbacks if isinstance(callback, ByzantineMonitor))
+
+
+def test_yaml_says_what_to_do_with_suspects() -> None:
+    composed = {"class_path": f"{__name__}.NotSaved", "init_args": {"greeting": "hi"}}
+    on_suspect = monitor_from_yaml(composed).on_suspect
+    assert isinstance(on_suspect, NotSaved) and on_suspect.greeting == "hi"
+    for policy in ("warn", "raise", "quarantine"):
+        assert monitor_from_yaml(policy).on_suspect == policy
 
 
 def fit_logged(folder: Path) -> list[str]:
@@ -369,7 +392,7 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="threshold must be finite and above 0, got 0"):
         ByzantineMonitor(threshold=0)
     runner = pl.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[ByzantineMonitor()])
-    with pytest.raises(MisconfigurationException, match="needs strategy='byzantine_ddp'.*got SingleDeviceStrategy"):
+    with pytest.raises(MisconfigurationException, match=r"needs strategy='byzantine_ddp'.*got SingleDeviceStrategy"):
         runner.fit(Regression())
 
 
