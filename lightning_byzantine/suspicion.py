@@ -95,7 +95,7 @@ class Suspicion(nn.Module):
         """Return z, [m]."""
         norms, distances = report.norms, report.deviations
         new_norms = (norms - memory * self._norms).abs()
-        vanished = new_norms <= _VANISHED * _median(new_norms)
+        vanished = new_norms < _VANISHED * _median(new_norms)
         if distances.isnan().all():
             oddity = _oddity(norms, self._norms, memory, vanished)
         else:

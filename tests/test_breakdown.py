@@ -1,3 +1,4 @@
+import tempfile
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -6,8 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rank_pool import RankPool
@@ -190,38 +192,21 @@ class Fuzzed(Regression):
 
 def fit_fuzzed(
     folder: Path, plan: list[dict[int, str]], quarantine: dict[int, int], stop: int
-) -> tuple[Tensor, frozenset[int]]:
-    """Train, stop after some steps, and resume to the end."""
+) -> list[tuple[Tensor, frozenset[int]]]:
+    """Train, and once more from a checkpoint amid it."""
     torch.manual_seed(3)
-    path = folder / "fuzzed.ckpt"
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
+    results = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = ByzantineDDPStrategy(on_breakdown="skip", max_skips=100)
-        runner = pl.Trainer(
-            strategy=first, accelerator="cpu", devices=torch.distributed.get_world_size(), max_steps=stop, **QUIET
-        )
-        runner.fit(Fuzzed(plan, quarantine), _loader(len(plan)))
-        runner.save_checkpoint(path)
-        torch.distributed.barrier()
-        second = ByzantineDDPStrategy(on_breakdown="skip", max_skips=100)
-        # Batches are counted from the start of the epoch, so that the plan goes on.
-        history = fit(second, Fuzzed(plan, quarantine), num_batches=len(plan), ckpt_path=path)
-    return history, second.quarantined
-
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "max_epochs": 1,
-}
-
-
-def _loader(num_batches: int) -> Any:
-    from training import loader
-
-    return loader(num_batches)
+        for arguments in (
+            {"callbacks": [save], "enable_checkpointing": True},
+            {"ckpt_path": folder / f"step={stop}.ckpt"},
+        ):
+            strategy = ByzantineDDPStrategy(on_breakdown="skip", max_skips=100)
+            history = fit(strategy, Fuzzed(plan, quarantine), num_batches=len(plan), **arguments)
+            results.append((history, strategy.quarantined))
+    return results
 
 
 @st.composite
@@ -232,18 +217,21 @@ def plans(draw: st.DrawFn) -> tuple[list[dict[int, str]], dict[int, int], int]:
     return plan, quarantine, draw(st.integers(1, 5))
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=plans())
 def test_no_sequence_parts_the_ranks(
     five_ranks: RankPool, tmp_path: Path, case: tuple[list[dict[int, str]], dict[int, int], int]
 ) -> None:
     plan, quarantine, stop = case
-    results = five_ranks.run(fit_fuzzed, tmp_path, plan, quarantine, stop)
-    for history, quarantined in results:
-        assert torch.equal(history, results[0][0])
-        assert quarantined == set(quarantine.values())
-        # Breakdowns are skipped, so that not even they leave anything behind.
-        assert history.isfinite().all()
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    whole, resumed = zip(*five_ranks.run(fit_fuzzed, folder, plan, quarantine, stop), strict=True)
+    assert len(whole[0][0]) == len(plan) and len(resumed[0][0]) == len(plan) - stop
+    for results in (whole, resumed):
+        for history, quarantined in results:
+            assert torch.equal(history, results[0][0])
+            assert quarantined == set(quarantine.values())
+            # Breakdowns are skipped, so that not even they leave anything behind.
+            assert history.isfinite().all()
 
 
 def quarantine_errors() -> list[str]:
