@@ -196,26 +196,33 @@ def test_quarantine_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path)
         assert torch.equal(parameters, resumed[0][1])
 
 
-class ScoresAtStart(pl.Callback):
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+class Scores(pl.Callback):
+    """Keeps the scores of suspicion at the start and after every batch."""
+
+    def __init__(self) -> None:
+        self.history: list[Tensor] = []
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         monitor = next(callback for callback in trainer.callbacks if isinstance(callback, ByzantineMonitor))
-        self.scores = monitor.state_dict()["suspicion"]["scores"].clone()
+        self.history.append(monitor.state_dict()["suspicion"]["scores"].clone())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_train_start(trainer)
 
 
-def scores_around_fit(folder: Path, num_batches: int, **arguments: Any) -> tuple[Tensor, Tensor]:
-    start = ScoresAtStart()
-    callbacks = [start, *arguments.pop("callbacks", [])]
-    monitor = fit_monitored(folder, FirstSteps(6), [2], num_batches=num_batches, callbacks=callbacks, **arguments)[0]
-    return start.scores, monitor.state_dict()["suspicion"]["scores"]
+def scores_of_fit(folder: Path, **arguments: Any) -> list[Tensor]:
+    scores = Scores()
+    callbacks = [scores, *arguments.pop("callbacks", [])]
+    fit_monitored(folder, FirstSteps(6), [2], num_batches=8, callbacks=callbacks, **arguments)
+    return scores.history
 
 
 def test_suspicion_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
-    arguments: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True}
-    _, before = three_ranks.run(scores_around_fit, tmp_path, 6, **arguments)[0]
-    resumed = three_ranks.run(scores_around_fit, tmp_path, 8, ckpt_path=tmp_path / "step=6.ckpt")
-    assert before.max() > 0
-    assert all(torch.equal(scores, before) for scores, _ in resumed)
+    whole = three_ranks.run(scores_of_fit, tmp_path, callbacks=[save], enable_checkpointing=True)
+    resumed = three_ranks.run(scores_of_fit, tmp_path, ckpt_path=tmp_path / "step=6.ckpt")
+    assert whole[0][6].max() > 0
+    assert all(torch.equal(scores[0], whole[0][6]) and len(scores) == 3 for scores in resumed)
 
 
 class NotSaved:
