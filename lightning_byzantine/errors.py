@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["ByzantineBreakdownError", "ReferenceLostError"]
+__all__ = ["ByzantineBreakdownError", "ByzantineSuspectError", "ReferenceLostError"]
 
 
 class ByzantineBreakdownError(RuntimeError):
@@ -56,3 +56,27 @@ vector
     def __init__(self, workers: Sequence[int], num_workers: int, num_byzantine: int) -> None:
         super().__init__(workers, num_workers, num_byzantine)
         self.args = (f"the trusted worker (rank {self.workers[0]}) sent a non-finite or overflowing vector",)
+
+
+class ByzantineSuspectError(RuntimeError):
+    """A worker is under suspicion, and the run was to end then.
+
+    Args:
+        worker: its index.
+        evidence: who it is, and what it did.
+
+    Example:
+        >>> raise ByzantineSuspectError(worker=3, evidence="worker 3 (rank 3): non-finite in 7 of the last 7 steps")
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.ByzantineSuspectError: worker 3 (rank 3): non-finite in 7 of the last 7 steps
+
+    """
+
+    def __init__(self, worker: int, evidence: str) -> None:
+        self.worker = worker
+        self.evidence = evidence
+        super().__init__(evidence)
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.worker, self.evidence)

@@ -28,6 +28,11 @@ class Estimator(ABC):
 
     transparent: bool
 
+    @property
+    @abstractmethod
+    def memory(self) -> float:
+        """The part of what a worker sent that stays in what it sends next, in [0, 1)."""
+
     @abstractmethod
     def __repr__(self) -> str:
         """Show all arguments: a checkpoint is resumed from by an estimator that shows the same only."""
@@ -139,6 +144,11 @@ class WorkerMomentum(Estimator):
     def __repr__(self) -> str:
         """Show the arguments."""
         return f"{type(self).__name__}(beta={self.beta}, transparent={self.transparent})"
+
+    @property
+    def memory(self) -> float:
+        """Return beta."""
+        return self.beta
 
     def reset(self) -> None:
         """Forget all momentum."""

@@ -54,6 +54,8 @@ class AggregationHook:
         num_local_workers: how many workers this process acts as, k.
         previous: where to keep what the rule returned last, by parameter name, for a rule that starts from it; None for
             rules that don't.
+        tolerates: tells whether a breakdown of the rule may be answered with gradients of NaN, which somebody takes
+            care of, instead of an error.
 
     Attributes:
         exchange: as given.
@@ -71,6 +73,7 @@ class AggregationHook:
         max_norm: float | None = None,
         num_local_workers: int = 1,
         previous: dict[str, Tensor] | None = None,
+        tolerates: Callable[[ByzantineBreakdownError], bool] = lambda error: False,
     ) -> None:
         self.exchange = exchange
         parameters = dict(module.named_parameters())
@@ -80,6 +83,7 @@ class AggregationHook:
         self._loss_scale = loss_scale
         self._max_norm = max_norm
         self._previous = previous
+        self._tolerates = tolerates
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scale: float | None = None
         self._buckets: list[_Bucket] = []
@@ -159,13 +163,13 @@ class AggregationHook:
         try:
             aggregates = self.exchange.collect(self._aggregate(matrix))
             self._keep(buckets, aggregates)
-        except ByzantineBreakdownError:
+        except ByzantineBreakdownError as error:
             if self._estimator is not None:
                 for worker in range(self.gradients.num_workers):
                     self._estimator.discard(worker)
-            if self._scale is None:
-                raise
             # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
+            if self._scale is None and not self._tolerates(error):
+                raise
             return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
         if self._estimator is None:
             return aggregates

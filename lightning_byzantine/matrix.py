@@ -82,6 +82,9 @@ class WorkerMatrix:
         self._mixed_from: WorkerMatrix | None = None  # the same rows, not mixed
         self._selected_from: WorkerMatrix | None = None  # all rows of the blocks
         self._is_anchored = False  # whether inner products tell where 0 is
+        # What has been measured, for those who ask later: squared norms, and distances from a center.
+        self._measured_norms: Tensor | None = None
+        self._measured_distances: Tensor | None = None
 
     @property
     def num_workers(self) -> int:
@@ -102,7 +105,7 @@ class WorkerMatrix:
         """
         if self._mixing is not None:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
-        selected = self._with_blocks(self.blocks)
+        selected = self.with_blocks(self.blocks)
         selected._rows = self._rows[rows]
         selected._selected_from = self._stored
         return selected
@@ -114,7 +117,7 @@ class WorkerMatrix:
             weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
 
         """
-        mixed = self._with_blocks(self.blocks)
+        mixed = self.with_blocks(self.blocks)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
         mixed._mixed_from = self._source
@@ -133,7 +136,13 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return self._with_blocks([function(block) for block in self.blocks])
+        return self.with_blocks([function(block) for block in self.blocks])
+
+    def with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
+        """Return a matrix of other values in the same columns."""
+        matrix = WorkerMatrix(blocks, self._complete, self.shard, self.layout)
+        matrix.previous = self.previous
+        return matrix
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
@@ -239,12 +248,31 @@ class WorkerMatrix:
             norms = products.diagonal()[self._rows]
         else:
             norms = self._quick_squared_norms()
+        self._measured_norms = norms
         return norms.isfinite() & (norms <= largest)
 
-    def _with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
-        matrix = WorkerMatrix(blocks, self._complete, self.shard, self.layout)
-        matrix.previous = self.previous
-        return matrix
+    def known_norms(self) -> Tensor:
+        """Return ||x_i||, [m], as :meth:`measurable` found them; NaN before that."""
+        if self._measured_norms is None:
+            return torch.full((self.num_workers,), torch.nan, dtype=torch.float64)
+        return self._measured_norms.sqrt()
+
+    def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
+        """Return distances that need neither a pass over the columns nor a collective, and what they are from.
+
+        Args:
+            point: the rule's result.
+
+        Returns:
+            [m] and True for ||x_i - point||, where there are inner products already; [m] and False for distances from
+            the center that was measured last; None and False where there is neither.
+
+        """
+        if isinstance(point, Combination):
+            source = self._source if point.is_affine else vars(self._source).get("_anchored")
+            if source is not None and "_inner" in vars(source):
+                return source._inner.mixed(self._mixing_matrix - point.weights).squared_norms()[0].sqrt(), True
+        return self._measured_distances, False
 
     @property
     def _source(self) -> "WorkerMatrix":
@@ -270,7 +298,7 @@ class WorkerMatrix:
 
     @cached_property
     def _anchored(self) -> "WorkerMatrix":
-        anchored = self._with_blocks(self.blocks)
+        anchored = self.with_blocks(self.blocks)
         anchored._rows = self._rows
         anchored._selected_from = self._stored
         anchored._is_anchored = True
@@ -338,9 +366,12 @@ class WorkerMatrix:
         if isinstance(center, Combination):
             return self._source_for(center)._inner.mixed(self._mixing_matrix - center.weights).squared_norms()
         if isinstance(center, Coordinatewise) and center.values is None and self._is_quick:
-            return self._compute_and_measure(center)
-        squared = self._exact_distances(center).square()
-        return squared, torch.zeros_like(squared)
+            squared, errors = self._compute_and_measure(center)
+        else:
+            squared = self._exact_distances(center).square()
+            errors = torch.zeros_like(squared)
+        self._measured_distances = squared.sqrt()
+        return squared, errors
 
     def _exact_distances(self, center: Point) -> Tensor:
         if isinstance(center, Combination):

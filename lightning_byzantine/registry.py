@@ -19,14 +19,17 @@ _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": 
 
 def register_strategies() -> None:
     """Register ``byzantine_ddp`` and its variants, named as Lightning names those of ``ddp``."""
-    estimators = {"": ByzantineDDPStrategy, "_double_momentum": _with_double_momentum}
-    for (momentum, strategy), (sharded, exchange), (suffix, start_method) in product(
-        estimators.items(), _EXCHANGES.items(), _START_METHODS.items()
+    kinds = {"": ByzantineDDPStrategy, "_double_momentum": _with_double_momentum, "_shadow": _shadow}
+    descriptions = {
+        "": "with Byzantine-robust aggregation",
+        "_double_momentum": "with Byzantine-robust aggregation of double momentum",
+        "_shadow": "that watches what Byzantine-robust aggregation would do",
+    }
+    for (kind, strategy), (sharded, exchange), (suffix, start_method) in product(
+        kinds.items(), _EXCHANGES.items(), _START_METHODS.items()
     ):
-        name = f"byzantine_ddp{momentum}{sharded}{suffix}"
-        description = f"DDP with Byzantine-robust aggregation and `start_method` '{start_method}'"
-        if momentum:
-            description += ", of double momentum"
+        name = f"byzantine_ddp{kind}{sharded}{suffix}"
+        description = f"DDP {descriptions[kind]} and `start_method` '{start_method}'"
         if sharded:
             description += ", by `exchange` 'all_to_all'"
         _register(name, strategy, description, start_method=start_method, **exchange)
@@ -53,6 +56,10 @@ def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
     # alpha_t = t, would ask for a learning rate divided by the number of steps, but the optimizer is the user's.
     estimator = DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)
     return ByzantineDDPStrategy(estimator=estimator, **arguments)
+
+
+def _shadow(**arguments: Any) -> ByzantineDDPStrategy:
+    return ByzantineDDPStrategy(shadow=True, **arguments)
 
 
 def _refuse_pytorch_lightning() -> NoReturn:

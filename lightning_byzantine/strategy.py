@@ -1,8 +1,10 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
@@ -20,13 +22,17 @@ from typing_extensions import override
 
 from lightning_byzantine.accumulation_window import AccumulationWindow
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
-from lightning_byzantine.checks import check_integer_at_least, check_positive
+from lightning_byzantine.breakdown import Breakdown
+from lightning_byzantine.checks import check_integer_at_least, check_positive, check_worker_indices
+from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.optim import DoubleMomentum
 from lightning_byzantine.previous_point import PreviousPointRedirection
+from lightning_byzantine.report import Report
+from lightning_byzantine.shadow import Shadow
 from lightning_byzantine.worker_states import WorkerStates
 from lightning_byzantine.wrapping import find_or_wrap
 
@@ -71,15 +77,26 @@ class ByzantineDDPStrategy(DDPStrategy):
         workers_per_process: how many workers each process acts as, k, so that m is k times the number of processes:
             batch j of an epoch is the process's worker j mod k's, and ``accumulate_grad_batches`` becomes k where it
             is 1. Batches at the end of an epoch that don't make a window of k are left out.
+        shadow: train by the plain mean, as stock DDP does, and apply the rule for its reports only; see
+            :class:`~lightning_byzantine.callbacks.ByzantineMonitor`, which shows them.
+        on_breakdown: what to do when more workers send non-finite vectors than ``num_byzantine``: "raise" an error that
+            names the ranks, "skip" the optimizer's step, or "propagate" the plain mean, as stock DDP does. Under a
+            gradient scaler, such a step is the scaler's business.
+        max_skips: how many steps in a row may be skipped before the error is raised.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
             the number of workers has changed.
         **kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
+    Attributes:
+        quarantined: indices of workers whose rows are dropped in every step; see :meth:`quarantine`.
+        observers: functions that are called with the :class:`~lightning_byzantine.report.Report` of every aggregation,
+            during backward.
+
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
-        ValueError: if the exchange is unknown, or ``workers_per_process`` is under 1; and when the Trainer is made, if
-            f is not under m / 2, or the aggregator can't serve m and f.
+        ValueError: if the exchange or ``on_breakdown`` is unknown, or ``workers_per_process`` or ``max_skips`` under 1;
+            and when the Trainer is made, if f is not under m / 2, or the aggregator can't serve m and f.
         MisconfigurationException: if another communication hook is given, or an argument that takes gradients around
             this one, or the accelerator is neither CPU nor CUDA; and when fit starts, if ``accumulate_grad_batches`` is
             neither 1 nor a multiple of ``workers_per_process``.
@@ -103,6 +120,9 @@ class ByzantineDDPStrategy(DDPStrategy):
         max_worker_grad_norm: float | None = None,
         exchange: Literal["all_gather", "all_to_all"] = "all_gather",
         workers_per_process: int = 1,
+        shadow: bool = False,
+        on_breakdown: Literal["raise", "skip", "propagate"] = "raise",
+        max_skips: int = 10,
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -126,6 +146,11 @@ class ByzantineDDPStrategy(DDPStrategy):
         check_integer_at_least("workers_per_process", workers_per_process, 1)
         self.exchange = exchange
         self.workers_per_process = workers_per_process
+        self.shadow = shadow
+        self._check_shadow()
+        self.breakdown = Breakdown(on_breakdown, max_skips)
+        self.quarantined: frozenset[int] = frozenset()
+        self.observers: list[Callable[[Report], None]] = []
         self.restart_estimator = restart_estimator
         self.hook: AggregationHook | None = None
         self.window: AccumulationWindow | None = None
@@ -144,6 +169,26 @@ class ByzantineDDPStrategy(DDPStrategy):
     def num_byzantine(self) -> int:
         """How many workers may be Byzantine, f."""
         return (self.num_workers - 1) // 2 if self._num_byzantine is None else self._num_byzantine
+
+    def quarantine(self, workers: Iterable[int]) -> None:
+        """Drop the rows of these workers from the next step on, beside those that are dropped already.
+
+        ``num_byzantine`` falls by one for each. To be called on all ranks alike; the list is in the checkpoint.
+
+        Args:
+            workers: indices.
+
+        Raises:
+            MisconfigurationException: in shadow mode, which only watches.
+            ValueError: if the indices are wrong, or the rule can't serve the workers that are left.
+
+        """
+        if self.shadow:
+            raise MisconfigurationException("Shadow mode trains as stock DDP does, and so can't quarantine workers.")
+        quarantined = self.quarantined | set(workers)
+        check_worker_indices("workers", quarantined, self.num_workers)
+        self.aggregator.check(self.num_workers - len(quarantined), max(0, self.num_byzantine - len(quarantined)))
+        self.quarantined = frozenset(quarantined)
 
     @override
     def set_world_ranks(self) -> None:
@@ -182,21 +227,25 @@ class ByzantineDDPStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         self._set_up_estimator()
+        self._check_shadow()
         assert isinstance(self.model, DistributedDataParallel)
         assert self.lightning_module is not None
         alone = self.num_workers == 1 and (self.estimator is None or self.estimator.transparent)
         if self.estimator is not None:
             self.estimator.reset()
         self._previous.clear()
+        beta = 0.0 if self.estimator is None else self.estimator.memory
+        watched = Shadow(self.aggregator, beta) if self.shadow else None
         self.hook = AggregationHook(
             self.lightning_module,
             exchange=_EXCHANGES[self.exchange](self.world_size),
-            aggregate=_only_row if alone else self._aggregate,
-            estimator=None if alone else self.estimator,
+            aggregate=_only_row if alone else self._aggregate if watched is None else partial(self._watch, watched),
+            estimator=None if alone or self.shadow else self.estimator,
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
             num_local_workers=self.workers_per_process,
             previous=self._previous if self.aggregator.uses_previous else None,
+            tolerates=self._tolerates,
         )
         self.hook.register(self.model)
 
@@ -234,12 +283,15 @@ class ByzantineDDPStrategy(DDPStrategy):
         self,
         optimizer: Optimizer,
         closure: Callable[[], Any],
-        model: Any | None = None,
+        model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
+        def step(guarded: Callable[[], Any]) -> Any:
+            return super(ByzantineDDPStrategy, self).optimizer_step(optimizer, guarded, model, **kwargs)
+
         assert self.window is not None
         if self.window.is_complete:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
+            return self.breakdown.step(optimizer, step, closure)
         rank_zero_warn(
             f"The epoch has ended after {self.window.position + 1} of workers_per_process={self.workers_per_process}"
             " batches, which are left out, since some workers have none. `limit_train_batches` can end it earlier."
@@ -267,11 +319,14 @@ class ByzantineDDPStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         # Not for weights only, nor in the process from which other start methods have spawned the ranks.
         if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
-            checkpoint[_CHECKPOINT_KEY] = self._states().save(alone=self._is_interrupted())
+            state = self._states().save(alone=self._is_interrupted())
+            state |= {"quarantined": sorted(self.quarantined), "skipped": self.breakdown.skipped}
+            checkpoint[_CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        self._load_quarantine(checkpoint.get(_CHECKPOINT_KEY, {}))
         if self.restart_estimator:
             if self.estimator is not None:
                 self.estimator.reset()
@@ -299,8 +354,59 @@ class ByzantineDDPStrategy(DDPStrategy):
                 optimizer, self._max_worker_grad_norm, self._loss_scale, self.window
             )
 
+    def _check_shadow(self) -> None:
+        if self.shadow and not isinstance(self.estimator, WorkerMomentum | None):
+            raise MisconfigurationException(
+                "With shadow=True the run is one of stock DDP, and the rule sees the momentum of raw gradients, got"
+                f" estimator={self.estimator!r}. Use WorkerMomentum() or None."
+            )
+
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
-        return self.aggregator.aggregate(matrix, self.num_byzantine)
+        workers = torch.tensor([index for index in range(matrix.num_workers) if index not in self.quarantined])
+        trusted = matrix.select(workers) if self.quarantined else matrix
+        num_byzantine = max(0, self.num_byzantine - len(self.quarantined))
+        try:
+            decision = self.aggregator.decide(trusted, num_byzantine)
+        except ByzantineBreakdownError as error:
+            dropped = workers[error.workers].tolist()
+            self._tell(lambda: Report.of_breakdown(dropped, matrix.num_workers))
+            if self.breakdown.policy == "propagate" and self._loss_scale() is None:
+                return trusted.materialize(trusted.mean())
+            raise type(error)(dropped, trusted.num_workers, num_byzantine) from None
+        self.breakdown.succeeded()
+        self._tell(lambda: decision.report().among(workers, matrix.num_workers, measurable=True))
+        return decision.values()
+
+    def _tolerates(self, error: ByzantineBreakdownError) -> bool:
+        tolerated = self.breakdown.tolerates(error, self.optimizers)
+        if tolerated:
+            assert self.lightning_module is not None
+            trainer = self.lightning_module.trainer
+            for logger in trainer.loggers:
+                logger.log_metrics({"byzantine/skipped_steps": self.breakdown.skipped}, step=trainer.global_step)
+        return tolerated
+
+    def _watch(self, shadow: Shadow, matrix: WorkerMatrix) -> list[Tensor]:
+        self._tell(lambda: shadow.report(matrix, self.num_byzantine, self._loss_scale()))
+        # Not the rule Mean, which would drop what stock DDP lets through.
+        return matrix.materialize(matrix.mean())
+
+    def _tell(self, report: Callable[[], Report]) -> None:
+        if self.observers:
+            made = report()
+            for observer in self.observers:
+                observer(made)
+
+    def _load_quarantine(self, state: dict[str, Any]) -> None:
+        self.breakdown.skipped = state.get("skipped", 0)
+        quarantined = state.get("quarantined", [])
+        if quarantined and state["num_workers"] != self.num_workers:
+            rank_zero_warn(
+                f"The checkpoint has workers {quarantined} of {state['num_workers']} in quarantine. With"
+                f" {self.num_workers} workers the indices mean others, so the quarantine is empty now."
+            )
+        elif quarantined:
+            self.quarantine(quarantined)
 
     def _loss_scale(self) -> float | None:
         plugin = self.precision_plugin

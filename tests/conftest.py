@@ -38,6 +38,13 @@ def three_ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def five_ranks() -> Iterator[RankPool]:
+    pool = RankPool(5)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(scope="session", params=[2, 3])
 def ranks(request: pytest.FixtureRequest) -> RankPool:
     return request.getfixturevalue({2: "two_ranks", 3: "three_ranks"}[request.param])

@@ -15,8 +15,11 @@ LAUNCHERS = {suffix: _MultiProcessingLauncher if suffix else _SubprocessScriptLa
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("suffix", START_METHODS)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_variant_is_registered_and_described(sharded: bool, suffix: str, unused: bool) -> None:
-    name = "byzantine_ddp" + "_sharded" * sharded + suffix + "_find_unused_parameters_true" * unused
+@pytest.mark.parametrize("shadow", [False, True])
+def test_every_variant_is_registered_and_described(shadow: bool, sharded: bool, suffix: str, unused: bool) -> None:
+    name = (
+        "byzantine_ddp" + "_shadow" * shadow + "_sharded" * sharded + suffix + "_find_unused_parameters_true" * unused
+    )
     entry = StrategyRegistry[name]
     assert f"'{START_METHODS[suffix]}'" in entry["description"]
     assert ("`find_unused_parameters` as True" in entry["description"]) == unused
@@ -24,6 +27,7 @@ def test_every_variant_is_registered_and_described(sharded: bool, suffix: str, u
     assert ("'all_to_all'" in entry["description"]) == sharded
     trainer = Trainer(strategy=name, accelerator="cpu", devices=3, logger=False)
     assert isinstance(trainer.strategy, ByzantineDDPStrategy)
+    assert trainer.strategy.shadow == shadow
     assert trainer.strategy.exchange == ("all_to_all" if sharded else "all_gather")
     assert isinstance(trainer.strategy.launcher, LAUNCHERS[suffix])
 

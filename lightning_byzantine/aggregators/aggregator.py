@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.checks import check_num_byzantine, check_vectors
+from lightning_byzantine.decision import Decision
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.points import Point
@@ -75,6 +76,10 @@ class Aggregator(nn.Module, ABC):
             ByzantineBreakdownError: if more than f rows were dropped.
 
         """
+        return self.decide(matrix, num_byzantine).values()
+
+    def decide(self, matrix: WorkerMatrix, num_byzantine: int) -> Decision:
+        """Do what :meth:`aggregate` does, up to the point where the result is computed; it raises the same."""
         num_workers = matrix.num_workers
         self.check(num_workers, num_byzantine)
         measurable = self.measurable(matrix, num_byzantine)
@@ -82,9 +87,10 @@ class Aggregator(nn.Module, ABC):
             dropped = (~measurable).nonzero().flatten().tolist()
             if len(dropped) > num_byzantine:
                 raise ByzantineBreakdownError(dropped, num_workers, num_byzantine)
-            matrix = matrix.select(measurable.nonzero().flatten())
             num_byzantine -= len(dropped)
-        return matrix.materialize(self.locate(matrix, num_byzantine))
+        rows = measurable.nonzero().flatten()
+        seen = matrix if len(rows) == num_workers else matrix.select(rows)
+        return Decision(matrix, rows, seen, self.locate(seen, num_byzantine))
 
     @torch.no_grad()
     def forward(self, vectors: Tensor, num_byzantine: int) -> Tensor:

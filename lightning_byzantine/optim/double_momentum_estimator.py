@@ -80,6 +80,11 @@ class DoubleMomentumEstimator(Estimator):
         given = ", ".join(f"{name}={value!r}" for name, value, default in pairs if value != default)
         return f"{type(self).__name__}({given})"
 
+    @property
+    def memory(self) -> float:
+        """Return 1 - beta_t."""
+        return 1 - self.schedule.beta_at(self.step)
+
     def reset(self) -> None:
         """Forget all estimates; the next step is t = 1."""
         self.step = 1

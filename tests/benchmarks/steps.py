@@ -35,8 +35,10 @@ from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll
 from lightning_byzantine.hook import AggregationHook
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.shadow import Shadow
 
-VARIANTS = ["ddp", "all_to_all", "all_gather"]
+VARIANTS = ["ddp", "shadow", "all_to_all", "all_gather"]
 WIDTH = 1824  # three square layers: 10 million parameters
 BLOCK = 2_500_000
 
@@ -58,8 +60,18 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     if variant != "ddp":
         num_workers = dist.get_world_size()
         rule, f = CTMA(NNM(CoordinateWiseMedian())), (num_workers - 1) // 2
-        exchange = {"all_gather": AllGather, "all_to_all": AllToAll}[variant](num_workers)
-        AggregationHook(network, exchange, lambda matrix: rule.aggregate(matrix, f), WorkerMomentum()).register(model)
+        exchange = {"all_gather": AllGather, "all_to_all": AllToAll, "shadow": AllToAll}[variant](num_workers)
+        if variant == "shadow":
+            shadow = Shadow(rule, beta=0.9)
+
+            def watch(matrix: WorkerMatrix) -> list[torch.Tensor]:
+                shadow.report(matrix, f)
+                return matrix.materialize(matrix.mean())
+
+            AggregationHook(network, exchange, watch).register(model)
+        else:
+            hook = AggregationHook(network, exchange, lambda matrix: rule.aggregate(matrix, f), WorkerMomentum())
+            hook.register(model)
 
     def step() -> None:
         optimizer.zero_grad()

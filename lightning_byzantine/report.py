@@ -1,0 +1,98 @@
+"""What one aggregation found out about each worker."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Statistics of the workers' rows that the rule needed anyway, the same on every rank.
+
+    All are float64 on the CPU, [m], and NaN where the rule did not learn them:
+
+    ==================================  =======  =========  ========================================
+    rule                                weights  distances  distances from
+    ==================================  =======  =========  ========================================
+    any whose result combines rows and
+    that uses inner products            yes      yes        the aggregate
+    ``CTMA`` over a coordinate-wise     yes      yes        the base rule's result
+    ``Mean``                            yes      no
+    coordinate-wise                     no       no
+    ==================================  =======  =========  ========================================
+
+    Args:
+        measurable: [m] bool: rows that are finite and whose norm does not overflow.
+        norms: [m], ||x_i||.
+        weights: [m], the part of x_i in the aggregate sum_i w_i x_i.
+        distances: [m], from the aggregate or, as the table says, from the center that the rule measured from.
+        from_aggregate: which of the two.
+
+    Example:
+        >>> from lightning_byzantine.aggregators import Krum
+        >>> from lightning_byzantine.matrix import WorkerMatrix
+        >>> rows = torch.tensor([[1.0], [1.5], [9.0], [2.5]])
+        >>> Krum().decide(WorkerMatrix([rows]), num_byzantine=1).report().trimmed
+        tensor([ True, False,  True,  True])
+
+    """
+
+    measurable: Tensor
+    norms: Tensor
+    weights: Tensor
+    distances: Tensor
+    from_aggregate: bool
+
+    @classmethod
+    def of_breakdown(cls, dropped: Iterable[int], num_workers: int) -> "Report":
+        """Return what is known where more rows than num_byzantine are dropped, so that no rule ran."""
+        measurable = torch.ones(num_workers, dtype=torch.bool)
+        measurable[list(dropped)] = False
+        unknown = torch.full((num_workers,), torch.nan, dtype=torch.float64)
+        return cls(measurable, unknown, unknown, unknown, from_aggregate=False)
+
+    @property
+    def trimmed(self) -> Tensor:
+        """Which rows have no part in the aggregate, [m] bool: dropped ones, and those of weight 0."""
+        return ~self.measurable | (self.weights == 0)
+
+    @property
+    def deviations(self) -> Tensor:
+        """Return how far each row is from what the others make of the aggregate, [m].
+
+        ||x_i - sum_{j != i} w_j x_j / (1 - w_i)|| = ||x_i - sum_j w_j x_j|| / (1 - w_i): a row pulls the aggregate
+        towards itself, so that even among equals those with a part in it are nearer to it. NaN for a row that is the
+        aggregate.
+        """
+        if not self.from_aggregate:
+            return self.distances
+        others = 1 - self.weights
+        return torch.where(others > 1e-9, self.distances / others, torch.nan)
+
+    def among(self, workers: Tensor, num_workers: int, measurable: bool) -> "Report":
+        """Return the report on all workers, of which this one knows some; the others have no part in the aggregate.
+
+        Args:
+            workers: indices of those this report is on, in its order.
+            num_workers: number of all.
+            measurable: whether the others are.
+
+        """
+
+        def spread(values: Tensor, missing: float) -> Tensor:
+            whole = values.new_full((num_workers,), missing)
+            whole[workers] = values
+            return whole
+
+        return Report(
+            spread(self.measurable, measurable),
+            spread(self.norms, torch.nan),
+            # Where the rule has no weights, theirs is known all the same.
+            spread(self.weights, 0.0),
+            spread(self.distances, torch.nan),
+            self.from_aggregate,
+        )

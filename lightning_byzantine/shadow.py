@@ -1,0 +1,77 @@
+"""What a rule would have done, beside a training by the plain mean."""
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.aggregators import Aggregator
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.matrix import Names, WorkerMatrix
+from lightning_byzantine.report import Report
+
+__all__ = ["Shadow"]
+
+
+class Shadow:
+    """Applies a rule to the momentum of the gradients that workers sent, for its report alone.
+
+    Workers send raw gradients, so that their mean is that of stock DDP to the bit, and every rank keeps the momentum of
+    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. It starts afresh when a run is
+    resumed, and when DDP rebuilds its buckets after the first step.
+
+    Args:
+        aggregator: the rule.
+        beta: momentum factor; 0 for raw gradients.
+
+    Example:
+        >>> from lightning_byzantine.aggregators import Krum
+        >>> shadow = Shadow(Krum(), beta=0.9)
+        >>> matrix = WorkerMatrix([torch.tensor([[1.0], [1.5], [9.0], [2.5]])])
+        >>> shadow.report(matrix, num_byzantine=1).trimmed
+        tensor([ True, False,  True,  True])
+
+    """
+
+    def __init__(self, aggregator: Aggregator, beta: float) -> None:
+        self._aggregator = aggregator
+        self._beta = beta
+        self._layout: tuple[Names, ...] | None = None
+        self._momentum: list[Tensor] = []
+        self._next: list[Tensor] = []
+
+    def report(self, matrix: WorkerMatrix, num_byzantine: int, scale: float | None = None) -> Report:
+        """Return what the rule finds out about the workers.
+
+        Args:
+            matrix: their gradients.
+            num_byzantine: f.
+            scale: what these were multiplied by; None for nothing.
+
+        """
+        sent = matrix if self._beta == 0 else self._move(matrix, scale)
+        try:
+            report = self._aggregator.decide(sent, num_byzantine).report()
+        except ByzantineBreakdownError as error:
+            report = Report.of_breakdown(error.workers, matrix.num_workers)
+        if self._beta > 0:
+            # What workers could not measure never enters their momentum.
+            for row in (~report.measurable).nonzero().flatten().tolist():
+                for before, after in zip(self._momentum, self._next, strict=True):
+                    after[row] = before[row]
+            self._momentum, self._next = self._next, self._momentum
+        return report
+
+    def _move(self, matrix: WorkerMatrix, scale: float | None) -> WorkerMatrix:
+        shapes = [block.shape for block in matrix.blocks]
+        if matrix.layout != self._layout or [block.shape for block in self._momentum] != shapes:
+            self._layout = matrix.layout
+            self._momentum = [_momentum_like(block) for block in matrix.blocks]
+            self._next = [torch.empty_like(block) for block in self._momentum]
+        for before, after, block in zip(self._momentum, self._next, matrix.blocks, strict=True):
+            # v_t = beta v_{t-1} + (1 - beta) g_t / scale
+            torch.mul(before, self._beta, out=after)
+            after.add_(block, alpha=(1 - self._beta) / (1.0 if scale is None else scale))
+        return matrix.with_blocks(self._next)
+
+
+def _momentum_like(block: Tensor) -> Tensor:
+    return torch.zeros_like(block, dtype=torch.promote_types(block.dtype, torch.float32))

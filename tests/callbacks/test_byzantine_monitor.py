@@ -1,0 +1,418 @@
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rank_pool import RankPool
+from torch import Tensor
+from training import Regression, fit, loader, trainer
+
+from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
+from lightning_byzantine.attacks import Attack, NonFinite, SignFlip, VectorAttack
+from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
+from lightning_byzantine.evidence import Suspect
+from lightning_byzantine.optim import DoubleMomentumEstimator
+
+NUM_STEPS = 30
+
+
+class Multiplied(VectorAttack):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forge(self, honest: Tensor, own: Tensor) -> Tensor:
+        return self.factor * own
+
+
+class FirstSteps(Multiplied):
+    """Multiplied at first, then honest."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(10.0)
+        self.steps = steps
+        self.calls = 0
+
+    def tamper(self, matrix: Any, byzantine: Sequence[int]) -> Any:
+        self.calls += 1
+        return super().tamper(matrix, byzantine) if self.calls <= self.steps else matrix
+
+
+class FarFromOptimum(Regression):
+    """Its gradients point one way, and stay so: a flipped sign shows in few batches."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0], batch[1] + 20], batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-5)
+
+
+def fit_monitored(
+    folder: Path,
+    attack: Attack | None = None,
+    byzantine: Sequence[int] = (1,),
+    strategy: dict[str, Any] | None = None,
+    num_batches: int = NUM_STEPS,
+    callbacks: Sequence[pl.Callback] = (),
+    model: type[Regression] = Regression,
+    monitor: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> tuple[ByzantineMonitor, Tensor, frozenset[int]]:
+    """Train under the attack; return the monitor, the parameters of every step, and the quarantine."""
+    watcher = ByzantineMonitor(**(monitor or {}))
+    ddp = ByzantineDDPStrategy(**(strategy or {}))
+    attacks = [] if attack is None else [ByzantineSimulation(attack, list(byzantine))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parameters = fit(
+            ddp,
+            model(),
+            num_batches=num_batches,
+            callbacks=[*attacks, watcher, *callbacks],
+            default_root_dir=folder,
+            **arguments,
+        )
+    return watcher, parameters, ddp.quarantined
+
+
+def suspects_of_fit(*args: Any, **kwargs: Any) -> list[int]:
+    return fit_monitored(*args, **kwargs)[0].suspects
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "suspects.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "all_to_all": {"exchange": "all_to_all"},
+    "double momentum": {"estimator": DoubleMomentumEstimator(beta=0.1, gamma=0.1, weighted=False)},
+    "shadow": {"shadow": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("attack", [NonFinite(), Multiplied(10.0), Multiplied(0.0), SignFlip()], ids=repr)
+def test_names_the_bad_worker_on_every_rank(five_ranks: RankPool, tmp_path: Path, attack: Attack, variant: str) -> None:
+    if variant == "shadow" and isinstance(attack, NonFinite):
+        pytest.skip("stock DDP has nothing but NaN from then on")
+    for suspects in five_ranks.run(suspects_of_fit, tmp_path, attack, [3], VARIANTS[variant], model=FarFromOptimum):
+        assert suspects == [3]
+    first, *_ = lines(tmp_path)
+    assert (first["event"], first["worker"], first["rank"], first["device"]) == ("suspected", 3, 3, "cpu")
+    assert first["step"] <= NUM_STEPS and first["host"]
+    if isinstance(attack, NonFinite):
+        assert first["non_finite"] == first["trimmed"] == first["steps"]
+    elif attack.factor if isinstance(attack, Multiplied) else False:
+        assert first["distance"] > 3
+
+
+def test_nobody_is_suspected_without_reason(five_ranks: RankPool, tmp_path: Path) -> None:
+    assert five_ranks.run(suspects_of_fit, tmp_path, num_batches=100) == [[]] * 5
+    assert lines(tmp_path) == []
+
+
+def test_a_worker_that_recovers_is_cleared(five_ranks: RankPool, tmp_path: Path) -> None:
+    assert five_ranks.run(suspects_of_fit, tmp_path, FirstSteps(12), [2], num_batches=80) == [[]] * 5
+    assert [(line["event"], line["worker"]) for line in lines(tmp_path)] == [("suspected", 2), ("cleared", 2)]
+
+
+def error_of_fit(folder: Path) -> ByzantineSuspectError:
+    with pytest.raises(ByzantineSuspectError) as caught:
+        fit_monitored(folder, NonFinite(), [0], monitor={"on_suspect": "raise"})
+    return caught.value
+
+
+def test_raises_the_same_on_every_rank(three_ranks: RankPool, tmp_path: Path) -> None:
+    errors = three_ranks.run(error_of_fit, tmp_path)
+    assert [error.worker for error in errors] == [0, 0, 0]
+    assert len({str(error) for error in errors}) == 1
+    assert "worker 0 (rank 0, host " in str(errors[0])
+    assert ", cpu): trimmed in 7 of the last 7 steps, non-finite in 7 of the last 7 steps" in str(errors[0])
+
+
+def warnings_of_fit(folder: Path, **arguments: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with mock.patch("warnings.simplefilter"):
+            fit_monitored(folder, NonFinite(), [1], **arguments)
+    return [str(warning.message) for warning in caught if "worker 1" in str(warning.message)]
+
+
+def test_warns_once_and_on_one_rank(three_ranks: RankPool, tmp_path: Path) -> None:
+    first, *others = three_ranks.run(warnings_of_fit, tmp_path)
+    assert len(first) == 1 and first[0].startswith("Under suspicion: worker 1 (rank 1, host ")
+    assert others == [[], []]
+
+
+def fit_and_look_at_rows(folder: Path, **arguments: Any) -> tuple[frozenset[int], Tensor, list[int], list[int]]:
+    """Return the quarantine, the parameters, and from how many workers with which f the rule aggregated."""
+    seen: list[tuple[int, int]] = []
+    aggregate = ByzantineDDPStrategy().aggregator.__class__.decide
+
+    def decide(self: Any, matrix: Any, num_byzantine: int) -> Any:
+        seen.append((matrix.num_workers, num_byzantine))
+        return aggregate(self, matrix, num_byzantine)
+
+    with mock.patch("lightning_byzantine.aggregators.CTMA.decide", decide):
+        monitor, parameters, quarantined = fit_monitored(folder, monitor={"on_suspect": "quarantine"}, **arguments)
+    return quarantined, parameters, monitor.suspects, [list(pair) for pair in seen]
+
+
+def test_quarantine_drops_the_worker_for_good(five_ranks: RankPool, tmp_path: Path) -> None:
+    results = five_ranks.run(fit_and_look_at_rows, tmp_path, attack=FirstSteps(18), byzantine=[3])
+    for quarantined, parameters, suspects, seen in results:
+        assert quarantined == {3}
+        assert suspects == [3]
+        assert torch.equal(parameters, results[0][1])
+        assert seen[0] == [5, 2] and seen[-1] == [4, 1]
+    assert [line["event"] for line in lines(tmp_path)] == ["suspected", "quarantined"]
+
+
+def test_quarantine_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    arguments = {"attack": FirstSteps(8), "byzantine": [2], "enable_checkpointing": True}
+    whole = three_ranks.run(fit_and_look_at_rows, tmp_path, callbacks=[save], **arguments)
+    assert whole[0][0] == {2}
+    checkpoint = tmp_path / "step=15.ckpt"
+    torch.load(checkpoint, weights_only=True)
+    resumed = three_ranks.run(fit_and_look_at_rows, tmp_path / "again", ckpt_path=checkpoint)
+    for quarantined, parameters, suspects, seen in resumed:
+        assert quarantined == {2} and suspects == [2]
+        assert seen == [[2, 0]] * 15 and len(parameters) == 15
+        assert torch.equal(parameters, resumed[0][1])
+
+
+class Scores(pl.Callback):
+    """Keeps the scores of suspicion at the start and after every batch."""
+
+    def __init__(self) -> None:
+        self.history: list[Tensor] = []
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        monitor = next(callback for callback in trainer.callbacks if isinstance(callback, ByzantineMonitor))
+        self.history.append(monitor.state_dict()["suspicion"]["scores"].clone())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_train_start(trainer)
+
+
+def scores_of_fit(folder: Path, **arguments: Any) -> list[Tensor]:
+    scores = Scores()
+    callbacks = [scores, *arguments.pop("callbacks", [])]
+    fit_monitored(folder, FirstSteps(6), [2], num_batches=8, callbacks=callbacks, **arguments)
+    return scores.history
+
+
+def test_suspicion_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    whole = three_ranks.run(scores_of_fit, tmp_path, callbacks=[save], enable_checkpointing=True)
+    resumed = three_ranks.run(scores_of_fit, tmp_path, ckpt_path=tmp_path / "step=6.ckpt")
+    assert whole[0][6].max() > 0
+    assert all(torch.equal(scores[0], whole[0][6]) and len(scores) == 3 for scores in resumed)
+
+
+class NotSaved:
+    """What a user may compose by class_path."""
+
+    def __init__(self, greeting: str) -> None:
+        self.greeting = greeting
+        self.suspects: list[Suspect] = []
+
+    def __call__(self, suspect: Suspect) -> None:
+        self.suspects.append(suspect)
+
+
+def suspects_of_callable(folder: Path) -> list[int]:
+    notify = NotSaved("hello")
+    fit_monitored(folder, NonFinite(), [1], monitor={"on_suspect": notify})
+    return [suspect.worker for suspect in notify.suspects]
+
+
+def test_calls_a_function_on_every_rank(three_ranks: RankPool, tmp_path: Path) -> None:
+    assert three_ranks.run(suspects_of_callable, tmp_path) == [[1]] * 3
+
+
+def monitor_from_yaml(on_suspect: Any) -> ByzantineMonitor:
+    monitor = {
+        "class_path": "lightning_byzantine.callbacks.ByzantineMonitor",
+        "init_args": {"on_suspect": on_suspect},
+    }
+    arguments = {"trainer": {"strategy": "byzantine_ddp_shadow", "callbacks": [monitor], "logger": False}}
+    with mock.patch("sys.argv", ["fit.py"]):
+        cli = LightningCLI(Regression, run=False, args=arguments, save_config_callback=None)
+    return next(callback for callback in cli.trainer.callbacks if isinstance(callback, ByzantineMonitor))
+
+
+def test_yaml_says_what_to_do_with_suspects() -> None:
+    composed = {"class_path": f"{__name__}.NotSaved", "init_args": {"greeting": "hi"}}
+    on_suspect = monitor_from_yaml(composed).on_suspect
+    assert isinstance(on_suspect, NotSaved) and on_suspect.greeting == "hi"
+    for policy in ("warn", "raise", "quarantine"):
+        assert monitor_from_yaml(policy).on_suspect == policy
+
+
+def fit_logged(folder: Path) -> list[str]:
+    """Return the metrics that the progress bar shows."""
+    bar = TQDMProgressBar()
+    with mock.patch.object(bar, "_update_n", create=True):
+        loggers = [TensorBoardLogger(folder, name="board"), CSVLogger(folder, name="csv")]
+        watcher = ByzantineMonitor(every_n_steps=10)
+        shown: list[str] = []
+        runner = trainer(
+            ByzantineDDPStrategy(),
+            callbacks=[ByzantineSimulation(NonFinite(), [1]), watcher, bar, Shown(shown)],
+            logger=loggers,
+            enable_progress_bar=True,
+            default_root_dir=folder,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runner.fit(Regression(), loader(NUM_STEPS))
+    return shown
+
+
+class Shown(pl.Callback):
+    def __init__(self, shown: list[str]) -> None:
+        self.shown = shown
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.shown.append(trainer.progress_bar_callback.get_metrics(trainer, pl_module).get("suspects", ""))
+
+
+def test_logs_scalars_a_heat_map_and_the_progress_bar(three_ranks: RankPool, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for shown in three_ranks.run(fit_logged, tmp_path):
+        assert shown[0] == "" and shown[-1] == "1"
+    board = EventAccumulator(str(tmp_path / "board" / "version_0"))
+    board.Reload()
+    scalars = board.Scalars("byzantine/non_finite/worker_1")
+    assert [(scalar.step, scalar.value) for scalar in scalars] == [(10, 10.0), (20, 20.0), (30, 30.0)]
+    assert board.Scalars("byzantine/suspects")[-1].value == 1
+    for name in ("distance", "norm", "weight", "trimmed", "score"):
+        assert f"byzantine/{name}/worker_0" in board.Tags()["scalars"]
+    image = board.Images("byzantine/distances")[-1]
+    assert (image.width, image.height) == (NUM_STEPS, 36)
+    assert "byzantine/suspects" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    assert (tmp_path / "board" / "version_0" / "suspects.jsonl").exists()
+
+
+def table_of_fit(folder: Path) -> str:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        fit_monitored(folder, NonFinite(), [1])
+    finally:
+        for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+            logging.getLogger(name).removeHandler(handler)
+    return next((record for record in records if record.startswith("ByzantineMonitor")), "")
+
+
+def test_a_table_sums_up(three_ranks: RankPool, tmp_path: Path) -> None:
+    table, *others = three_ranks.run(table_of_fit, tmp_path)
+    assert others == ["", ""]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    assert rows[1][4:6] == ["100%", str(NUM_STEPS)] and rows[1][-1] == "suspect"
+    assert rows[0][-1] == ""
+
+
+def count_collectives(folder: Path, with_monitor: bool, exchange: str) -> int:
+    counted = [0]
+    names = ["all_reduce", "all_gather_into_tensor", "all_gather_single", "all_to_all_single", "broadcast", "barrier"]
+    names += ["gather", "all_gather", "broadcast_object_list", "all_gather_object", "reduce"]
+    patches = []
+    for name in names:
+        function = getattr(torch.distributed, name, None)
+        if function is not None:
+            patches.append(mock.patch(f"torch.distributed.{name}", _counting(function, counted)))
+    patches.append(
+        mock.patch("lightning_byzantine.exchange._all_gather", _counting(torch.distributed.all_gather_single, counted))
+    )
+    started = CountFromHere(counted)
+    monitor = [ByzantineMonitor()] if with_monitor else []
+    for patch in patches:
+        patch.start()
+    try:
+        fit(
+            ByzantineDDPStrategy(exchange=exchange),
+            callbacks=[*monitor, started],
+            default_root_dir=folder,
+        )
+    finally:
+        for patch in patches:
+            patch.stop()
+    return started.counted_in_steps
+
+
+def _counting(function: Any, counted: list[int]) -> Any:
+    def count(*args: Any, **kwargs: Any) -> Any:
+        counted[0] += 1
+        return function(*args, **kwargs)
+
+    return count
+
+
+class CountFromHere(pl.Callback):
+    def __init__(self, counted: list[int]) -> None:
+        self.counted = counted
+
+    def on_train_start(self, *_: Any) -> None:
+        self.before = self.counted[0]
+
+    def on_train_end(self, *_: Any) -> None:
+        self.counted_in_steps = self.counted[0] - self.before
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_no_step_communicates_more(three_ranks: RankPool, tmp_path: Path, exchange: str) -> None:
+    alone, watched = (three_ranks.run(count_collectives, tmp_path, monitor, exchange) for monitor in (False, True))
+    assert watched == alone
+    assert alone[0] > 0
+
+
+def test_misuse_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="on_suspect must be 'warn', 'raise', 'quarantine' or a function, got 'shout'"):
+        ByzantineMonitor(on_suspect="shout")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        ByzantineMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        ByzantineMonitor(window=0)
+    with pytest.raises(ValueError, match="threshold must be finite and above 0, got 0"):
+        ByzantineMonitor(threshold=0)
+    runner = pl.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[ByzantineMonitor()])
+    with pytest.raises(MisconfigurationException, match=r"needs strategy='byzantine_ddp'.*got SingleDeviceStrategy"):
+        runner.fit(Regression())
+
+
+def error_of_quarantine_in_shadow() -> str:
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(ByzantineDDPStrategy(shadow=True), callbacks=[ByzantineMonitor(on_suspect="quarantine")])
+    return str(caught.value)
+
+
+def test_shadow_mode_does_not_quarantine(one_rank: RankPool) -> None:
+    assert "shadow mode has none, got shadow=True" in one_rank.run(error_of_quarantine_in_shadow)[0]
+
+
+def test_a_suspect_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(ByzantineSuspectError(3, "worker 3 is odd")))
+    assert (error.worker, str(error)) == (3, "worker 3 is odd")

@@ -1,0 +1,101 @@
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from rank_pool import RankPool
+from test_strategy import fit_combination, fit_scaled
+from torch import Tensor
+from training import Regression, fit
+
+from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
+from lightning_byzantine.attacks import NonFinite, SignFlip
+from lightning_byzantine.callbacks import ByzantineSimulation
+from lightning_byzantine.estimators import WorkerMomentum
+from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.optim import DoubleMomentumEstimator
+from lightning_byzantine.report import Report
+from lightning_byzantine.shadow import Shadow
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("name", ["plain", "many buckets", "manual optimization", "clip by norm"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_trains_as_stock_ddp(three_ranks: RankPool, name: str, optimizer: str, exchange: str) -> None:
+    stock = three_ranks.run(fit_combination, name, optimizer, DDPStrategy)
+    shadow = three_ranks.run(fit_combination, name, optimizer, ByzantineDDPStrategy, shadow=True, exchange=exchange)
+    for history in shadow:
+        assert torch.equal(history, shadow[0])
+    torch.testing.assert_close(shadow[0], stock[0], atol=1e-6, rtol=0)
+
+
+def reports_of_fit(exchange: str, shadow: bool, **arguments: Any) -> list[Report]:
+    torch.manual_seed(3)
+    strategy = ByzantineDDPStrategy(exchange=exchange, shadow=shadow, **arguments)
+    reports: list[Report] = []
+    strategy.observers.append(reports.append)
+    fit(strategy, Regression(), callbacks=[ByzantineSimulation(SignFlip(), [1])])
+    return reports
+
+
+def test_reports_what_the_rule_would_have_done(three_ranks: RankPool) -> None:
+    gathered, sharded = (three_ranks.run(reports_of_fit, exchange, True) for exchange in ("all_gather", "all_to_all"))
+    real = three_ranks.run(reports_of_fit, "all_gather", False)
+    # The first step begins at the same parameters, and momentum is proportional to gradients there.
+    assert torch.equal(gathered[0][0].trimmed, real[0][0].trimmed)
+    torch.testing.assert_close(gathered[0][0].distances, real[0][0].distances)
+    for rank in range(3):
+        for report, other, own in zip(gathered[0], gathered[rank], sharded[rank], strict=True):
+            assert torch.equal(report.distances, other.distances)
+            assert torch.equal(report.trimmed, own.trimmed)
+            torch.testing.assert_close(report.distances, own.distances, rtol=1e-5, atol=1e-9)
+
+
+def test_sees_momentum_of_what_could_be_measured() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shadow, rule = Shadow(CTMA(NNM(CoordinateWiseMedian())), beta=0.9), CTMA(NNM(CoordinateWiseMedian()))
+    momentum = torch.zeros(5, 30)
+    for step in range(6):
+        gradients = torch.randn(5, 30, generator=generator)
+        if step == 3:
+            gradients[4, 7] = torch.nan
+        sent = 0.9 * momentum + 0.1 * gradients
+        expected = rule.decide(WorkerMatrix([sent]), 2).report()
+        report = shadow.report(WorkerMatrix([8 * gradients[:, :10], 8 * gradients[:, 10:]]), 2, scale=8.0)
+        torch.testing.assert_close(report.distances, expected.distances, equal_nan=True)
+        assert torch.equal(report.trimmed, expected.trimmed)
+        finite = sent.isfinite().all(1)
+        momentum[finite] = sent[finite]
+
+
+def fit_with_nan() -> tuple[Tensor, list[list[bool]]]:
+    strategy, reports = ByzantineDDPStrategy(shadow=True), []
+    strategy.observers.append(reports.append)
+    history = fit(strategy, callbacks=[ByzantineSimulation(NonFinite(), [0, 1])])
+    return history, [report.measurable.tolist() for report in reports]
+
+
+def test_lets_through_what_stock_ddp_lets_through(three_ranks: RankPool) -> None:
+    for history, measurable in three_ranks.run(fit_with_nan):
+        assert history.isnan().all()
+        assert measurable[0] == [False, False, True]
+
+
+def test_a_gradient_scaler_works_as_with_stock_ddp(three_ranks: RankPool) -> None:
+    for history, scales in three_ranks.run(fit_scaled, [1], shadow=True):
+        assert torch.equal(history[3], history[2])
+        assert scales[3] == scales[2] / 2
+
+
+@pytest.mark.parametrize("estimator", [WorkerMomentum(transparent=False), None], ids=repr)
+def test_no_estimator_changes_the_training(two_ranks: RankPool, estimator: Any) -> None:
+    stock = two_ranks.run(fit_combination, "plain", "Adam", DDPStrategy)[0]
+    shadow = two_ranks.run(fit_combination, "plain", "Adam", ByzantineDDPStrategy, shadow=True, estimator=estimator)[0]
+    torch.testing.assert_close(shadow, stock, atol=1e-6, rtol=0)
+
+
+def test_refuses_double_momentum() -> None:
+    with pytest.raises(MisconfigurationException, match=r"got estimator=DoubleMomentumEstimator\(\)"):
+        ByzantineDDPStrategy(shadow=True, estimator=DoubleMomentumEstimator())
