@@ -3,11 +3,11 @@
 Importing the package registers its strategies: ``Trainer(strategy="byzantine_ddp")``.
 """
 
-from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.errors import ByzantineBreakdownError, InconsistentRanksError, WorkerLostError
 from lightning_byzantine.registry import register_strategies
 from lightning_byzantine.strategy import ByzantineDDPStrategy
 
-__all__ = ["ByzantineBreakdownError", "ByzantineDDPStrategy"]
+__all__ = ["ByzantineBreakdownError", "ByzantineDDPStrategy", "InconsistentRanksError", "WorkerLostError"]
 __version__ = "0.1.0"
 
 register_strategies()

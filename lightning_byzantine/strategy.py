@@ -8,7 +8,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
-from lightning_byzantine.checks import check_positive
+from lightning_byzantine.checks import check_choice, check_positive
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
+from lightning_byzantine.fault_tolerant_ddp import FaultTolerantDDP
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.optim import DoubleMomentum
@@ -49,7 +49,7 @@ _REFUSED = (
 )
 
 
-class ByzantineDDPStrategy(DDPStrategy):
+class ByzantineDDPStrategy(FaultTolerantDDP):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
     Every rank is one worker. It sends an estimate of the gradient, receives those of all others, and applies the same
@@ -68,7 +68,8 @@ class ByzantineDDPStrategy(DDPStrategy):
             rank aggregate 1/m of the columns, at the traffic of a ring all-reduce, and trusts it with them.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
             the number of workers has changed.
-        **kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
+        **kwargs: arguments of :class:`~lightning_byzantine.fault_tolerant_ddp.FaultTolerantDDP`, of
+            :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
@@ -114,8 +115,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.estimator = WorkerMomentum() if estimator == "auto" else estimator
         if max_worker_grad_norm is not None:
             check_positive("max_worker_grad_norm", max_worker_grad_norm)
-        if exchange not in _EXCHANGES:
-            raise ValueError(f"exchange must be one of {', '.join(_EXCHANGES)}, got {exchange!r}")
+        check_choice("exchange", exchange, _EXCHANGES)
         self.exchange = exchange
         self.restart_estimator = restart_estimator
         self.hook: AggregationHook | None = None
@@ -203,6 +203,18 @@ class ByzantineDDPStrategy(DDPStrategy):
         super().teardown()
 
     @override
+    def shared_state(self) -> dict[str, Any]:
+        estimator = {} if self.estimator is None else self.estimator.shared_state()
+        return super().shared_state() | {"estimator": estimator, "aggregator": self.aggregator.state_dict()}
+
+    @override
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        super().load_shared_state(state)
+        if self.estimator is not None:
+            self.estimator.load_state(self.estimator.worker_state(), state["estimator"])
+        self.aggregator.load_state_dict(state["aggregator"])
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         # Not for weights only, nor in the process from which other start methods have spawned the ranks.
         if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
@@ -256,11 +268,6 @@ class ByzantineDDPStrategy(DDPStrategy):
             self.world_size,
             self.root_device,
         )
-
-    def _is_interrupted(self) -> bool:
-        # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer.interrupted
 
 
 def _to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
