@@ -33,7 +33,7 @@ class Normed(Regression):
         if self.poison is not None and self.global_rank == self.poisoned:
             for buffer in self.buffers():
                 measured = buffer.is_floating_point() or buffer.is_complex()
-                buffer.fill_(self.poison if measured else 1000)
+                buffer.data.fill_(self.poison if measured else 1000)  # noticed by nobody, as a fault would be
         return loss
 
     def copied_buffers(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from training import Regression, fit
 
 from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
 from lightning_byzantine.optim import DoubleMomentumEstimator
+from lightning_byzantine.worker_errors import WorkerErrors
 
 
 class Failing(Regression):
@@ -139,7 +140,6 @@ def refusal(model: type[Regression]) -> str:
     ("model", "message"),
     [
         (Manual, "automatic_optimization=False"),
-        (SyncNormed, "SyncBatchNorm communicates"),
         (Regression, "self.log('loss', sync_dist=True) in `training_step` communicates"),
     ],
 )
@@ -147,6 +147,11 @@ def test_refuses_steps_that_others_would_wait_in(
     three_ranks: RankPool, model: type[Regression], message: str
 ) -> None:
     assert all(message in said for said in three_ranks.run(refusal, model))
+
+
+def test_refuses_sync_batch_norm() -> None:
+    with pytest.raises(MisconfigurationException, match="SyncBatchNorm communicates"):
+        WorkerErrors(SyncNormed())  # which DDP has on GPUs only
 
 
 def test_says_what_it_knows() -> None:
