@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from secrets import randbits  # leaves the random numbers of training alone
 from typing import Any, Literal
 
 import torch
@@ -113,9 +114,7 @@ class FaultTolerantDDP(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         alone = self.world_size == 1
         if not alone:
-            assert self._timeout is not None
-            self._heartbeat = Heartbeat(_get_default_store(), self.global_rank, self.world_size, self._timeout)
-            self._heartbeat.start()
+            self._heartbeat = self._start_heartbeat()
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING or alone:
             return
@@ -206,6 +205,16 @@ class FaultTolerantDDP(DDPStrategy):
             self._heartbeat.stop()
         self._heartbeat = self._buffers = self._consistency = None
         super().teardown()
+
+    def _start_heartbeat(self) -> Heartbeat:
+        assert self._timeout is not None
+        name = torch.tensor([randbits(62)], device=self.root_device)
+        dist.broadcast(name, src=0)
+        heartbeat = Heartbeat(
+            _get_default_store(), f"{name.item():x}", self.global_rank, self.world_size, self._timeout
+        )
+        heartbeat.start()
+        return heartbeat
 
     def _watched(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         """Return what does the same, and says who is missing when it fails."""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from threading import Event, Thread
 
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed's are typed
@@ -16,7 +15,6 @@ __all__ = ["Heartbeat"]
 
 _PERIOD = 0.5  # seconds
 _PATIENCE = 3.0  # seconds without a beat, after which a rank counts as missing
-_RUNS = count()
 
 
 class Heartbeat:
@@ -27,6 +25,7 @@ class Heartbeat:
 
     Args:
         store: what all ranks can reach.
+        name: of this run, the same on all ranks, and another one for every run: a store may outlive a restart.
         rank: this rank.
         num_ranks: number of ranks.
         timeout: after which collectives fail.
@@ -36,7 +35,7 @@ class Heartbeat:
 
     Example:
         >>> from torch.distributed import HashStore
-        >>> heartbeat = Heartbeat(HashStore(), rank=0, num_ranks=1, timeout=timedelta(seconds=60))
+        >>> heartbeat = Heartbeat(HashStore(), "run", rank=0, num_ranks=1, timeout=timedelta(seconds=60))
         >>> heartbeat.start()
         >>> with heartbeat.watching():
         ...     pass  # a collective
@@ -44,10 +43,10 @@ class Heartbeat:
 
     """
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, name: str, rank: int, num_ranks: int, timeout: timedelta) -> None:
         self.lost: WorkerLostError | None = None
         # A client of its own, since somebody else's may wait for hours.
-        self._store = PrefixStore(f"lightning_byzantine/{next(_RUNS)}", store.clone())  # type: ignore[attr-defined]
+        self._store = PrefixStore(f"lightning_byzantine/{name}", store.clone())  # type: ignore[attr-defined]
         self._rank = rank
         self._num_ranks = num_ranks
         self._timeout = timeout.total_seconds()

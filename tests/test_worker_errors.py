@@ -143,9 +143,7 @@ def refusal(model: type[Regression]) -> str:
         (Regression, "self.log('loss', sync_dist=True) in `training_step` communicates"),
     ],
 )
-def test_refuses_steps_that_others_would_wait_in(
-    three_ranks: RankPool, model: type[Regression], message: str
-) -> None:
+def test_refuses_steps_that_others_would_wait_in(three_ranks: RankPool, model: type[Regression], message: str) -> None:
     assert all(message in said for said in three_ranks.run(refusal, model))
 
 

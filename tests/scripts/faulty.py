@@ -1,12 +1,14 @@
-"""Train, and have one rank die, stop or hang in its third step; print what became of the others, and how long it took.
+"""Train, and have one rank die, stop or hang in its third step; the others have to notice.
 
 Under torchrun that restarts, the fault happens in the first incarnation only, and the run goes on from its last
 checkpoint.
 """
 
 import argparse
+import json
 import os
 import signal
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -24,21 +26,60 @@ from training import Regression, parameters
 
 from lightning_byzantine import ByzantineDDPStrategy
 
+NUM_RANKS = 3
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fault", choices=["none", "kill", "stop", "hang"], default="none")
     parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--devices", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=60)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--fork", nargs="*", metavar="FAULT:RANK", help="start all ranks for each of these, at once")
     arguments = parser.parse_args()
+    if arguments.fork:
+        fork_all(arguments)
+    else:
+        train(arguments)
 
+
+def fork_all(arguments: argparse.Namespace) -> None:
+    """Start every rank of every case on its own, as a cluster would, so that no launcher ends the others."""
+    processes: dict[int, tuple[str, int]] = {}
+    for case in arguments.fork:
+        fault, faulty = case.split(":")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(NUM_RANKS):
+            process = os.fork()
+            if process == 0:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(NUM_RANKS)}
+                os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+                log = os.open(arguments.folder / f"{case}.{rank}.log", os.O_WRONLY | os.O_CREAT)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                arguments.fault, arguments.rank, arguments.folder = fault, int(faulty), arguments.folder / case
+                train(arguments)
+                return
+            processes[process] = (case, rank)
+    by_name = {name: process for process, name in processes.items()}
+    codes: dict[str, dict[int, int]] = {case: {} for case in arguments.fork}
+    while processes:
+        process, status = os.wait()
+        case, rank = processes.pop(process)
+        codes[case][rank] = os.waitstatus_to_exitcode(status)
+        if len(codes[case]) == NUM_RANKS - 1:  # what is left is stopped or hangs
+            os.kill(by_name[(case, int(case.split(":")[1]))], signal.SIGKILL)
+    print(json.dumps(codes))
+
+
+def train(arguments: argparse.Namespace) -> None:
     pl.seed_everything(1)
     trainer = pl.Trainer(
         strategy=ByzantineDDPStrategy(timeout=timedelta(seconds=arguments.timeout)),
         accelerator="cpu",
-        devices=arguments.devices,
+        devices=NUM_RANKS,
         max_epochs=2,
         logger=False,
         enable_progress_bar=False,
