@@ -61,7 +61,8 @@ WHERE = ["parameter", "moment", "aggregate", "learning rate"]
 @pytest.mark.parametrize("where", [*WHERE, "layout"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_flipped_bit_is_found_and_its_rank_named(three_ranks: RankPool, where: str, rank: int) -> None:
-    message = f"After 6 optimizer steps, the parameters or the optimizer state of rank {rank} differ from those of the other 2"
+    differ = f"the parameters or the optimizer state of rank {rank} differ from those of the other 2"
+    message = f"After 6 optimizer steps, {differ}"
     assert three_ranks.run(fit_corrupted, [rank], where) == [(None, message, [rank])] * 3
 
 

@@ -58,20 +58,24 @@ class Hosts:
         """Start the README's command on both, with the hosts' own addresses in it."""
         started = []
         for name, address in zip(self.names, ADDRESSES, strict=True):
-            words = " ".join(readme_command()).replace("10.0.0.1:", f"{ADDRESSES[0]}:").replace("10.0.0.2", address)
-            environment = [word for word in words.split() if re.match(r"[A-Z_]+=", word)]
-            command = [word for word in words.split() if word not in environment]
-            assert command.pop(0) == "torchrun"
-            command = [word.replace("eth0", "cable") for word in ["env", *environment]] + [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *(str(ROOT / word) if word.startswith("examples/") else word for word in command),
-            ]
+            words = " ".join(readme_command()).replace("eth0", "cable").replace("10.0.0.1:", f"{ADDRESSES[0]}:")
+            words = words.replace("10.0.0.1", address).replace(" examples/", f" {ROOT}/examples/")
+            if name == self.names[1]:
+                words = words.replace("is_host=1", "is_host=0")
+            words = words.replace(" torchrun ", f" {sys.executable} -m torch.distributed.run ")
             log = (folder / f"{name[-1]}.log").open("w")
             started.append(
                 subprocess.Popen(
-                    ["ip", "netns", "exec", name, *command, f"--trainer.logger.save_dir={folder}", *options],
+                    [
+                        "ip",
+                        "netns",
+                        "exec",
+                        name,
+                        "env",
+                        *words.split(),
+                        f"--trainer.logger.save_dir={folder}",
+                        *options,
+                    ],
                     cwd=folder,
                     stdout=log,
                     stderr=subprocess.STDOUT,
