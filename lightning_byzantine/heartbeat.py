@@ -52,14 +52,18 @@ class Heartbeat:
         self._timeout = timeout.total_seconds()
         self._collectives = 0
         self._stopped = Event()
+        self._thread = Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Begin to beat."""
-        Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop to beat."""
         self._stopped.set()
+        # A thread that is left in the middle of a beat would abort Python at its end. One that waits for a store which
+        # does not answer has to be left.
+        self._thread.join(_PATIENCE)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
