@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def run(*command: str) -> str:
     try:
         output, _ = process.communicate(timeout=200)
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # nobody is left, as it should be
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     return output
