@@ -3,11 +3,22 @@
 Importing the package registers its strategies: ``Trainer(strategy="byzantine_ddp")``.
 """
 
-from lightning_byzantine.errors import ByzantineBreakdownError, ByzantineSuspectError
+from lightning_byzantine.errors import (
+    ByzantineBreakdownError,
+    ByzantineSuspectError,
+    InconsistentRanksError,
+    WorkerLostError,
+)
 from lightning_byzantine.registry import register_strategies
 from lightning_byzantine.strategy import ByzantineDDPStrategy
 
-__all__ = ["ByzantineBreakdownError", "ByzantineDDPStrategy", "ByzantineSuspectError"]
+__all__ = [
+    "ByzantineBreakdownError",
+    "ByzantineDDPStrategy",
+    "ByzantineSuspectError",
+    "InconsistentRanksError",
+    "WorkerLostError",
+]
 __version__ = "0.1.0"
 
 register_strategies()

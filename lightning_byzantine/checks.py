@@ -1,7 +1,7 @@
 """Checks of user input that more than one module needs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "check_at_least",
+    "check_choice",
     "check_finite",
     "check_integer_at_least",
     "check_num_byzantine",
@@ -139,6 +140,20 @@ def check_probability(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``.
+
+    Example:
+        >>> check_choice("exchange", "ring", ["all_gather", "all_to_all"])
+        Traceback (most recent call last):
+        ...
+        ValueError: exchange must be one of all_gather, all_to_all, got 'ring'
+
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_integer_at_least(name: str, value: int, bound: int) -> None:

@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-__all__ = ["ByzantineBreakdownError", "ByzantineSuspectError", "ReferenceLostError"]
+__all__ = [
+    "ByzantineBreakdownError",
+    "ByzantineSuspectError",
+    "InconsistentRanksError",
+    "ReferenceLostError",
+    "WorkerLostError",
+]
 
 
 class ByzantineBreakdownError(RuntimeError):
@@ -80,3 +86,65 @@ class ByzantineSuspectError(RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[int, str]]:
         return type(self), (self.worker, self.evidence)
+
+
+class WorkerLostError(RuntimeError):
+    """A collective failed, and some ranks are missing from it: nobody can go on without them.
+
+    Args:
+        ranks: those that are missing; empty if nobody can tell.
+        reason: what is known of them.
+
+    Example:
+        >>> raise WorkerLostError(ranks=[2], reason="no sign of life for 3 s")
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.WorkerLostError: Lost rank 2: no sign of life for 3 s
+
+    """
+
+    def __init__(self, ranks: Sequence[int], reason: str) -> None:
+        self.ranks = list(ranks)
+        self.reason = reason
+        super().__init__(f"Lost {_named(self.ranks)}: {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[list[int], str]]:
+        return type(self), (self.ranks, self.reason)
+
+
+class InconsistentRanksError(RuntimeError):
+    """Ranks hold different parameters or optimizer states, though all apply the same updates to the same start.
+
+    Args:
+        ranks: those that differ from the majority; empty if there is none.
+        num_ranks: number of ranks.
+        step: number of optimizer steps taken.
+
+    Example:
+        >>> raise InconsistentRanksError(ranks=[1], num_ranks=3, step=100)
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.InconsistentRanksError: After 100 optimizer steps, the parameters or the optimizer \
+state of rank 1 differ from those of the other 2
+
+    """
+
+    def __init__(self, ranks: Sequence[int], num_ranks: int, step: int) -> None:
+        self.ranks = list(ranks)
+        self.num_ranks = num_ranks
+        self.step = step
+        found = (
+            f"of {_named(self.ranks)} differ from those of the other {num_ranks - len(self.ranks)}"
+            if self.ranks
+            else f"differ, and no state is that of most of the {num_ranks} ranks"
+        )
+        super().__init__(f"After {step} optimizer steps, the parameters or the optimizer state {found}")
+
+    def __reduce__(self) -> tuple[type, tuple[list[int], int, int]]:
+        return type(self), (self.ranks, self.num_ranks, self.step)
+
+
+def _named(ranks: list[int]) -> str:
+    if not ranks:
+        return "contact"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.matrix import Names, WorkerMatrix
 
-__all__ = ["AllGather", "AllToAll", "Exchange", "gather", "gather_to_first"]
+__all__ = ["AllGather", "AllToAll", "Exchange", "gather", "gather_rows", "gather_to_first"]
 
 
 class Exchange(Protocol):
@@ -236,9 +236,14 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
 
 def gather(tensor: Tensor) -> list[Tensor]:
     """Return every rank's flat tensor on every rank, moved to the CPU; lengths must agree."""
+    return list(gather_rows(tensor).cpu())
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Return every rank's flat tensor [n] on every rank, as [m, n] where it was; lengths must agree."""
     rows = tensor.new_empty(dist.get_world_size(), tensor.numel())
     _all_gather(rows.view(-1), tensor)
-    return list(rows.cpu())
+    return rows
 
 
 def gather_to_first(tensor: Tensor) -> list[Tensor] | None:

@@ -10,7 +10,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,10 +22,11 @@ from typing_extensions import override
 from lightning_byzantine.accumulation_window import AccumulationWindow
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
 from lightning_byzantine.breakdown import Breakdown
-from lightning_byzantine.checks import check_integer_at_least, check_positive, check_worker_indices
+from lightning_byzantine.checks import check_choice, check_integer_at_least, check_positive, check_worker_indices
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.estimators import Estimator, WorkerMomentum
+from lightning_byzantine.estimators import Estimator, WorkerMomentum, keep
 from lightning_byzantine.exchange import AllGather, AllToAll, Exchange
+from lightning_byzantine.fault_tolerant_ddp import FaultTolerantDDP
 from lightning_byzantine.hook import AggregationHook
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.optim import DoubleMomentum
@@ -57,7 +57,7 @@ _REFUSED = (
 )
 
 
-class ByzantineDDPStrategy(DDPStrategy):
+class ByzantineDDPStrategy(FaultTolerantDDP):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
     Every rank is one worker, or several; see ``workers_per_process``. It sends an estimate of the gradient, receives
@@ -85,7 +85,8 @@ class ByzantineDDPStrategy(DDPStrategy):
         max_skips: how many steps in a row may be skipped before the error is raised.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
             the number of workers has changed.
-        **kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
+        **kwargs: arguments of :class:`~lightning_byzantine.fault_tolerant_ddp.FaultTolerantDDP`, of
+            :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Attributes:
@@ -141,8 +142,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.estimator = WorkerMomentum() if estimator == "auto" else estimator
         if max_worker_grad_norm is not None:
             check_positive("max_worker_grad_norm", max_worker_grad_norm)
-        if exchange not in _EXCHANGES:
-            raise ValueError(f"exchange must be one of {', '.join(_EXCHANGES)}, got {exchange!r}")
+        check_choice("exchange", exchange, _EXCHANGES)
         check_integer_at_least("workers_per_process", workers_per_process, 1)
         self.exchange = exchange
         self.workers_per_process = workers_per_process
@@ -305,7 +305,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         if self.window is not None:
             self.window.restore()
         if self.estimator is not None:
-            workers = [_to_cpu(self.estimator.worker_state(worker)) for worker in range(self.workers_per_process)]
+            workers = [_to_cpu(state) for state in self._worker_states()]
             self.estimator.load_state(workers, _to_cpu(self.estimator.shared_state()))
         for optimizer in self.optimizers:
             if isinstance(optimizer, DoubleMomentum):
@@ -314,6 +314,22 @@ class ByzantineDDPStrategy(DDPStrategy):
         self.hook = None
         self._forward_redirection = _DDPForwardRedirection()
         super().teardown()
+
+    @override
+    def shared_state(self) -> dict[str, Any]:
+        return super().shared_state() | {
+            "estimator": {} if self.estimator is None else self.estimator.shared_state(),
+            "aggregator": self.aggregator.state_dict(),
+            "previous": self._previous,
+        }
+
+    @override
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        super().load_shared_state(state)
+        if self.estimator is not None:
+            self.estimator.load_state(self._worker_states(), state["estimator"])
+        self.aggregator.load_state_dict(state["aggregator"])
+        keep(state["previous"], self._previous)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -353,6 +369,10 @@ class ByzantineDDPStrategy(DDPStrategy):
             self._forward_redirection = PreviousPointRedirection(
                 optimizer, self._max_worker_grad_norm, self._loss_scale, self.window
             )
+
+    def _worker_states(self) -> list[dict[str, Tensor]]:
+        assert self.estimator is not None
+        return [self.estimator.worker_state(worker) for worker in range(self.workers_per_process)]
 
     def _check_shadow(self) -> None:
         if self.shadow and not isinstance(self.estimator, WorkerMomentum | None):
@@ -426,11 +446,6 @@ class ByzantineDDPStrategy(DDPStrategy):
             self.workers_per_process,
             self.root_device,
         )
-
-    def _is_interrupted(self) -> bool:
-        # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer.interrupted
 
 
 def _to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
