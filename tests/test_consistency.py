@@ -41,7 +41,8 @@ class Corrupted(Regression):
 
 
 def flip_a_bit(values: Tensor, rank: int) -> None:
-    values.view(-1)[3].view(torch.int32).bitwise_xor_(1 << rank)
+    # High enough in the mantissa not to be rounded away in the next step, after which nothing would differ.
+    values.view(-1)[3].view(torch.int32).bitwise_xor_(1 << (18 + rank))
 
 
 def fit_corrupted(

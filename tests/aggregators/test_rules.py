@@ -227,7 +227,10 @@ def test_never_writes_to_its_input_and_repeats_itself(name: str, data: tuple[Ten
     assert torch.equal(first, fresh(ALL_RULES[name])(rows.clone(), num_byzantine=f))
 
 
-@pytest.mark.parametrize("name", [name for name in ALL_RULES if all(part not in name for part in ABOUT_ZERO)])
+# Not Bulyan of mixed rows: which values are as far from their median, but for rounding, changes with a move.
+@pytest.mark.parametrize(
+    "name", [name for name in ALL_RULES if all(part not in name for part in (*ABOUT_ZERO, "nnm(bulyan)"))]
+)
 @given(data=matrices(), shift=st.integers(-5, 5), factor=st.sampled_from([-8.0, -1.0, 0.125, 4.0]))
 def test_moves_and_scales_with_its_input(name: str, data: tuple[Tensor, int], shift: int, factor: float) -> None:
     rows, f = data[0], at_most(data[1], name, len(data[0]))
