@@ -115,7 +115,7 @@ def exponent(curve: dict[float, float]) -> float:
 
 def draw_errors(errors: Errors) -> Figure:
     """Draw small deltas on linear axes, where CTMA's errors begin at 0, and all on logarithmic ones."""
-    figure, (near, every) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (near, every) = plt.subplots(1, 2, figsize=(16, 5), layout="constrained")
     for index, (rule, curve) in enumerate(errors.items()):
         style = {"color": f"C{index % len(BASES)}", "linestyle": "-" if rule.startswith("CTMA") else "--"}
         for panel, deltas in (
@@ -129,7 +129,8 @@ def draw_errors(errors: Errors) -> Figure:
         panel.grid(alpha=0.3)
     near.set_ylabel("squared error / honest variance, worst attack")
     every.set(xscale="log", yscale="log")
-    every.legend(title=f"exponents: 0 < delta <= {_FITTED:g}", fontsize=9)
+    lines, labels = every.get_legend_handles_labels()
+    figure.legend(lines, labels, title=f"exponents: 0 < delta <= {_FITTED:g}", loc="outside right center")
     return figure
 
 
