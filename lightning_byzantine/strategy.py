@@ -244,7 +244,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
             num_local_workers=self.workers_per_process,
-            previous=self._previous if self.aggregator.uses_previous else None,
+            previous=self._previous if self.aggregator.uses_previous and not self.shadow else None,
             tolerates=self._tolerates,
         )
         self.hook.register(self.model)
@@ -425,6 +425,8 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
                 f"The checkpoint has workers {quarantined} of {state['num_workers']} in quarantine. With"
                 f" {self.num_workers} workers the indices mean others, so the quarantine is empty now."
             )
+        elif quarantined and self.shadow:
+            rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, where shadow mode has nobody.")
         elif quarantined:
             self.quarantine(quarantined)
 
