@@ -15,8 +15,8 @@ class Shadow:
     """Applies a rule to the momentum of the gradients that workers sent, for its report alone.
 
     Workers send raw gradients, so that their mean is that of stock DDP to the bit, and every rank keeps the momentum of
-    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. A rule that starts from what it
-    returned last starts from what it would have returned. All this begins afresh when a run is resumed, and when DDP
+    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. A rule that starts from what
+    it returned last starts from what it would have returned. All this begins afresh when a run is resumed, and when DDP
     rebuilds its buckets after the first step.
 
     Args:
