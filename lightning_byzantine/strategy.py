@@ -161,6 +161,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         self._max_worker_grad_norm = max_worker_grad_norm
 
     @property
+    @override
     def num_workers(self) -> int:
         """Number of workers, m: all processes' together."""
         return self.world_size * self.workers_per_process
