@@ -15,7 +15,7 @@ class ByzantineBreakdownError(RuntimeError):
     """More workers are provably bad than ``num_byzantine`` allows, so no rule can vouch for a result.
 
     Args:
-        workers: indices of the workers whose rows are non-finite or too large to measure (a worker is a rank).
+        workers: indices of the workers whose rows are non-finite or too large to measure.
         num_workers: number of workers, m.
         num_byzantine: the bound f that they exceed.
 
@@ -24,7 +24,7 @@ class ByzantineBreakdownError(RuntimeError):
         Traceback (most recent call last):
         ...
         lightning_byzantine.errors.ByzantineBreakdownError: 2 of 5 workers sent a non-finite or overflowing vector \
-(ranks 0, 2), but num_byzantine=1
+(workers 0, 2), but num_byzantine=1
 
     """
 
@@ -34,7 +34,7 @@ class ByzantineBreakdownError(RuntimeError):
         self.num_byzantine = num_byzantine
         super().__init__(
             f"{len(self.workers)} of {num_workers} workers sent a non-finite or overflowing vector"
-            f" (ranks {', '.join(map(str, self.workers))}), but num_byzantine={num_byzantine}"
+            f" (workers {', '.join(map(str, self.workers))}), but num_byzantine={num_byzantine}"
         )
 
     def __reduce__(self) -> tuple[type, tuple[list[int], int, int]]:
@@ -54,14 +54,13 @@ class ReferenceLostError(ByzantineBreakdownError):
         >>> raise ReferenceLostError(workers=[2], num_workers=4, num_byzantine=1)
         Traceback (most recent call last):
         ...
-        lightning_byzantine.errors.ReferenceLostError: the trusted worker (rank 2) sent a non-finite or overflowing \
-vector
+        lightning_byzantine.errors.ReferenceLostError: the trusted worker 2 sent a non-finite or overflowing vector
 
     """
 
     def __init__(self, workers: Sequence[int], num_workers: int, num_byzantine: int) -> None:
         super().__init__(workers, num_workers, num_byzantine)
-        self.args = (f"the trusted worker (rank {self.workers[0]}) sent a non-finite or overflowing vector",)
+        self.args = (f"the trusted worker {self.workers[0]} sent a non-finite or overflowing vector",)
 
 
 class ByzantineSuspectError(RuntimeError):

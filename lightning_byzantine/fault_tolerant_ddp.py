@@ -46,8 +46,8 @@ class FaultTolerantDDP(DDPStrategy):
         check_consistency_every_n_steps: compare parameters and optimizer state of all ranks after every so many
             optimizer steps; 0 for never.
         on_inconsistency: what to do when ranks differ: "raise", or "restore" the state that most of them hold.
-        on_worker_error: what to do when a rank raises in its ``training_step``: "raise", or "exclude" its gradient from
-            that step and go on.
+        on_worker_error: what to do when a rank raises in its ``training_step``: "raise", or "exclude" the gradient of
+            the worker whose batch it was from that step and go on.
         **kwargs: arguments of DDPStrategy.
 
     """
@@ -74,6 +74,11 @@ class FaultTolerantDDP(DDPStrategy):
         self._buffers: RobustBuffers | None = None
         self._consistency: ConsistencyCheck | None = None
         self._heartbeat: Heartbeat | None = None
+
+    @property
+    @abstractmethod
+    def num_workers(self) -> int:
+        """Number of workers, m."""
 
     @property
     @abstractmethod
@@ -117,12 +122,12 @@ class FaultTolerantDDP(DDPStrategy):
         if not alone:
             self._heartbeat = self._start_heartbeat()
         super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING or alone:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         assert self.lightning_module is not None
-        if self._on_worker_error == "exclude":
+        if self._on_worker_error == "exclude" and self.num_workers > 1:
             self.worker_errors = WorkerErrors(self.lightning_module)
-        if self._check_every_n_steps:
+        if self._check_every_n_steps and not alone:
             self._consistency = ConsistencyCheck(
                 self._check_every_n_steps,
                 self._on_inconsistency,

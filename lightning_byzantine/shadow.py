@@ -15,8 +15,9 @@ class Shadow:
     """Applies a rule to the momentum of the gradients that workers sent, for its report alone.
 
     Workers send raw gradients, so that their mean is that of stock DDP to the bit, and every rank keeps the momentum of
-    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. It starts afresh when a run is
-    resumed, and when DDP rebuilds its buckets after the first step.
+    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. A rule that starts from what
+    it returned last starts from what it would have returned. All this begins afresh when a run is resumed, and when DDP
+    rebuilds its buckets after the first step.
 
     Args:
         aggregator: the rule.
@@ -35,8 +36,10 @@ class Shadow:
         self._aggregator = aggregator
         self._beta = beta
         self._layout: tuple[Names, ...] | None = None
+        self._shapes: list[torch.Size] = []
         self._momentum: list[Tensor] = []
         self._next: list[Tensor] = []
+        self._previous: list[Tensor] | None = None
 
     def report(self, matrix: WorkerMatrix, num_byzantine: int, scale: float | None = None) -> Report:
         """Return what the rule finds out about the workers.
@@ -47,9 +50,16 @@ class Shadow:
             scale: what these were multiplied by; None for nothing.
 
         """
-        sent = matrix if self._beta == 0 else self._move(matrix, scale)
+        self._restart_if_new(matrix)
+        # Momentum is of gradients without the scale.
+        unit = scale if scale is not None and self._beta == 0 else 1.0
+        sent = matrix.with_blocks(matrix.blocks if self._beta == 0 else self._moved(matrix, scale))
+        sent.previous = None if self._previous is None else [unit * part for part in self._previous]
         try:
-            report = self._aggregator.decide(sent, num_byzantine).report()
+            decision = self._aggregator.decide(sent, num_byzantine)
+            report = decision.report()
+            if self._aggregator.uses_previous:
+                self._previous = [part / unit for part in decision.values()]
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
         if self._beta > 0:
@@ -60,17 +70,21 @@ class Shadow:
             self._momentum, self._next = self._next, self._momentum
         return report
 
-    def _move(self, matrix: WorkerMatrix, scale: float | None) -> WorkerMatrix:
+    def _restart_if_new(self, matrix: WorkerMatrix) -> None:
         shapes = [block.shape for block in matrix.blocks]
-        if matrix.layout != self._layout or [block.shape for block in self._momentum] != shapes:
-            self._layout = matrix.layout
+        if matrix.layout == self._layout and shapes == self._shapes:
+            return
+        self._layout, self._shapes, self._previous = matrix.layout, shapes, None
+        if self._beta > 0:
             self._momentum = [_momentum_like(block) for block in matrix.blocks]
             self._next = [torch.empty_like(block) for block in self._momentum]
+
+    def _moved(self, matrix: WorkerMatrix, scale: float | None) -> list[Tensor]:
         for before, after, block in zip(self._momentum, self._next, matrix.blocks, strict=True):
             # v_t = beta v_{t-1} + (1 - beta) g_t / scale
             torch.mul(before, self._beta, out=after)
             after.add_(block, alpha=(1 - self._beta) / (1.0 if scale is None else scale))
-        return matrix.with_blocks(self._next)
+        return self._next
 
 
 def _momentum_like(block: Tensor) -> Tensor:

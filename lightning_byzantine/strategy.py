@@ -80,7 +80,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         shadow: train by the plain mean, as stock DDP does, and apply the rule for its reports only; see
             :class:`~lightning_byzantine.callbacks.ByzantineMonitor`, which shows them.
         on_breakdown: what to do when more workers send non-finite vectors than ``num_byzantine``: "raise" an error that
-            names the ranks, "skip" the optimizer's step, or "propagate" the plain mean, as stock DDP does. Under a
+            names them, "skip" the optimizer's step, or "propagate" the plain mean, as stock DDP does. Under a
             gradient scaler, such a step is the scaler's business.
         max_skips: how many steps in a row may be skipped before the error is raised.
         restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
@@ -161,6 +161,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         self._max_worker_grad_norm = max_worker_grad_norm
 
     @property
+    @override
     def num_workers(self) -> int:
         """Number of workers, m: all processes' together."""
         return self.world_size * self.workers_per_process
@@ -244,7 +245,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
             num_local_workers=self.workers_per_process,
-            previous=self._previous if self.aggregator.uses_previous else None,
+            previous=self._previous if self.aggregator.uses_previous and not self.shadow else None,
             tolerates=self._tolerates,
         )
         self.hook.register(self.model)
@@ -388,11 +389,11 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         try:
             decision = self.aggregator.decide(trusted, num_byzantine)
         except ByzantineBreakdownError as error:
-            dropped = workers[error.workers].tolist()
+            dropped = error.workers
             self._tell(lambda: Report.of_breakdown(dropped, matrix.num_workers))
             if self.breakdown.policy == "propagate" and self._loss_scale() is None:
                 return trusted.materialize(trusted.mean())
-            raise type(error)(dropped, trusted.num_workers, num_byzantine) from None
+            raise
         self.breakdown.succeeded()
         self._tell(lambda: decision.report().among(workers, matrix.num_workers, measurable=True))
         return decision.values()
@@ -425,6 +426,8 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
                 f"The checkpoint has workers {quarantined} of {state['num_workers']} in quarantine. With"
                 f" {self.num_workers} workers the indices mean others, so the quarantine is empty now."
             )
+        elif quarantined and self.shadow:
+            rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, where shadow mode has nobody.")
         elif quarantined:
             self.quarantine(quarantined)
 

@@ -100,7 +100,8 @@ class Suspicion(nn.Module):
             oddity = _oddity(norms, self._norms, memory, vanished)
         else:
             oddity = _oddity(distances, self._distances, memory, vanished)
-        self._norms = torch.where(norms.isnan(), self._norms, norms)
+        # What could not be measured, though its norm may be a number, has not entered the worker's momentum.
+        self._norms = torch.where(norms.isnan() | ~report.measurable, self._norms, norms)
         self._distances = torch.where(distances.isnan(), self._distances, distances)
         center = _median(oddity)
         spread = _median((oddity - center).abs()) / _MAD

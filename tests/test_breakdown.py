@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from training import Regression, fit
 
 from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
+from lightning_byzantine.aggregators import Aggregator, MoNNA
+from lightning_byzantine.attacks import NonFinite
+from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.optim import DoubleMomentumEstimator
 
 
@@ -232,6 +235,23 @@ def test_no_sequence_parts_the_ranks(
             assert quarantined == set(quarantine.values())
             # Breakdowns are skipped, so that not even they leave anything behind.
             assert history.isfinite().all()
+
+
+def error_of(bad: list[int], rule: Aggregator | None = None) -> tuple[list[int], str]:
+    strategy = ByzantineDDPStrategy(rule, workers_per_process=5, estimator=None)
+    simulation = ByzantineSimulation(NonFinite(), bad)
+    with pytest.raises(ByzantineBreakdownError) as caught:
+        fit(strategy, Quarantining([0]), callbacks=[simulation])
+    return caught.value.workers, str(caught.value)
+
+
+def test_errors_name_workers_as_before_the_quarantine(one_rank: RankPool) -> None:
+    ((workers, message),) = one_rank.run(error_of, [3, 4])
+    assert workers == [3, 4]
+    assert message == "2 of 4 workers sent a non-finite or overflowing vector (workers 3, 4), but num_byzantine=1"
+    ((workers, message),) = one_rank.run(error_of, [3], MoNNA(reference=3))
+    assert workers == [3]
+    assert message.startswith("the trusted worker 3 sent")
 
 
 def quarantine_errors() -> list[str]:

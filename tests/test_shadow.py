@@ -1,5 +1,8 @@
+import warnings
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -7,10 +10,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from rank_pool import RankPool
 from test_strategy import fit_combination, fit_scaled
 from torch import Tensor
-from training import Regression, fit
+from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
-from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
+from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CenteredClipping, CoordinateWiseMedian
 from lightning_byzantine.attacks import NonFinite, SignFlip
 from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.estimators import WorkerMomentum
@@ -68,6 +71,57 @@ def test_sees_momentum_of_what_could_be_measured() -> None:
         assert torch.equal(report.trimmed, expected.trimmed)
         finite = sent.isfinite().all(1)
         momentum[finite] = sent[finite]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_a_rule_starts_from_what_it_would_have_returned(beta: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shadow, rule = Shadow(CTMA(CenteredClipping(tau=2.0)), beta), CTMA(CenteredClipping(tau=2.0))
+    momentum = torch.zeros(5, 30)
+    for scale in (8.0, 8.0, 4.0, 4.0):
+        gradients = 3 + torch.randn(5, 30, generator=generator)
+        momentum = beta * momentum + (1 - beta) * gradients
+        matrix = WorkerMatrix([scale * gradients[:, :10], scale * gradients[:, 10:]])
+        # Raw gradients are in units of the loss scale, and so is tau.
+        rows, unit = (momentum, 1.0) if beta > 0 else (gradients, scale)
+        expected = rule.decide(with_previous(rule, rows, unit), 2)
+        report = shadow.report(matrix, 2, scale)
+        torch.testing.assert_close(report.distances, expected.report().distances, rtol=1e-4, atol=1e-6)
+        rule.last_aggregate.keep(torch.cat(expected.values()) / unit)
+
+
+def with_previous(rule: Aggregator, rows: Tensor, scale: float = 1.0) -> WorkerMatrix:
+    matrix = WorkerMatrix([scale * rows])
+    previous = rule.last_aggregate.blocks_for(rows)
+    matrix.previous = None if previous is None else [scale * part for part in previous]
+    return matrix
+
+
+def resume_with_quarantine(folder: Path) -> list[str]:
+    path = folder / "last.ckpt"
+    strategy = ByzantineDDPStrategy()
+    robust = trainer(strategy, callbacks=[Quarantining(2)])
+    robust.fit(Regression(), loader())
+    robust.save_checkpoint(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shadow = trainer(ByzantineDDPStrategy(shadow=True), max_epochs=2)
+        shadow.fit(Regression(), loader(), ckpt_path=path)
+    assert shadow.global_step == 2 * robust.global_step
+    return [str(warning.message) for warning in caught if "quarantine" in str(warning.message)]
+
+
+class Quarantining(pl.Callback):
+    def __init__(self, worker: int) -> None:
+        self.worker = worker
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.strategy.quarantine([self.worker])
+
+
+def test_resumes_a_run_that_had_a_quarantine(three_ranks: RankPool, tmp_path: Path) -> None:
+    first, *_ = three_ranks.run(resume_with_quarantine, tmp_path)
+    assert first == ["The checkpoint has workers [2] in quarantine, where shadow mode has nobody."]
 
 
 def fit_with_nan() -> tuple[Tensor, list[list[bool]]]:

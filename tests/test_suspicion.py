@@ -72,6 +72,18 @@ def test_order_and_scale_of_workers_do_not_matter(order: list[int], scale: float
     assert [[order[worker] for worker in step] for step in moved] == plain
 
 
+@pytest.mark.parametrize("norm", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("memory", [0.0, BETA])
+def test_good_steps_in_between_do_not_clear_one_that_is_not_finite(norm: float, memory: float) -> None:
+    suspicion, unknown = Suspicion(8), torch.full((8,), torch.nan, dtype=torch.float64)
+    for step in range(60):
+        measurable, norms = torch.ones(8, dtype=torch.bool), torch.ones(8, dtype=torch.float64)
+        if step % 2 == 0:
+            measurable[3], norms[3] = False, norm
+        suspicion.update(Report(measurable, norms, unknown, unknown, from_aggregate=False), memory)
+    assert suspicion.suspected.nonzero().flatten().tolist() == [3]
+
+
 def test_identical_rows_are_nobodys_fault() -> None:
     ones = torch.ones(8, dtype=torch.float64)
     for norms, distances in ((ones, 0 * ones), (0 * ones, 0 * ones), (ones, ones)):

@@ -103,6 +103,18 @@ def test_one_rank_alone_raises(one_rank: RankPool, arguments: dict[str, Any]) ->
     assert one_rank.run(error_without_anybody_else, **arguments) == ["no row 3 in my shard"]
 
 
+@pytest.mark.parametrize("estimator", ["auto", DoubleMomentumEstimator()], ids=str)
+def test_a_worker_of_several_in_one_process_is_excluded(one_rank: RankPool, estimator: Any) -> None:
+    # Of five workers, the second and the fifth fail, in the last step too, with which DDP's own buckets arrive.
+    arguments = {"workers_per_process": 5, "estimator": estimator}
+    ((history, said, count),) = one_rank.run(fit_failing, [0], [1, 4, 9], **arguments)
+    ((expected, *_),) = one_rank.run(fit_failing, [0], [1, 4, 9], fault="nan", **arguments)
+    assert history.isfinite().all()
+    assert torch.equal(history, expected)
+    assert count == (3 if estimator == "auto" else 4)  # once more at the previous point
+    assert len(said) == count
+
+
 def keep_a_patch() -> tuple[bool, bool]:
     model = Failing([0], [3])
     patched: Any = model.training_step

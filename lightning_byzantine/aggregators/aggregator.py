@@ -84,7 +84,7 @@ class Aggregator(nn.Module, ABC):
         self.check(num_workers, num_byzantine)
         measurable = self.measurable(matrix, num_byzantine)
         if not measurable.all():
-            dropped = (~measurable).nonzero().flatten().tolist()
+            dropped = matrix.workers[~measurable].tolist()
             if len(dropped) > num_byzantine:
                 raise ByzantineBreakdownError(dropped, num_workers, num_byzantine)
             num_byzantine -= len(dropped)

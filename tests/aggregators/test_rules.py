@@ -316,7 +316,7 @@ def test_more_unmeasurable_rows_than_num_byzantine_is_a_breakdown(name: str) -> 
     rows = workers(7, 20, seed=4)
     rows[[0, 2, 5]] = torch.nan
     f = at_most(2, name, 7)
-    with pytest.raises(ByzantineBreakdownError, match=rf"3 of 7 workers .*ranks 0, 2, 5.*num_byzantine={f}") as caught:
+    with pytest.raises(ByzantineBreakdownError, match=rf"3 of 7 .*workers 0, 2, 5.*num_byzantine={f}") as caught:
         ALL_RULES[name](rows, num_byzantine=f)
     assert caught.value.workers == [0, 2, 5]
 
@@ -593,7 +593,7 @@ def test_monna_without_its_worker() -> None:
     with pytest.raises(ValueError, match="base must not be MoNNA nor contain it"):
         Bucketing(CTMA(MoNNA()))
     rows[3] = torch.nan
-    with pytest.raises(ReferenceLostError, match=r"the trusted worker \(rank 3\) sent a non-finite") as caught:
+    with pytest.raises(ReferenceLostError, match=r"the trusted worker 3 sent a non-finite") as caught:
         CTMA(NNM(MoNNA(reference=3)))(rows, num_byzantine=2)
     assert isinstance(caught.value, ByzantineBreakdownError)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -93,7 +93,7 @@ def test_more_attackers_than_num_byzantine_break_down(three_ranks: RankPool) -> 
 
 
 def fit_until_breakdown() -> None:
-    with pytest.raises(ByzantineBreakdownError, match="ranks 0, 1"):
+    with pytest.raises(ByzantineBreakdownError, match="workers 0, 1"):
         fit_attacked(ByzantineDDPStrategy, NonFinite(), [0, 1])
 
 
