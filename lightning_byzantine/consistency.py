@@ -75,7 +75,10 @@ class ConsistencyCheck:
             raise error
         values = self._receive(leaves(state), source=reports.index(most))
         if dist.get_rank() in minority:
-            self._load(with_leaves(state, iter(values)))
+            restored = with_leaves(state, iter(values))
+            if b"".join(fingerprints(restored)) != most:
+                raise InconsistentRanksError([reports.index(most)], len(reports), self._steps)  # sent something else
+            self._load(restored)
         rank_zero_warn(f"{error}. They were given those of rank {reports.index(most)}.")
 
     def _receive(self, values: list[Tensor], source: int) -> list[Tensor]:

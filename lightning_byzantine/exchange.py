@@ -90,6 +90,8 @@ class AllGather:
         started, self._started = self._started, []
         for *_, works in started:
             _wait(works)
+        for buffers in (self._sent, self._received):
+            buffers.keep(len(started))
         matrix = WorkerMatrix([rows for rows, *_ in started], layout=tuple(names for _, names, _ in started))
         matrix.previous = previous
         return matrix
@@ -155,6 +157,8 @@ class AllToAll:
         for *_, work in started:
             if work is not None:
                 work.wait()
+        for buffers in (self._sent, self._received, self._unsharded):
+            buffers.keep(len(started))
         self._lengths = [length for _, length, *_ in started]
         layout = tuple(names for _, _, names, _ in started)
         matrix = WorkerMatrix([shards for shards, *_ in started], self._sum_over_ranks, self._rank(), layout)
@@ -205,6 +209,10 @@ class _Buffers:
             buffer = like.new_empty(rows, columns)
             self._buffers[index] = buffer
         return buffer
+
+    def keep(self, count: int) -> None:
+        """Forget all blocks but the first: DDP may have made fewer buckets of the same parameters."""
+        self._buffers = {index: buffer for index, buffer in self._buffers.items() if index < count}
 
     def first(self, index: int, length: int) -> Tensor:
         """Return the first elements of that block, flat."""

@@ -305,6 +305,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         # As Lightning does with optimizers: what is kept for a checkpoint after fit need not stay on the device.
         if self.window is not None:
             self.window.restore()
+            self.window = None
         if self.estimator is not None:
             workers = [_to_cpu(state) for state in self._worker_states()]
             self.estimator.load_state(workers, _to_cpu(self.estimator.shared_state()))

@@ -184,10 +184,14 @@ class ByzantineMonitor(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if "_suspicion" not in vars(self):
+            return {}  # saved without a fit
         return {"suspicion": self._suspicion.state_dict(), "evidence": self._evidence.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
         try:
             self._suspicion.load_state_dict(state_dict["suspicion"])
             self._evidence.load_state_dict(state_dict["evidence"])
