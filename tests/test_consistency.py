@@ -42,7 +42,7 @@ class Corrupted(Regression):
 
 def flip_a_bit(values: Tensor, rank: int) -> None:
     # High enough in the mantissa not to be rounded away in the next step, after which nothing would differ.
-    values.view(-1)[3].view(torch.int32).bitwise_xor_(1 << (18 + rank))
+    values.view(-1)[3].view(torch.int32).bitwise_xor_(1 << (6 + rank))
 
 
 def fit_corrupted(
