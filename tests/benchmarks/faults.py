@@ -10,6 +10,8 @@ first step on (``NaN once``, ``SIGKILL`` and ``SIGSTOP``: in step 20 only).
   every survivor's ``WorkerLostError`` names it
 - ``others named``: false alarms
 
+for each faulty rank and, within these, for each seed.
+
 Then come the runs that are more than 3 points worse than clean, persistent faults that were named late or never, and
 false alarms.
 
@@ -251,24 +253,25 @@ def one_run(pool: rank_pool.RankPool, run: Run, options: dict[str, Any]) -> Run:
 
 
 def table(runs: list[Run]) -> None:
-    print("\n| strategy | fault | rank | accuracy | against clean | named after | others named |")
-    print("|---|---|---|---|---|---|---|")
-    for key in dict.fromkeys((run.strategy, run.fault, run.rank) for run in runs):
-        same = [run for run in runs if (run.strategy, run.fault, run.rank) == key]
-        columns = {
-            "accuracy": [f"{run.accuracy:.3f}" for run in same],
-            "against clean": [f"{100 * (run.accuracy - run.clean):+.1f}" for run in same],
-            "named": [("all survivors" if run.fault in LOST else str(run.named_after)) if run.named_after is not None
-                      else "never" for run in same],
-            "others": [" ".join(map(str, run.others)) or "none" for run in same],
-        }  # fmt: skip
-        if key[1] == "clean":
-            columns["against clean"] = columns["named"] = [""]
-        print("| " + " | ".join([key[0], key[1], str(key[2]) if key[1] != "clean" else "",
-                                 *(", ".join(column) for column in columns.values())]) + " |")  # fmt: skip
+    print("| strategy | fault | accuracy | against clean | named after | others named |\n|---|---|---|---|---|---|")
+    for strategy, fault in dict.fromkeys((run.strategy, run.fault) for run in runs):
+        same = [run for run in runs if (run.strategy, run.fault) == (strategy, fault)]
+        columns = [
+            [f"{run.accuracy:.3f}" for run in same],
+            ["" if fault == "clean" else f"{100 * (run.accuracy - run.clean):+.1f}" for run in same],
+            ["" if fault == "clean" else _named(run) for run in same],
+            [" ".join(map(str, run.others)) or "none" for run in same],
+        ]
+        print("|", " | ".join([strategy, fault, *(", ".join(column) for column in columns)]), "|")
     for run in runs:
         for missed in run.misses():
-            print(f"MISSED: {run.strategy}, {run.fault}, rank {run.rank}, seed {run.seed}: {missed}")
+            print(f"\nMissed by {run.strategy}, {run.fault}, rank {run.rank}, seed {run.seed}: {missed}", end="")
+
+
+def _named(run: Run) -> str:
+    if run.named_after is None:
+        return "never"
+    return "by all" if run.fault in LOST else str(run.named_after)
 
 
 def false_alarms(arguments: argparse.Namespace) -> None:
