@@ -75,7 +75,8 @@ def reports(seed: int, steps: int, fault: str | None, beta: float) -> Iterator[R
         if fault in FAULTS:
             rows[BAD] = FAULTS[fault](past[-1], past)
         decision = rule.decide(WorkerMatrix([rows]), NUM_BYZANTINE)
-        gradient = estimators[0].gradient("all", decision.values()[0])
+        gradient = torch.empty_like(sent[BAD])
+        estimators[0].gradient("all", decision.values()[0], gradient)
         for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
         optimizer.step()

@@ -1,0 +1,337 @@
+"""What each fault of one worker costs, and how soon it is named: ``python tests/benchmarks/faults.py``.
+
+Five gloo processes train the example's network on its digits, and one of them, rank 0 or another, is faulty from the
+first step on (``NaN once``, ``SIGKILL`` and ``SIGSTOP``: in step 20 only).
+
+- ``accuracy``: on the test images, as ``self.log(sync_dist=True)`` with ``robust_metrics=True`` has it in the end; of
+  killed and stopped ranks, that of the run resumed from the last checkpoint
+- ``against clean``: the difference to the clean run of the same seed, in points
+- ``named after``: steps until ``ByzantineMonitor`` suspects the faulty worker; of killed and stopped ranks, whether
+  every survivor's ``WorkerLostError`` names it
+- ``others named``: false alarms
+
+for each faulty rank and, within these, for each seed.
+
+Then come the runs that are more than 3 points worse than clean, persistent faults that were named late or never, and
+false alarms.
+
+``--clean-steps`` trains eight workers without any fault, in one process, and prints who was suspected all the same.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)] + [str(Path(__file__).parents[2] / "examples")]
+
+import lightning.pytorch as pl
+import rank_pool
+import torch
+from digits import DigitClassifier, DigitData
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
+from partitions import IID
+from torch import Tensor
+
+import lightning_byzantine  # noqa: F401  # registers the strategies
+from lightning_byzantine.attacks import (
+    Attack,
+    BitFlip,
+    LabelFlip,
+    NonFinite,
+    Scale,
+    SignFlip,
+    StaleGradient,
+    VectorAttack,
+    Zero,
+)
+from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
+from lightning_byzantine.errors import WorkerLostError
+from lightning_byzantine.matrix import WorkerMatrix
+
+NUM_RANKS, FAULTY_STEP, MARGIN = 5, 20, 0.03
+LOST = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
+
+
+class NanOnce(NonFinite):
+    """NaN in one step, the truth in all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = -1
+
+    def tamper(self, matrix: WorkerMatrix, byzantine: Any) -> WorkerMatrix:
+        self.step += 1
+        return super().tamper(matrix, byzantine) if self.step == FAULTY_STEP else matrix
+
+
+class Infinite(VectorAttack):
+    """Infinity in every coordinate."""
+
+    def forge(self, honest: Tensor, own: Tensor) -> Tensor:
+        return torch.full_like(own, torch.inf)
+
+
+ATTACKS: dict[str, type[Attack] | Any] = {
+    "NaN once": NanOnce,
+    "NaN always": NonFinite,
+    "Inf": Infinite,
+    "exponent bit flip, 1% of steps": lambda: BitFlip(bit=30, probability=0.01),
+    "mantissa bit flip": lambda: BitFlip(bit=22),
+    "zero gradient": Zero,
+    "x10": lambda: Scale(10.0),
+    "sign flip": SignFlip,
+    "stale by 10 steps": lambda: StaleGradient(10),
+    "labels flipped": lambda: LabelFlip(10),
+}
+FAULTS = ["clean", *ATTACKS, "poisoned BatchNorm buffers", "NaN in the metric", "exception", *LOST]
+# Within how many steps a fault has to be named, if it persists.
+WITHIN = {name: 300 if name in ("stale by 10 steps", "labels flipped") else 30 for name in FAULTS}
+for passing in ("clean", "NaN once", "exponent bit flip, 1% of steps", *LOST):
+    del WITHIN[passing]
+
+
+@dataclass
+class Run:
+    strategy: str
+    fault: str
+    rank: int
+    seed: int
+    accuracy: float = float("nan")
+    clean: float = float("nan")
+    named_after: int | None = None
+    others: tuple[int, ...] = ()
+    seconds: float = float("nan")
+
+    def misses(self) -> list[str]:
+        missed = [] if self.accuracy >= self.clean - MARGIN else [f"accuracy {self.accuracy:.3f}"]
+        within = WITHIN.get(self.fault)
+        if within is not None and (self.named_after is None or self.named_after > within):
+            missed.append(f"not named within {within} steps")
+        if self.fault in LOST and self.named_after is None:
+            missed.append("not named by all survivors")
+        return [*missed, f"false alarm {self.others}"] if self.others else missed
+
+
+class FaultyClassifier(DigitClassifier):
+    """Has the faults that are in a worker's own process."""
+
+    def __init__(self, run: Run, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.faulty = run
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        fault = self.faulty.fault if self.global_rank == self.faulty.rank else "clean"
+        if fault == "exception":
+            raise IndexError("a broken shard")
+        if fault in LOST and self.global_step == FAULTY_STEP:
+            os.kill(os.getpid(), LOST[fault])
+        loss = super().training_step(batch, batch_idx)
+        if fault == "poisoned BatchNorm buffers":
+            for buffer in self.network.buffers():
+                buffer.data.fill_(torch.nan if buffer.is_floating_point() else 1000)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        accuracy = (self(batch[0]).argmax(1) == batch[1]).float().mean()
+        if self.faulty.fault == "NaN in the metric" and self.global_rank == self.faulty.rank:
+            accuracy *= torch.nan
+        self.log("accuracy", accuracy, sync_dist=True)
+
+
+class Watch(pl.Callback):
+    """Keeps after which step each worker was first suspected."""
+
+    def __init__(self, monitor: ByzantineMonitor) -> None:
+        self.monitor = monitor
+        self.first: dict[int, int] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        for worker in self.monitor.suspects:
+            self.first.setdefault(worker, trainer.global_step)
+
+
+def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False, **arguments: Any) -> Run:
+    """Train as one rank of all; return the run with its results."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    pl.seed_everything(run.seed, verbose=False)
+    entry, began = StrategyRegistry[run.strategy], time.monotonic()
+    if options["ranks"] > 1:
+        arguments |= {"on_worker_error": "exclude"}
+    watch = Watch(ByzantineMonitor(every_n_steps=10**9))
+    callbacks: list[pl.Callback] = [watch.monitor, watch]
+    if run.fault in ATTACKS:
+        callbacks.append(ByzantineSimulation(ATTACKS[run.fault](), [run.rank]))
+    if run.fault in LOST:
+        callbacks.append(ModelCheckpoint(folder, save_last=True, every_n_train_steps=10))
+    trainer = pl.Trainer(
+        strategy=entry["strategy"](**entry["init_params"], robust_metrics=True, **arguments),
+        accelerator="cpu",
+        devices=options["ranks"],
+        max_steps=options["steps"],
+        max_epochs=-1,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=run.fault in LOST,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    # What double momentum asks for, as in examples/configs.
+    rates = {"lr": 0.1, "momentum": 0.0} if "double" in run.strategy else {}
+    model = FaultyClassifier(Run(run.strategy, "clean", -1, run.seed) if resume else run, **rates)
+    data = DigitData(batch_size=options["batch_size"], partition=IID())
+    trainer.fit(model, data, ckpt_path="last" if resume else None)
+    trainer.limit_val_batches = 1.0
+    data.val_dataloader = data.test_dataloader  # type: ignore[method-assign]
+    run.accuracy = trainer.validate(model, data, verbose=False)[0]["accuracy"]
+    run.named_after = watch.first.pop(run.rank, None)
+    run.others, run.seconds = tuple(sorted(watch.first)), time.monotonic() - began
+    return run
+
+
+def train_until_lost(run: Run, options: dict[str, Any], folder: Path, rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(NUM_RANKS)}
+    os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    try:
+        train(run, options, folder, timeout=timedelta(seconds=20))
+    except WorkerLostError as error:
+        (folder / f"{rank}.json").write_text(json.dumps(error.ranks))
+
+
+def lose(run: Run, options: dict[str, Any], folder: Path) -> None:
+    """Have one process die or stop; note whether all others name it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Each on its own, as a cluster would start them, so that no launcher ends the others.
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=train_until_lost, args=(run, options, folder, rank, port)) for rank in range(NUM_RANKS)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 120
+    for rank, process in enumerate(processes):
+        if rank != run.rank:
+            process.join(max(0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    said = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    if said == [[run.rank]] * (NUM_RANKS - 1):
+        run.named_after = 0
+
+
+def one_run(pool: rank_pool.RankPool, run: Run, options: dict[str, Any]) -> Run:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if run.fault in LOST:
+            lose(run, options, folder)
+        result = pool.run(train, run, options, folder, resume=run.fault in LOST)[(run.rank + 1) % options["ranks"]]
+    if run.fault in LOST:
+        result.named_after = run.named_after
+    return result
+
+
+def table(runs: list[Run]) -> None:
+    print("| strategy | fault | accuracy | against clean | named after | others named |\n|---|---|---|---|---|---|")
+    for strategy, fault in dict.fromkeys((run.strategy, run.fault) for run in runs):
+        same = [run for run in runs if (run.strategy, run.fault) == (strategy, fault)]
+        columns = [
+            [f"{run.accuracy:.3f}" for run in same],
+            ["" if fault == "clean" else f"{100 * (run.accuracy - run.clean):+.1f}" for run in same],
+            ["" if fault == "clean" else _named(run) for run in same],
+            [" ".join(map(str, run.others)) or "none" for run in same],
+        ]
+        print("|", " | ".join([strategy, fault, *(", ".join(column) for column in columns)]), "|")
+    for run in runs:
+        for missed in run.misses():
+            print(f"\nMissed by {run.strategy}, {run.fault}, rank {run.rank}, seed {run.seed}: {missed}", end="")
+
+
+def _named(run: Run) -> str:
+    if run.named_after is None:
+        return "never"
+    return "by all" if run.fault in LOST else str(run.named_after)
+
+
+def false_alarms(arguments: argparse.Namespace) -> None:
+    pool = rank_pool.RankPool(1)
+    options = {"ranks": 1, "steps": arguments.clean_steps, "batch_size": arguments.batch_size}
+    print("| strategy | seed | suspected without a fault |\n|---|---|---|", flush=True)
+    for strategy in arguments.strategies:
+        for seed in arguments.seeds:
+            with tempfile.TemporaryDirectory() as name:
+                run = Run(strategy, "clean", -1, seed)
+                result = pool.run(train, run, options, Path(name), workers_per_process=8)[0]
+            print(f"| {strategy} | {seed} | {' '.join(map(str, result.others)) or 'nobody'} |", flush=True)
+    pool.close()
+
+
+def main() -> None:
+    """Run what was asked for, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--strategies", nargs="+", default=["byzantine_ddp"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[0, 3], help="which one is faulty")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--clean-steps", type=int, help="only this: eight workers without a fault for so many steps")
+    arguments = parser.parse_args()
+    rank_pool.TIMEOUT = 1800.0
+    if arguments.clean_steps:
+        false_alarms(arguments)
+        return
+    pool, options = rank_pool.RankPool(NUM_RANKS), {"ranks": NUM_RANKS, "steps": arguments.steps}
+    options["batch_size"] = arguments.batch_size
+    runs: list[Run] = []
+    for strategy in arguments.strategies:
+        clean: dict[int, float] = {}
+        for fault in ["clean", *(fault for fault in arguments.faults if fault != "clean")]:
+            for rank in arguments.ranks if fault != "clean" else [-1]:
+                for seed in arguments.seeds:
+                    run = Run(strategy, fault, rank, seed)
+                    try:
+                        run = one_run(pool, run, options)
+                    except AssertionError as error:  # its accuracy stays NaN
+                        print(error, file=sys.stderr)
+                    clean.setdefault(seed, run.accuracy)
+                    run.clean = clean[seed]
+                    runs.append(run)
+                    print(run, file=sys.stderr, flush=True)
+                    if arguments.csv is not None:
+                        write(arguments.csv, runs)
+    pool.close()
+    table(runs)
+
+
+def write(path: Path, runs: list[Run]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(runs[0])))
+        writer.writeheader()
+        writer.writerows(asdict(run) for run in runs)
+
+
+if __name__ == "__main__":
+    main()
