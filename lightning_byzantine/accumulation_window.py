@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 __all__ = ["AccumulationWindow"]
 
@@ -14,8 +15,8 @@ class AccumulationWindow:
         num_local_workers: how many workers this process acts as, k.
 
     Raises:
-        MisconfigurationException: if ``accumulate_grad_batches`` is neither 1 nor a multiple of k, or if the module
-            optimizes manually, where Lightning knows no windows.
+        MisconfigurationException: if ``accumulate_grad_batches`` is neither 1 nor a multiple of k, or a callback is to
+            change it, or if the module optimizes manually, where Lightning knows no windows.
 
     """
 
@@ -29,6 +30,11 @@ class AccumulationWindow:
             raise MisconfigurationException(
                 f"workers_per_process={num_local_workers} needs automatic optimization, in which a batch belongs to one"
                 " worker, got automatic_optimization=False. Start one process for each worker."
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"workers_per_process={num_local_workers} has windows of the same size in all epochs, got a"
+                " GradientAccumulationScheduler. Leave it out."
             )
         if self._given == 1:
             trainer.accumulate_grad_batches = num_local_workers

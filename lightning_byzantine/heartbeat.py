@@ -111,7 +111,7 @@ class Heartbeat:
             # Who comes first may be gone when others look around, though it is not the one who was missing.
             if self._store.check(["lost"]):
                 ranks, _, reason = self._store.get("lost").decode().partition(":")
-                return WorkerLostError([int(rank) for rank in ranks.split(",")], reason)
+                return WorkerLostError([int(rank) for rank in ranks.split(",") if rank.isdecimal()], reason)
             after = self._read("beats")
             silent = [rank for rank in range(self._num_ranks) if rank != self._rank and before[rank] == after[rank]]
             behind = [rank for rank, reached in enumerate(self._read("reached")) if reached < self._collectives]

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -302,7 +302,8 @@ class Manual(Regression):
 
 def refusals() -> list[str]:
     messages = []
-    for model, options in ((Regression(), {"accumulate_grad_batches": 4}), (Manual(), {})):
+    scheduled = {"callbacks": [GradientAccumulationScheduler({1: 6})]}
+    for model, options in ((Regression(), {"accumulate_grad_batches": 4}), (Manual(), {}), (Regression(), scheduled)):
         fitter = trainer(ByzantineDDPStrategy(workers_per_process=3), **options)
         with pytest.raises(MisconfigurationException) as raised:
             fitter.fit(model, DataLoader(batches_in_order(3, 4), batch_size=None))
@@ -311,10 +312,11 @@ def refusals() -> list[str]:
 
 
 def test_windows_that_do_not_fit_are_refused(one_rank: RankPool) -> None:
-    ((four, manual),) = one_rank.run(refusals)
+    ((four, manual, scheduled),) = one_rank.run(refusals)
     expected = "accumulate_grad_batches must be a multiple of workers_per_process, got accumulate_grad_batches=4"
     assert expected in four
     assert "workers_per_process=3 needs automatic optimization" in manual
+    assert "got a GradientAccumulationScheduler" in scheduled
 
 
 def test_arguments_are_checked() -> None:

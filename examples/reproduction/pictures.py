@@ -28,7 +28,8 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
         of_setting = [
             result for result in results if (result["num_workers"], result["num_byzantine"]) == (workers, byzantine)
         ]
-        title = f"{byzantine} of {workers} workers Byzantine, mean over {len(_values(results, 'seed'))} seeds"
+        seeds = ", ".join(str(seed) for (seed,) in _values(results, "seed"))
+        title = f"{byzantine} of {workers} workers Byzantine, seeds {seeds}"
         for name, picture in (("curves", curves), ("heatmap", heat_map)):
             figure = picture(of_setting)
             figure.suptitle(title, fontsize=13)
