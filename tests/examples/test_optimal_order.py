@@ -12,15 +12,22 @@ def errors() -> dict[str, dict[float, float]]:
     return worst_errors(num_workers=40, num_dimensions=8, num_draws=2)
 
 
+# These average all rows but f, and so have no bias of their own.
+AVERAGES = ("CoordinateWiseTrimmedMean", "MultiKrum")
+
+
 @pytest.mark.parametrize("base", BASES)
-def test_ctmas_error_goes_to_0_with_delta_and_its_bases_does_not(
-    errors: dict[str, dict[float, float]], base: str
-) -> None:
+def test_ctmas_error_goes_to_0_with_delta(errors: dict[str, dict[float, float]], base: str) -> None:
+    curve = errors[f"CTMA({base})"]
+    assert curve[0.0] < 1e-20
+    assert curve[min(delta for delta in curve if delta > 0)] < 0.2 * curve[max(curve)]
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base not in AVERAGES])
+def test_the_error_of_a_base_that_selects_does_not(errors: dict[str, dict[float, float]], base: str) -> None:
     alone, with_ctma = errors[base], errors[f"CTMA({base})"]
     least = min(delta for delta in alone if delta > 0)
-    assert with_ctma[0.0] < 1e-20
     assert alone[0.0] > 1e-3
-    assert with_ctma[least] < 0.2 * with_ctma[max(with_ctma)]
     assert with_ctma[least] < alone[least]
 
 
