@@ -128,28 +128,23 @@ class AggregationHook:
         ]
 
     def _send(self, bucket: _Bucket, factors: list[Tensor] | None = None) -> None:
-        if self._estimator is None and factors is None and self.gradients.num_workers == 1:
+        as_it_came = self._estimator is None and factors is None and self._scale is None
+        if as_it_came and self.gradients.num_workers == 1:
             bucket.sent = bucket.gradient[None]
         else:
             bucket.sent = self._rows(bucket, factors)
         self.exchange.start(bucket.sent, bucket.names)
 
     def _rows(self, bucket: _Bucket, factors: list[Tensor] | None) -> Tensor:
-        # Momentum mixes steps, and so must not see a loss scale that changes between them.
-        scale = self._scale if self._estimator is not None else None
-        dtype = bucket.gradient.dtype
-        if self._estimator is not None:
-            dtype = torch.promote_types(dtype, torch.float32)
-        like = bucket.gradient[:0].to(dtype)
+        like = bucket.gradient[:0].to(torch.promote_types(bucket.gradient.dtype, torch.float32))
         rows = self.exchange.room(self.gradients.num_workers, bucket.gradient.numel(), like)
         for name, arrived, part in bucket.parts(bucket.gradient, rows):
             if name is None:
                 part.zero_()
                 continue
             for worker, out in enumerate(part):
-                gradient = self.gradients.of(worker, name, arrived)
-                if self._estimator is not None:
-                    gradient = unscaled(gradient, scale)
+                # Momentum mixes steps, and lengths that rules are told are of gradients: no loss scale that changes.
+                gradient = unscaled(self.gradients.of(worker, name, arrived), self._scale)
                 if factors is not None:
                     gradient = gradient * factors[worker]
                 if self._estimator is None:
@@ -171,15 +166,14 @@ class AggregationHook:
             if self._scale is None and not self._tolerates(error):
                 raise
             return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
-        if self._estimator is None:
-            return aggregates
-        # What would be dropped by everybody else must not stay in a worker's own state either.
-        for worker, measurable in enumerate(WorkerMatrix([bucket.sent for bucket in buckets]).measurable()):
-            if measurable:
-                self._estimator.commit(worker)
-            else:
-                self._estimator.discard(worker)
-        return [self._gradient(self._estimator, *pair) for pair in zip(buckets, aggregates, strict=True)]
+        if self._estimator is not None:
+            # What would be dropped by everybody else must not stay in a worker's own state either.
+            for worker, measurable in enumerate(WorkerMatrix([bucket.sent for bucket in buckets]).measurable()):
+                if measurable:
+                    self._estimator.commit(worker)
+                else:
+                    self._estimator.discard(worker)
+        return [self._gradient(*pair) for pair in zip(buckets, aggregates, strict=True)]
 
     def _previous_blocks(self, buckets: list[_Bucket]) -> list[Tensor] | None:
         if not self._previous:
@@ -189,28 +183,22 @@ class AggregationHook:
             block = bucket.sent.new_zeros(bucket.sent.shape[1])
             for name, part in bucket.parts(block):
                 if name in self._previous:
-                    part.copy_(self._previous[name]).mul_(self._scale_sent)
+                    part.copy_(self._previous[name])
             blocks.append(block)
         return blocks
 
     def _keep(self, buckets: list[_Bucket], aggregates: list[Tensor]) -> None:
         if self._previous is not None:
             for bucket, aggregate in zip(buckets, aggregates, strict=True):
-                parts = {name: part / self._scale_sent for name, part in bucket.parts(aggregate) if name is not None}
-                keep(parts, self._previous)
+                keep({name: part for name, part in bucket.parts(aggregate) if name is not None}, self._previous)
 
-    @property
-    def _scale_sent(self) -> float:
-        # Estimators have undone it, and raw gradients have not.
-        return 1.0 if self._scale is None or self._estimator is not None else self._scale
-
-    def _gradient(self, estimator: Estimator, bucket: _Bucket, aggregate: Tensor) -> Tensor:
+    def _gradient(self, bucket: _Bucket, aggregate: Tensor) -> Tensor:
         # Into DDP's own buffer, as its all-reduce does, which saves DDP a copy.
         for name, part, target in bucket.parts(aggregate, bucket.gradient):
-            if name is None:
+            if name is None or self._estimator is None:
                 target.copy_(part)
             else:
-                estimator.gradient(name, part, target)
+                self._estimator.gradient(name, part, target)
         return bucket.gradient if self._scale is None else bucket.gradient.mul_(self._scale)
 
 

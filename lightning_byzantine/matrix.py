@@ -165,7 +165,7 @@ class WorkerMatrix:
 
         """
         point = Coordinatewise(self, function)
-        # Handed over, not kept: the matrix refers to itself, and would keep memory until garbage is collected.
+        # Handed over, not kept: a point is asked for once.
         point.values = self._computed_ahead.pop(function, None)
         return point
 

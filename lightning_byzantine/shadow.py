@@ -41,25 +41,22 @@ class Shadow:
         self._next: list[Tensor] = []
         self._previous: list[Tensor] | None = None
 
-    def report(self, matrix: WorkerMatrix, num_byzantine: int, scale: float | None = None) -> Report:
+    def report(self, matrix: WorkerMatrix, num_byzantine: int) -> Report:
         """Return what the rule finds out about the workers.
 
         Args:
             matrix: their gradients.
             num_byzantine: f.
-            scale: what these were multiplied by; None for nothing.
 
         """
         self._restart_if_new(matrix)
-        # Momentum is of gradients without the scale.
-        unit = scale if scale is not None and self._beta == 0 else 1.0
-        sent = matrix.with_blocks(matrix.blocks if self._beta == 0 else self._moved(matrix, scale))
-        sent.previous = None if self._previous is None else [unit * part for part in self._previous]
+        sent = matrix.with_blocks(matrix.blocks if self._beta == 0 else self._moved(matrix))
+        sent.previous = self._previous
         try:
             decision = self._aggregator.decide(sent, num_byzantine)
             report = decision.report()
             if self._aggregator.uses_previous:
-                self._previous = [part / unit for part in decision.values()]
+                self._previous = decision.values()
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
         if self._beta > 0:
@@ -79,11 +76,11 @@ class Shadow:
             self._momentum = [_momentum_like(block) for block in matrix.blocks]
             self._next = [torch.empty_like(block) for block in self._momentum]
 
-    def _moved(self, matrix: WorkerMatrix, scale: float | None) -> list[Tensor]:
+    def _moved(self, matrix: WorkerMatrix) -> list[Tensor]:
         for before, after, block in zip(self._momentum, self._next, matrix.blocks, strict=True):
-            # v_t = beta v_{t-1} + (1 - beta) g_t / scale
+            # v_t = beta v_{t-1} + (1 - beta) g_t
             torch.mul(before, self._beta, out=after)
-            after.add_(block, alpha=(1 - self._beta) / (1.0 if scale is None else scale))
+            after.add_(block, alpha=1 - self._beta)
         return self._next
 
 

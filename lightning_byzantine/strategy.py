@@ -235,12 +235,16 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         if self.estimator is not None:
             self.estimator.reset()
         self._previous.clear()
-        beta = 0.0 if self.estimator is None else self.estimator.memory
-        watched = Shadow(self.aggregator, beta) if self.shadow else None
+        aggregate: Callable[[WorkerMatrix], list[Tensor]] = self._aggregate
+        if alone:
+            aggregate = _only_row
+        elif self.shadow:
+            beta = 0.0 if self.estimator is None else self.estimator.memory
+            aggregate = partial(self._watch, Shadow(self.aggregator, beta))
         self.hook = AggregationHook(
             self.lightning_module,
             exchange=_EXCHANGES[self.exchange](self.world_size),
-            aggregate=_only_row if alone else self._aggregate if watched is None else partial(self._watch, watched),
+            aggregate=aggregate,
             estimator=None if alone or self.shadow else self.estimator,
             loss_scale=self._loss_scale,
             max_norm=self._max_worker_grad_norm,
@@ -409,7 +413,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         return tolerated
 
     def _watch(self, shadow: Shadow, matrix: WorkerMatrix) -> list[Tensor]:
-        self._tell(lambda: shadow.report(matrix, self.num_byzantine, self._loss_scale()))
+        self._tell(lambda: shadow.report(matrix, self.num_byzantine))
         # Not the rule Mean, which would drop what stock DDP lets through.
         return matrix.materialize(matrix.mean())
 

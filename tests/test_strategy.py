@@ -21,6 +21,7 @@ from lightning_byzantine.aggregators import (
     NNM,
     Aggregator,
     Bucketing,
+    CenteredClipping,
     CoordinateWiseMedian,
     CoordinateWiseTrimmedMean,
     GeometricMedian,
@@ -271,6 +272,19 @@ def test_one_overflowing_rank_is_outvoted_under_a_gradient_scaler(three_ranks: R
     for history, scales in three_ranks.run(fit_scaled, [1]):
         assert not torch.equal(history[3], history[2])
         assert scales[3] >= scales[2]
+
+
+@pytest.mark.parametrize("estimator", ["auto", None])
+def test_lengths_are_of_gradients_without_the_loss_scale(three_ranks: RankPool, estimator: Any) -> None:
+    options = {"aggregator": CenteredClipping(tau=0.05), "estimator": estimator}
+    history, scales = three_ranks.run(fit_scaled, [], **options)[0]
+    assert len(set(scales)) > 1
+    torch.testing.assert_close(history, three_ranks.run(fit_unscaled, **options)[0], rtol=0, atol=1e-6)
+
+
+def fit_unscaled(**arguments: Any) -> Tensor:
+    torch.manual_seed(3)
+    return fit(ByzantineDDPStrategy(**arguments), Regression())
 
 
 def test_momentum_does_not_see_the_loss_scale(three_ranks: RankPool) -> None:
