@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_byzantine.arriving import Arriving
 from lightning_byzantine.matrix import Names, WorkerMatrix
 
 __all__ = ["AllGather", "AllToAll", "Exchange", "gather", "gather_rows", "gather_to_first"]
@@ -32,13 +33,13 @@ class Exchange(Protocol):
 
         Args:
             rows: [k, c], of the k workers that this process acts as, the same number on all ranks. Must not be written
-                to before :meth:`finish` has returned.
+                to before :meth:`collect` has returned.
             names: the parameters that make up the columns.
 
         """
 
     def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
-        """Wait for all blocks and return them as a matrix, in the order they were started.
+        """Return all blocks as a matrix, in the order they were started, which may still be on their way.
 
         Rows go by rank, and within a rank as they were sent. They may be overwritten by :meth:`collect`.
 
@@ -71,6 +72,7 @@ class AllGather:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._started: list[tuple[Tensor, Names, list[dist.Work]]] = []
+        self._arriving = Arriving([])
         self._sent, self._received = _Buffers(), _Buffers()
 
     def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
@@ -86,18 +88,18 @@ class AllGather:
         self._started.append((received, names, _start_gather(received.view(-1), rows.view(-1))))
 
     def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
-        """Wait for all blocks."""
+        """Return the vectors."""
         started, self._started = self._started, []
-        for *_, works in started:
-            _wait(works)
+        self._arriving = _arriving([rows for rows, *_ in started], [works for *_, works in started])
         for buffers in (self._sent, self._received):
             buffers.keep(len(started))
-        matrix = WorkerMatrix([rows for rows, *_ in started], layout=tuple(names for _, names, _ in started))
+        matrix = WorkerMatrix(self._arriving, layout=tuple(names for _, names, _ in started))
         matrix.previous = previous
         return matrix
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Return the parts: every rank has aggregated all columns."""
+        list(self._arriving)  # or others would wait in vain, should a rule have left a block unread
         return parts
 
 
@@ -122,7 +124,8 @@ class AllToAll:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self._started: list[tuple[Tensor, int, Names, dist.Work | None]] = []
+        self._started: list[tuple[Tensor, int, Names, list[dist.Work]]] = []
+        self._arriving = Arriving([])
         self._lengths: list[int] = []
         self._sent, self._received, self._unsharded = _Buffers(), _Buffers(), _Buffers()
 
@@ -138,7 +141,7 @@ class AllToAll:
         """Send every rank its columns of one block asynchronously, so that backward goes on meanwhile."""
         num_local, length = rows.shape
         if self.num_ranks == 1:
-            self._started.append((rows, length, names, None))
+            self._started.append((rows, length, names, []))
             return
         index, width = len(self._started), self._width(length)
         sent = self._sent.get(index, rows, self.num_ranks * num_local, width)
@@ -149,19 +152,17 @@ class AllToAll:
             shard[:, own.shape[1] :] = 0  # changes no norm and no distance
         shards = self._received.get(index, rows, self.num_ranks * num_local, width)
         work = dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True)
-        self._started.append((shards, length, names, work))
+        self._started.append((shards, length, names, [work]))
 
     def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
-        """Wait for all shards."""
+        """Return the shards."""
         started, self._started = self._started, []
-        for *_, work in started:
-            if work is not None:
-                work.wait()
+        self._arriving = _arriving([shards for shards, *_ in started], [works for *_, works in started])
         for buffers in (self._sent, self._received, self._unsharded):
             buffers.keep(len(started))
         self._lengths = [length for _, length, *_ in started]
         layout = tuple(names for _, _, names, _ in started)
-        matrix = WorkerMatrix([shards for shards, *_ in started], self._sum_over_ranks, self._rank(), layout)
+        matrix = WorkerMatrix(self._arriving, self._sum_over_ranks, self._rank(), layout)
         matrix.previous = None if previous is None else [self._own_columns(whole) for whole in previous]
         return matrix
 
@@ -169,6 +170,7 @@ class AllToAll:
         """Gather the aggregated shards of each block."""
         if self.num_ranks == 1:
             return parts
+        list(self._arriving)
         # Nobody needs the columns any more that they were made of.
         wholes = [self._received.first(index, self.num_ranks * part.numel()) for index, part in enumerate(parts)]
         for works in [
@@ -236,6 +238,10 @@ def _start_gather(received: Tensor, own: Tensor) -> list[dist.Work]:
 def _wait(works: list[dist.Work]) -> None:
     for work in works:
         work.wait()
+
+
+def _arriving(memory: list[Tensor], works: list[list[dist.Work]]) -> Arriving:
+    return Arriving(memory, [[work.wait for work in of_block] for of_block in works])
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:

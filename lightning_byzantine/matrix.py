@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_byzantine.anchored_gram import AnchoredGram
+from lightning_byzantine.arriving import Arriving
 from lightning_byzantine.compilation import Compiled
 from lightning_byzantine.gram import Gram, all_digits, are_sharp, centred_gram, quick_gram, quick_products
 from lightning_byzantine.ordering import nearest, told_apart
@@ -43,7 +44,7 @@ class WorkerMatrix:
     blocks.
 
     Args:
-        blocks: column blocks, each [m, c_b], on one device.
+        blocks: column blocks, each [m, c_b], on one device. Passes over the columns wait for each when they come to it.
         complete: sums a statistic over all ranks, where each holds other columns of the same rows.
         shard: which of those columns these are; 0 where a rank holds them all.
         layout: for each block, the names of the parameters whose flattened values its columns are, or were before the
@@ -65,17 +66,17 @@ class WorkerMatrix:
 
     def __init__(
         self,
-        blocks: Sequence[Tensor],
+        blocks: Sequence[Tensor] | Arriving,
         complete: Callable[[Tensor], Tensor] = lambda total: total,
         shard: int = 0,
         layout: tuple[Names, ...] | None = None,
     ) -> None:
-        self.blocks = list(blocks)
+        self._blocks = blocks if isinstance(blocks, Arriving) else Arriving(blocks)
         self.shard = shard
         self.layout = layout
         self.previous: list[Tensor] | None = None
         self._complete = complete
-        self._rows = torch.arange(self.blocks[0].shape[0])
+        self._rows = torch.arange(self._blocks.memory[0].shape[0])
         self._computed_ahead: dict[Callable[[Tensor], Tensor], list[Tensor]] = {}
         self._mixing: Tensor | None = None
         # None for itself, since memory in a cycle would wait for the garbage collector.
@@ -85,6 +86,11 @@ class WorkerMatrix:
         # What has been measured, for those who ask later: squared norms, and distances from a center.
         self._measured_norms: Tensor | None = None
         self._measured_distances: Tensor | None = None
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The blocks, all of them arrived; other rows than :attr:`workers` must not be read."""
+        return list(self._blocks)
 
     @property
     def num_workers(self) -> int:
@@ -105,7 +111,7 @@ class WorkerMatrix:
         """
         if self._mixing is not None:
             return self.mix(torch.eye(self.num_workers, dtype=torch.float64)[rows])
-        selected = self.with_blocks(self.blocks)
+        selected = self.with_blocks(self._blocks)
         selected._rows = self._rows[rows]
         selected._selected_from = self._stored
         return selected
@@ -117,7 +123,7 @@ class WorkerMatrix:
             weights: [k, m], each row with sum 1. Row i of the result is sum_j weights[i, j] x_j.
 
         """
-        mixed = self.with_blocks(self.blocks)
+        mixed = self.with_blocks(self._blocks)
         mixed._rows = self._rows
         mixed._mixing = weights.double() @ self._mixing_matrix
         mixed._mixed_from = self._source
@@ -136,9 +142,9 @@ class WorkerMatrix:
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
         """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
-        return self.with_blocks([function(block) for block in self.blocks])
+        return self.with_blocks([function(block) for block in self._blocks])
 
-    def with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
+    def with_blocks(self, blocks: Sequence[Tensor] | Arriving) -> "WorkerMatrix":
         """Return a matrix of other values in the same columns."""
         matrix = WorkerMatrix(blocks, self._complete, self.shard, self.layout)
         matrix.previous = self.previous
@@ -218,9 +224,9 @@ class WorkerMatrix:
         if isinstance(point, Coordinatewise):
             point = self._values(point)
         if not isinstance(point, Combination):
-            return [part.to(block.dtype) for part, block in zip(point, self.blocks, strict=True)]
+            return [part.to(block.dtype) for part, block in zip(point, self._blocks.memory, strict=True)]
         sums = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks):
             total = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
             for columns, chunk in self._chunks(index, _at_least_float32):
                 _weighted_sum(chunk, point.weights, out=total[columns])
@@ -238,7 +244,9 @@ class WorkerMatrix:
             ahead: what is going to be asked for if all rows are measurable: no pass of its own then, if it is compiled.
 
         """
-        widest = max((_at_least_float32(block.dtype) for block in self.blocks), key=lambda dtype: dtype.itemsize)
+        widest = max(
+            (_at_least_float32(block.dtype) for block in self._blocks.memory), key=lambda dtype: dtype.itemsize
+        )
         largest = min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM)
         if ahead is not None and self._sum_of_squares(ahead) <= largest:
             return torch.ones(self.num_workers, dtype=torch.bool)
@@ -298,7 +306,7 @@ class WorkerMatrix:
 
     @cached_property
     def _anchored(self) -> "WorkerMatrix":
-        anchored = self.with_blocks(self.blocks)
+        anchored = self.with_blocks(self._blocks)
         anchored._rows = self._rows
         anchored._selected_from = self._stored
         anchored._is_anchored = True
@@ -346,14 +354,14 @@ class WorkerMatrix:
         """Inner products of all stored rows about 0, where float32 arithmetic is quicker; None elsewhere."""
         if not self._is_quick:
             return None
-        sums = self._complete(torch.stack([quick_products(block) for block in self.blocks]).sum(0))
+        sums = self._complete(torch.stack([quick_products(block) for block in self._blocks]).sum(0))
         # Every rank holds as many columns of each of the rows, or all of them.
-        return quick_gram(sums, num_columns=len(self._rows) * sum(block.shape[1] for block in self.blocks))
+        return quick_gram(sums, num_columns=len(self._rows) * sum(block.shape[1] for block in self._blocks.memory))
 
     def _products(self, origin: int | None) -> Tensor:
         size = len(self._rows) + self._is_anchored
-        total = torch.zeros(size, size, dtype=torch.float64, device=self.blocks[0].device)
-        for index in range(len(self.blocks)):
+        total = torch.zeros(size, size, dtype=torch.float64, device=self._blocks.memory[0].device)
+        for index in range(len(self._blocks)):
             for _, chunk in self._chunks(index, _float64):
                 if self._is_anchored:
                     chunk = nn.functional.pad(chunk, (0, 0, 0, 1))  # 0 as the last row
@@ -391,20 +399,21 @@ class WorkerMatrix:
         scratch = Scratch()
         norms = [
             torch.linalg.vector_norm(chunk if self._mixing is None else self._mixed(chunk, scratch), dim=1)
-            for index in range(len(self.blocks))
+            for index in range(len(self._blocks))
             for _, chunk in self._chunks(index, _at_least_float32)
         ]
         return self._complete(torch.stack(norms).double().square().sum(0))
 
     @property
     def _is_quick(self) -> bool:
-        return self.blocks[0].device.type == "cpu" and all(block.dtype == torch.float32 for block in self.blocks)
+        memory = self._blocks.memory
+        return memory[0].device.type == "cpu" and all(block.dtype == torch.float32 for block in memory)
 
     def _sum_of_squares(self, point: Coordinatewise) -> float:
         """Compute a compiled point of all stored rows, and return the sum of their squares; nan for other points."""
         if not isinstance(point.function, Compiled) or self is not self._stored:
             return math.nan
-        values, squares = zip(*map(point.function.with_squares, self.blocks), strict=True)
+        values, squares = zip(*map(point.function.with_squares, self._blocks), strict=True)
         self._computed_ahead[point.function] = list(values)
         return float(self._complete(torch.stack(squares).sum()))
 
@@ -412,7 +421,7 @@ class WorkerMatrix:
         if point.values is None:
             matrix = point.matrix
             point.values, scratch = [], Scratch()
-            for index, block in enumerate(self.blocks):
+            for index, block in enumerate(self._blocks):
                 values = block.new_empty(block.shape[1], dtype=_at_least_float32(block.dtype))
                 for columns, chunk in matrix._chunks(index, _at_least_float32):
                     values[columns] = matrix._function_of(point, chunk, scratch)
@@ -422,7 +431,7 @@ class WorkerMatrix:
     def _compute_and_measure(self, point: Coordinatewise) -> tuple[Tensor, Tensor]:
         """Compute the point, and squared distances from it, in the same pass; float32 within a chunk."""
         values, norms, scratch, differences = [], [], Scratch(), Scratch()
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks):
             whole = block.new_empty(block.shape[1])
             for columns, chunk in self._chunks(index, _at_least_float32):
                 value = whole[columns]
@@ -438,9 +447,9 @@ class WorkerMatrix:
 
     def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 [m] statistic of mixed chunks; ``at(vector)`` is the vector's part that a chunk covers."""
-        total = torch.zeros(self.num_workers, dtype=torch.float64, device=self.blocks[0].device)
+        total = torch.zeros(self.num_workers, dtype=torch.float64, device=self._blocks.memory[0].device)
         scratch = Scratch()
-        for index in range(len(self.blocks)):
+        for index in range(len(self._blocks)):
             for columns, chunk in self._chunks(index, _float64):
 
                 def at(vector: list[Tensor], index: int = index, columns: slice = columns) -> Tensor:
@@ -474,7 +483,7 @@ class WorkerMatrix:
 
     def _chunks(self, index: int, dtype: Callable[[torch.dtype], torch.dtype]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (columns, stored rows of those columns) of one block, cut to fit the cache."""
-        block = self.blocks[index]
+        block = self._blocks[index]
         every_row = torch.equal(self._rows, torch.arange(block.shape[0]))
         size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
         working_dtype = dtype(block.dtype)
