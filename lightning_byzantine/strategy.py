@@ -1,6 +1,7 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_byzantine.accumulation_window import AccumulationWindow
-from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian
+from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian
 from lightning_byzantine.breakdown import Breakdown
 from lightning_byzantine.checks import check_choice, check_integer_at_least, check_positive, check_worker_indices
 from lightning_byzantine.errors import ByzantineBreakdownError
@@ -65,7 +66,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
     in any rank's values; see ``exchange`` for a cheaper way that trusts more.
 
     Args:
-        aggregator: the rule. None for ``CTMA(base=NNM(base=CoordinateWiseMedian()))``.
+        aggregator: the rule. None for ``CTMA(base=NNM(base=GeometricMedian()))``.
         num_byzantine: how many of the m workers may be Byzantine, f < m / 2. None for the largest such f.
         estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which leaves the
             gradient as it is under the rule ``Mean``; None for raw gradients. With ``DoubleMomentumEstimator()`` the
@@ -104,7 +105,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> strategy = ByzantineDDPStrategy(aggregator=CTMA(base=CoordinateWiseMedian()), num_byzantine=2)
+        >>> strategy = ByzantineDDPStrategy(aggregator=CTMA(base=GeometricMedian()), num_byzantine=2)
         >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=5, logger=False)
         >>> Trainer(strategy=ByzantineDDPStrategy(num_byzantine=2), accelerator="cpu", devices=4, logger=False)
         Traceback (most recent call last):
@@ -134,7 +135,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
                     f" it can't take `{name}`, got {name}={kwargs[name]!r}. Leave it out, or use `strategy='ddp'`."
                 )
         super().__init__(**kwargs)
-        self.aggregator = CTMA(NNM(CoordinateWiseMedian())) if aggregator is None else aggregator
+        self.aggregator = CTMA(NNM(GeometricMedian())) if aggregator is None else aggregator
         if not isinstance(self.aggregator, Aggregator):
             raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
         if estimator != "auto" and not isinstance(estimator, Estimator | None):
@@ -419,7 +420,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
 
     def _tell(self, report: Callable[[], Report]) -> None:
         if self.observers:
-            made = report()
+            made = replace(report(), outvoted=self._take_outvoted())
             for observer in self.observers:
                 observer(made)
 

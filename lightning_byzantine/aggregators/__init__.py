@@ -1,7 +1,7 @@
 """Aggregation rules: from the m vectors of all workers to one that f Byzantine workers can't decide.
 
 Every rule is called as ``rule(vectors, num_byzantine=f)`` on an [m, d] tensor. Meta-aggregators take a ``base`` rule
-and nest freely: ``CTMA(base=NNM(base=CoordinateWiseMedian()))``.
+and nest freely: ``CTMA(base=NNM(base=GeometricMedian()))``.
 """
 
 from lightning_byzantine.aggregators.aggregator import Aggregator

@@ -25,13 +25,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
 
+import rank_pool
 import torch.distributed as dist
-from rank_pool import RankPool
 from reproduction.networks import ResNet18
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
+from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.exchange import AllGather, AllToAll
 from lightning_byzantine.hook import AggregationHook
@@ -59,7 +59,7 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     if variant != "ddp":
         num_workers = dist.get_world_size()
-        rule, f = CTMA(NNM(CoordinateWiseMedian())), (num_workers - 1) // 2
+        rule, f = CTMA(NNM(GeometricMedian())), (num_workers - 1) // 2
         exchange = {"all_gather": AllGather, "all_to_all": AllToAll, "shadow": AllToAll}[variant](num_workers)
         if variant == "shadow":
             shadow = Shadow(rule, beta=0.9)
@@ -101,7 +101,7 @@ def measure(network: str, turns: int, steps: int) -> dict[str, float]:
 
 def measure_floor(turns: int, steps: int) -> dict[str, float]:
     m = dist.get_world_size()
-    rule, exchange = CTMA(NNM(CoordinateWiseMedian())), AllGather(m)
+    rule, exchange = CTMA(NNM(GeometricMedian())), AllGather(m)
     generator = torch.Generator().manual_seed(dist.get_rank())
     own = torch.randn(4 * BLOCK, generator=generator)
     received = torch.empty(4, m, BLOCK)
@@ -144,7 +144,7 @@ def _resident() -> int:
 
 
 def in_new_pool(num_processes: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    pool = RankPool(num_processes)  # anew, for what another variant has left behind
+    pool = rank_pool.RankPool(num_processes)  # anew, for what another variant has left behind
     try:
         return pool.run(function, *arguments)[0]
     finally:
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--floor", action="store_true", help="measure the exchange alone")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
+    rank_pool.TIMEOUT = 1800.0
     rows: list[tuple[Any, ...]] = []
     if arguments.floor:
         header = ("processes", "ratio", "seconds")

@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / 
 from digits import DigitClassifier, DigitData
 from torch import Tensor
 
-from lightning_byzantine.aggregators import CTMA, NNM, CoordinateWiseMedian
+from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.report import Report
@@ -58,7 +58,7 @@ def reports(seed: int, steps: int, fault: str | None, beta: float) -> Iterator[R
     images, labels = (torch.stack(values) for values in zip(*data.train_set, strict=True))
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=model.hparams.lr, momentum=model.hparams.momentum)
-    rule, estimators = CTMA(NNM(CoordinateWiseMedian())), [WorkerMomentum(beta) for _ in range(NUM_WORKERS)]
+    rule, estimators = CTMA(NNM(GeometricMedian())), [WorkerMomentum(beta) for _ in range(NUM_WORKERS)]
     drawn, past = batches(data, len(images)), []
     for _ in range(steps):
         sent = []
