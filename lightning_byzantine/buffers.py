@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from lightning_byzantine.exchange import gather_rows
-from lightning_byzantine.votes import majority, median
+from lightning_byzantine.votes import majority, median, outvoted
 
 __all__ = ["RobustBuffers"]
 
@@ -29,12 +29,19 @@ class RobustBuffers:
     Args:
         model: DDP around the module.
         gather: returns every rank's flat tensor as [m, n].
+        notice: called with whose values are not finite where most are, [m] bool.
 
     """
 
-    def __init__(self, model: DistributedDataParallel, gather: Callable[[Tensor], Tensor] = gather_rows) -> None:
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        gather: Callable[[Tensor], Tensor] = gather_rows,
+        notice: Callable[[Tensor], None] = lambda outvoted: None,
+    ) -> None:
         self._model = model
         self._gather = gather
+        self._notice = notice
         model._register_buffer_comm_hook(self, _hook, _BufferCommHookLocation.PRE_FORWARD)
 
     def synchronize(self) -> None:
@@ -62,7 +69,11 @@ class RobustBuffers:
         for group, flat, columns in zip(groups, flats, torch.split(received, sizes, dim=1), strict=True):
             # A copy, aligned as the dtype demands.
             reports = columns.clone(memory_format=torch.contiguous_format).view(flat.dtype)
-            voted = median(reports) if flat.dtype in _MEASURED else majority(reports)
+            if flat.dtype in _MEASURED:
+                voted = median(reports)
+                self._notice(outvoted(reports, voted))
+            else:
+                voted = majority(reports)
             for part, value in zip(group, torch.split(voted, [part.numel() for part in group]), strict=True):
                 part.copy_(value.view(part.shape))
 

@@ -72,6 +72,7 @@ class FaultTolerantDDP(DDPStrategy):
         self._on_inconsistency = on_inconsistency
         self._on_worker_error = on_worker_error
         self._buffers: RobustBuffers | None = None
+        self._outvoted: Tensor | None = None
         self._consistency: ConsistencyCheck | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -141,7 +142,7 @@ class FaultTolerantDDP(DDPStrategy):
         super().configure_ddp()
         if self._robust_buffers and self.world_size > 1:
             assert isinstance(self.model, DistributedDataParallel)
-            self._buffers = RobustBuffers(self.model, self._watched(gather_rows))
+            self._buffers = RobustBuffers(self.model, self._watched(gather_rows), self._notice)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -173,7 +174,7 @@ class FaultTolerantDDP(DDPStrategy):
         if by_name and self._robust_metrics and self.world_size > 1:
             # Ranks may be fewer than workers.
             most = min(self.num_byzantine, (self.world_size - 1) // 2)
-            return self._watched(robust_reduce)(tensor, reduce_op, most)
+            return self._watched(robust_reduce)(tensor, reduce_op, most, self._notice)
         return self._watched(super().reduce)(tensor, group, reduce_op)
 
     @override
@@ -211,8 +212,17 @@ class FaultTolerantDDP(DDPStrategy):
     def teardown(self) -> None:
         if self._heartbeat is not None:
             self._heartbeat.stop()
-        self._heartbeat = self._buffers = self._consistency = None
+        self._heartbeat = self._buffers = self._consistency = self._outvoted = None
         super().teardown()
+
+    def _notice(self, outvoted: Tensor) -> None:
+        # On their device until somebody asks: a GPU would have to be waited for.
+        self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted
+
+    def _take_outvoted(self) -> Tensor | None:
+        """Return the workers of those ranks that were outvoted since the last call, [m] bool."""
+        outvoted, self._outvoted = self._outvoted, None
+        return None if outvoted is None else outvoted.cpu().repeat_interleave(self.num_workers // self.world_size)
 
     def _start_heartbeat(self) -> Heartbeat:
         assert self._timeout is not None

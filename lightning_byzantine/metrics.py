@@ -1,14 +1,21 @@
 """Logged values, reduced over ranks so that a minority does not decide."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lightning_byzantine.exchange import gather_rows
-from lightning_byzantine.votes import median, order_statistic
+from lightning_byzantine.votes import median, order_statistic, outvoted
 
 __all__ = ["robust_reduce"]
 
 
-def robust_reduce(tensor: Tensor, reduce_op: str, num_byzantine: int) -> Tensor:
+def robust_reduce(
+    tensor: Tensor,
+    reduce_op: str,
+    num_byzantine: int,
+    notice: Callable[[Tensor], None] = lambda outvoted: None,
+) -> Tensor:
     """Reduce a tensor over all ranks, in place as Lightning does. NaN counts as the largest value.
 
     ::
@@ -24,6 +31,7 @@ def robust_reduce(tensor: Tensor, reduce_op: str, num_byzantine: int) -> Tensor:
         tensor: [..], this rank's value.
         reduce_op: one of the above.
         num_byzantine: f.
+        notice: called with whose value is not finite though most are, [m] bool.
 
     Raises:
         ValueError: if the reduction is another one.
@@ -33,6 +41,7 @@ def robust_reduce(tensor: Tensor, reduce_op: str, num_byzantine: int) -> Tensor:
         raise ValueError(f"reduce_op must be mean, avg, sum, max or min under robust_metrics=True, got {reduce_op!r}")
     # Counts, such as those of a batch's samples, are whole only after all has been computed.
     reports = gather_rows(tensor.detach().flatten().double())
+    notice(outvoted(reports, median(reports)))
     if reduce_op == "max":
         value = order_statistic(reports, -1 - num_byzantine)
     elif reduce_op == "min":

@@ -31,6 +31,8 @@ class Report:
         weights: [m], the part of x_i in the aggregate sum_i w_i x_i.
         distances: [m], from the aggregate or, as the table says, from the center that the rule measured from.
         from_aggregate: which of the two.
+        outvoted: [m] bool: workers whose process has reported a buffer or a metric that is not finite, where most have
+            reported finite ones; None where nobody looked.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -46,6 +48,7 @@ class Report:
     weights: Tensor
     distances: Tensor
     from_aggregate: bool
+    outvoted: Tensor | None = None
 
     @classmethod
     def of_breakdown(cls, dropped: Iterable[int], num_workers: int) -> "Report":

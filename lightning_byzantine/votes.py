@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["majority", "median", "order_statistic"]
+__all__ = ["majority", "median", "order_statistic", "outvoted"]
 
 _SORTABLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -72,6 +72,22 @@ def majority(reports: Tensor) -> Tensor:
         first = repeated.to(torch.uint8).argmax(dim=0, keepdim=True)
         winner = torch.where(repeated.any(dim=0), ordered.gather(0, first)[0], winner)
     return winner.view(reports.dtype)
+
+
+def outvoted(reports: Tensor, voted: Tensor) -> Tensor:
+    """Return whose report is not finite where most are: [m] bool.
+
+    Args:
+        reports: [m, ..], of a floating-point dtype.
+        voted: [..], what came of them.
+
+    Example:
+        >>> reports = torch.tensor([[1.0, torch.nan], [torch.nan, 5.0], [3.0, torch.inf]])
+        >>> outvoted(reports, torch.tensor([3.0, torch.inf]))
+        tensor([False,  True, False])
+
+    """
+    return (voted.isfinite() & ~reports.isfinite()).flatten(1).any(1)
 
 
 def _ordered(reports: Tensor) -> Tensor:

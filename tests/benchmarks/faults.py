@@ -140,6 +140,8 @@ class FaultyClassifier(DigitClassifier):
         if fault in LOST and self.global_step == FAULTY_STEP:
             os.kill(os.getpid(), LOST[fault])
         loss = super().training_step(batch, batch_idx)
+        if self.faulty.fault == "NaN in the metric":
+            self.log("odd", loss.detach() * (torch.nan if fault == "NaN in the metric" else 1), sync_dist=True)
         if fault == "poisoned BatchNorm buffers":
             for buffer in self.network.buffers():
                 buffer.data.fill_(torch.nan if buffer.is_floating_point() else 1000)
@@ -170,7 +172,7 @@ def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False,
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     pl.seed_everything(run.seed, verbose=False)
     entry, began = StrategyRegistry[run.strategy], time.monotonic()
-    if options["ranks"] > 1:
+    if options["ranks"] > 1 and run.fault != "NaN in the metric":  # which is logged by all ranks together
         arguments |= {"on_worker_error": "exclude"}
     watch = Watch(ByzantineMonitor(every_n_steps=10**9))
     callbacks: list[pl.Callback] = [watch.monitor, watch]

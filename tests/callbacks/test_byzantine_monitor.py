@@ -2,7 +2,8 @@ import json
 import logging
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rank_pool import RankPool
-from torch import Tensor
+from torch import Tensor, nn
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
@@ -66,7 +67,7 @@ def fit_monitored(
     strategy: dict[str, Any] | None = None,
     num_batches: int = NUM_STEPS,
     callbacks: Sequence[pl.Callback] = (),
-    model: type[Regression] = Regression,
+    model: Callable[[], Regression] = Regression,
     monitor: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> tuple[ByzantineMonitor, Tensor, frozenset[int]]:
@@ -118,6 +119,35 @@ def test_names_the_bad_worker_on_every_rank(five_ranks: RankPool, tmp_path: Path
         assert first["non_finite"] == first["trimmed"] == first["steps"]
     elif attack.factor if isinstance(attack, Multiplied) else False:
         assert first["distance"] > 3
+
+
+class WrongBesideGradients(Regression):
+    """On rank 3, NaN in the buffers or in what is logged, and a sound gradient."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.network.insert(1, nn.BatchNorm1d(16))
+        self.place = place
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_rank == 3 and self.place == "buffers":
+            self.network[1].running_mean.data.fill_(torch.nan)
+        self.log("odd", torch.nan if self.global_rank == 3 and self.place == "metric" else 1.0, sync_dist=True)
+        return loss
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("place", ["buffers", "metric"])
+def test_names_a_rank_that_is_outvoted_beside_its_gradient(
+    five_ranks: RankPool, tmp_path: Path, place: str, exchange: str
+) -> None:
+    options = {"robust_metrics": True, "exchange": exchange}
+    model = partial(WrongBesideGradients, place)
+    assert five_ranks.run(suspects_of_fit, tmp_path, strategy=options, model=model) == [[3]] * 5
+    first, *_ = lines(tmp_path)
+    assert first["step"] - first["outvoted"] in (0, 1)  # before the first step, nobody had voted on buffers
+    assert first["non_finite"] == 0
 
 
 def test_nobody_is_suspected_without_reason(five_ranks: RankPool, tmp_path: Path) -> None:
