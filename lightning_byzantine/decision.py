@@ -43,5 +43,6 @@ class Decision:
             self.point.weights if isinstance(self.point, Combination) else unknown,
             unknown if distances is None else distances,
             from_aggregate,
+            unlikely=self.seen.unlikely_bits(),
         )
         return seen.among(self.rows, self.offered.num_workers, measurable=False)

@@ -26,11 +26,12 @@ class Suspect:
         non_finite: in how many its row was non-finite, or too large to be measured.
         distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
         norm: likewise, of its norm.
+        unlikely: in how many of the steps its values had bits unlike the others'.
         outvoted: in how many of the steps its process reported a buffer or a metric that is not finite, unlike most.
         shadow: whether the rule only watched.
 
     Example:
-        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, shadow=False))
+        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 0, shadow=False))
         worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 4ad1): trimmed in 98 of the last 100 steps, distance 41 x the \
 median
 
@@ -45,6 +46,7 @@ median
     non_finite: int
     distance: float | None
     norm: float | None
+    unlikely: int
     outvoted: int
     shadow: bool
 
@@ -56,6 +58,8 @@ median
             parts.append(f"{'would have been ' if self.shadow else ''}trimmed in {self.trimmed} {of_the_last}")
         if self.non_finite > 0:
             parts.append(f"non-finite in {self.non_finite} {of_the_last}")
+        if self.unlikely > 0:
+            parts.append(f"unlikely bits in {self.unlikely} {of_the_last}")
         if self.outvoted > 0:
             parts.append(f"non-finite buffers or metrics in {self.outvoted} {of_the_last}")
         if self.distance is not None:
@@ -86,7 +90,7 @@ class Evidence(nn.Module):
         >>> unknown = torch.full((3,), torch.nan)
         >>> evidence.update(Report(torch.tensor([True, False, True]), torch.ones(3), unknown, unknown, False))
         >>> evidence.of(1)
-        {'steps': 1, 'trimmed': None, 'non_finite': 1, 'distance': None, 'norm': 1.0, 'outvoted': 0}
+        {'steps': 1, 'trimmed': None, 'non_finite': 1, 'distance': None, 'norm': 1.0, 'unlikely': 0, 'outvoted': 0}
 
     """
 
@@ -102,8 +106,8 @@ class Evidence(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         for name in ("trimmed", "non_finite"):
             self.register_buffer(name, torch.zeros(num_workers, dtype=torch.int64))
-        # trimmed, non-finite, distance, norm, whether the rule tells who is trimmed, and outvoted
-        self.register_buffer("_history", torch.full((window, 6, num_workers), torch.nan, dtype=torch.float64))
+        # trimmed, non-finite, distance, norm, whether the rule tells who is trimmed, unlikely, and outvoted
+        self.register_buffer("_history", torch.full((window, 7, num_workers), torch.nan, dtype=torch.float64))
 
     def update(self, report: Report) -> None:
         """Take one step's report into account."""
@@ -111,7 +115,8 @@ class Evidence(nn.Module):
         row[0], row[1] = report.trimmed, ~report.measurable
         row[2], row[3] = _relative(report.distances), _relative(report.norms)
         row[4] = ~report.weights.isnan()
-        row[5] = torch.zeros(row.shape[1]) if report.outvoted is None else report.outvoted
+        for place, odd in enumerate((report.unlikely, report.outvoted), start=5):
+            row[place] = torch.zeros(row.shape[1]) if odd is None else odd
         self.trimmed += report.trimmed
         self.non_finite += ~report.measurable
         self.steps += 1
@@ -134,7 +139,8 @@ class Evidence(nn.Module):
             "non_finite": int(recent[:, 1].sum()),
             "distance": _known_median(recent[:, 2]),
             "norm": _known_median(recent[:, 3]),
-            "outvoted": int(recent[:, 5].sum()),
+            "unlikely": int(recent[:, 5].sum()),
+            "outvoted": int(recent[:, 6].sum()),
         }
 
     def _recent(self) -> Tensor:

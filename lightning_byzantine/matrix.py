@@ -11,6 +11,7 @@ from lightning_byzantine.anchored_gram import AnchoredGram
 from lightning_byzantine.arriving import Arriving
 from lightning_byzantine.compilation import Compiled
 from lightning_byzantine.gram import Gram, all_digits, are_sharp, centred_gram, quick_gram, quick_products
+from lightning_byzantine.mantissas import count_bits, unlikely_bits
 from lightning_byzantine.ordering import nearest, told_apart
 from lightning_byzantine.points import Combination, Coordinatewise, Point
 from lightning_byzantine.scratch import Scratch
@@ -86,6 +87,8 @@ class WorkerMatrix:
         # What has been measured, for those who ask later: squared norms, and distances from a center.
         self._measured_norms: Tensor | None = None
         self._measured_distances: Tensor | None = None
+        self._watched: Arriving | None = None  # whose bits are to be counted
+        self._bit_counts: Tensor | None = None
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -265,6 +268,20 @@ class WorkerMatrix:
             return torch.full((self.num_workers,), torch.nan, dtype=torch.float64)
         return self._measured_norms.sqrt()
 
+    def watch_bits(self, sent: "WorkerMatrix | None" = None) -> None:
+        """Have bits counted along with the first statistic of whole rows, for :meth:`unlikely_bits`.
+
+        Args:
+            sent: the matrix in which to count them, if not this one, which was made of it.
+
+        """
+        self._watched = (sent or self)._blocks
+
+    def unlikely_bits(self) -> Tensor | None:
+        """Return whose values have bits unlike the others', [m] bool; None if nobody has counted them."""
+        counts = self._stored._bit_counts
+        return None if counts is None else unlikely_bits(counts[self._rows])
+
     def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
         """Return distances that need neither a pass over the columns nor a collective, and what they are from.
 
@@ -354,7 +371,7 @@ class WorkerMatrix:
         """Inner products of all stored rows about 0, where float32 arithmetic is quicker; None elsewhere."""
         if not self._is_quick:
             return None
-        sums = self._complete(torch.stack([quick_products(block) for block in self._blocks]).sum(0))
+        sums = self._completed(torch.stack([quick_products(block) for block in self._blocks]).sum(0))
         # Every rank holds as many columns of each of the rows, or all of them.
         return quick_gram(sums, num_columns=len(self._rows) * sum(block.shape[1] for block in self._blocks.memory))
 
@@ -367,7 +384,7 @@ class WorkerMatrix:
                     chunk = nn.functional.pad(chunk, (0, 0, 0, 1))  # 0 as the last row
                 rows = chunk if origin is None else chunk - chunk[origin]
                 total.addmm_(rows, rows.T)
-        return self._complete(total).cpu()
+        return self._completed(total).cpu()
 
     def _measured_from(self, center: Point) -> tuple[Tensor, Tensor]:
         """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""
@@ -402,12 +419,23 @@ class WorkerMatrix:
             for index in range(len(self._blocks))
             for _, chunk in self._chunks(index, _at_least_float32)
         ]
-        return self._complete(torch.stack(norms).double().square().sum(0))
+        return self._completed(torch.stack(norms).double().square().sum(0))
 
     @property
     def _is_quick(self) -> bool:
         memory = self._blocks.memory
         return memory[0].device.type == "cpu" and all(block.dtype == torch.float32 for block in memory)
+
+    def _completed(self, total: Tensor) -> Tensor:
+        """Sum a float64 statistic over all ranks, and with the first one how often bits are set: one collective."""
+        watched, self._watched = self._watched, None
+        if watched is None:
+            return self._complete(total)
+        num_columns = sum(block.shape[1] for block in watched.memory)
+        counts = torch.stack([count_bits(block, num_columns) for block in watched]).sum(0)
+        sums = self._complete(torch.cat([total.flatten(), counts.flatten()]))
+        self._bit_counts = sums[total.numel() :].view(counts.shape).cpu()
+        return sums[: total.numel()].view(total.shape)
 
     def _sum_of_squares(self, point: Coordinatewise) -> float:
         """Compute a compiled point of all stored rows, and return the sum of their squares; nan for other points."""
@@ -415,7 +443,7 @@ class WorkerMatrix:
             return math.nan
         values, squares = zip(*map(point.function.with_squares, self._blocks), strict=True)
         self._computed_ahead[point.function] = list(values)
-        return float(self._complete(torch.stack(squares).sum()))
+        return float(self._completed(torch.stack(squares).sum()))
 
     def _values(self, point: Coordinatewise) -> list[Tensor]:
         if point.values is None:
@@ -442,7 +470,7 @@ class WorkerMatrix:
             values.append(whole)
         point.values = values
         squared = torch.stack(norms).double().square()
-        sums = self._complete(torch.stack([squared.sum(0), squared.square().sum(0)]))
+        sums = self._completed(torch.stack([squared.sum(0), squared.square().sum(0)]))
         return sums[0], _ROUNDING_OF_NORMS * sums[1].sqrt()
 
     def _sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
@@ -457,7 +485,7 @@ class WorkerMatrix:
 
                 rows = chunk if self._mixing is None else self._mixed(chunk, scratch)
                 total += statistic(rows, at)
-        return self._complete(total).cpu()
+        return self._completed(total).cpu()
 
     def _function_of(self, point: Coordinatewise, chunk: Tensor, scratch: Scratch) -> Tensor:
         # What is compiled writes nothing, and so needs no copy.

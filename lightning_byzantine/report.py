@@ -33,6 +33,8 @@ class Report:
         from_aggregate: which of the two.
         outvoted: [m] bool: workers whose process has reported a buffer or a metric that is not finite, where most have
             reported finite ones; None where nobody looked.
+        unlikely: [m] bool: rows that have bits unlike the others', see
+            :func:`~lightning_byzantine.mantissas.unlikely_bits`; None where nobody looked.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -49,6 +51,7 @@ class Report:
     distances: Tensor
     from_aggregate: bool
     outvoted: Tensor | None = None
+    unlikely: Tensor | None = None
 
     @classmethod
     def of_breakdown(cls, dropped: Iterable[int], num_workers: int) -> "Report":
@@ -98,4 +101,5 @@ class Report:
             spread(self.weights, 0.0),
             spread(self.distances, torch.nan),
             self.from_aggregate,
+            unlikely=None if self.unlikely is None else spread(self.unlikely, False),
         )

@@ -52,6 +52,7 @@ class Shadow:
         self._restart_if_new(matrix)
         sent = matrix.with_blocks(matrix.blocks if self._beta == 0 else self._moved(matrix))
         sent.previous = self._previous
+        sent.watch_bits(matrix)  # momentum has bits of its own
         try:
             decision = self._aggregator.decide(sent, num_byzantine)
             report = decision.report()

@@ -389,6 +389,8 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             )
 
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
+        if self.observers:
+            matrix.watch_bits()
         workers = torch.tensor([index for index in range(matrix.num_workers) if index not in self.quarantined])
         trusted = matrix.select(workers) if self.quarantined else matrix
         num_byzantine = max(0, self.num_byzantine - len(self.quarantined))

@@ -37,8 +37,9 @@ class Suspicion(nn.Module):
     Honest workers with data from one distribution are all as likely to be the farthest in any step. What momentum
     carries on from one bad batch is not in u, so that it hardly counts for more than one step; b, the median over
     workers of their average z, is what skewed distances add to everybody's z. A worker whose row can't be measured has
-    z = 3, and so has one with nothing new in its norm where there is something in the others', and one whose process
-    was outvoted in buffers or metrics. Where the rule knows no distances, norms take their place.
+    z = 3, and so has one with nothing new in its norm where there is something in the others', one whose values have
+    unlikely bits, and one whose process was outvoted in buffers or metrics. Where the rule knows no distances, norms
+    take their place.
 
     Args:
         num_workers: m.
@@ -110,8 +111,9 @@ class Suspicion(nn.Module):
             self._spread = spread if self._spread.isnan() else self._spread.lerp(spread, 1 / _STEPS)
         z = ((oddity - center) / self._spread.clamp(min=_FLOOR)).clamp(-_MOST, _MOST)
         z[vanished | ~report.measurable] = _MOST
-        if report.outvoted is not None:
-            z[report.outvoted] = _MOST
+        for odd in (report.unlikely, report.outvoted):
+            if odd is not None:
+                z[odd] = _MOST
         return z
 
 

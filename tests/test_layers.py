@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
 FLOORS = {
     0: [
         "anchored_gram",
+        "arriving",
         "checks",
         "compilation",
         "decision",
@@ -18,6 +19,7 @@ FLOORS = {
         "gradients",
         "gram",
         "heat_map",
+        "mantissas",
         "matrix",
         "ordering",
         "points",

@@ -74,7 +74,9 @@ def reports(seed: int, steps: int, fault: str | None, beta: float) -> Iterator[R
         rows = torch.stack(sent)
         if fault in FAULTS:
             rows[BAD] = FAULTS[fault](past[-1], past)
-        decision = rule.decide(WorkerMatrix([rows]), NUM_BYZANTINE)
+        matrix = WorkerMatrix([rows])
+        matrix.watch_bits()
+        decision = rule.decide(matrix, NUM_BYZANTINE)
         gradient = torch.empty_like(sent[BAD])
         estimators[0].gradient("all", decision.values()[0], gradient)
         for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):

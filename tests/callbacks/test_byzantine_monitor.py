@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
-from lightning_byzantine.attacks import Attack, NonFinite, SignFlip, VectorAttack
+from lightning_byzantine.attacks import Attack, BitFlip, NonFinite, SignFlip, VectorAttack
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
 from lightning_byzantine.evidence import Suspect
 from lightning_byzantine.optim import DoubleMomentumEstimator
@@ -148,6 +148,25 @@ def test_names_a_rank_that_is_outvoted_beside_its_gradient(
     first, *_ = lines(tmp_path)
     assert first["step"] - first["outvoted"] in (0, 1)  # before the first step, nobody had voted on buffers
     assert first["non_finite"] == 0
+
+
+class Wide(Regression):
+    """Has gradients enough for their bits to tell something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(8, 200), nn.Tanh(), nn.Linear(200, 1))
+
+
+@pytest.mark.parametrize("strategy", [{}, {"exchange": "all_to_all"}, {"shadow": True}], ids=str)
+def test_names_a_worker_with_a_flipped_bit_of_no_weight(
+    five_ranks: RankPool, tmp_path: Path, strategy: dict[str, Any]
+) -> None:
+    flipped = BitFlip(bit=22)  # the mantissa's highest
+    assert five_ranks.run(suspects_of_fit, tmp_path, flipped, [0], strategy, model=Wide) == [[0]] * 5
+    first, *_ = lines(tmp_path)
+    assert first["unlikely"] == first["steps"]
+    assert first["distance"] < 2
 
 
 def test_nobody_is_suspected_without_reason(five_ranks: RankPool, tmp_path: Path) -> None:

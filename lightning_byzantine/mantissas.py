@@ -1,0 +1,75 @@
+"""Bits that a broken chip sets or flips, in values that look plausible."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["count_bits", "unlikely_bits"]
+
+# Of a float32's mantissa, without its lowest three bits, which depend on what numbers a value was multiplied by.
+_BITS = range(3, 23)
+# About how many of a row's columns are looked at: enough for the highest bit's bias, and quick.
+_SAMPLE = 2048
+# From how many standard deviations on a bit is unlikely: of 100,000 sound ones, hardly one is 5 away.
+_UNLIKELY = 8.0
+# Median of the square of a standard normal variable.
+_MEDIAN_OF_SQUARES = 0.4549
+
+
+def count_bits(rows: Tensor, num_columns: int) -> Tensor:
+    """Count, in each row, the values that are not 0, and among these, for each bit, those in which it is set.
+
+    It looks at the 20 highest bits of the mantissa in some 2048 columns, evenly spread.
+
+    Args:
+        rows: [m, c], of any floating-point dtype; other than float32 are converted.
+        num_columns: of all blocks together, c being those of one.
+
+    Returns:
+        [m, 21] float64, on the device of ``rows``; may be added up over blocks and ranks.
+
+    Example:
+        >>> count_bits(torch.tensor([[1.0, 1.5, -3.0, 0.0]]), num_columns=4)[0, [0, -1]]  # 1.5 and 3 = 2 x 1.5
+        tensor([3., 2.], dtype=torch.float64)
+
+    """
+    sample = rows[:, :: max(1, -(-num_columns // _SAMPLE))].float().contiguous()
+    present = sample != 0
+    bits = sample.view(torch.int32)
+    counts = [present.sum(1), *((bits >> place & present).sum(1) for place in _BITS)]
+    return torch.stack(counts, dim=1).double()
+
+
+def unlikely_bits(counts: Tensor) -> Tensor:
+    """Return whose mantissas are not like those of the others, [m] bool.
+
+    ::
+
+        p_ib = share of worker i's values that have bit b set;  c_b = median_i p_ib
+        z_ib = (p_ib - c_b) / sqrt(c_b (1 - c_b) / n_i)
+        unlikely where |z_ib| > 8 max(1, s), s^2 = median_ib z_ib^2 / 0.4549, of bits that vary
+
+    Values of many sizes begin with 1 more often than with larger digits (Benford's law), so that even the highest bit's
+    flip shows. s is above 1 where values depend on one another. While fewer than half of the workers are faulty, c lies
+    within what sound workers have.
+
+    Args:
+        counts: [m, 21], of :func:`count_bits`.
+
+    Source: Benford, "The law of anomalous numbers", Proceedings of the American Philosophical Society 78 (1938).
+
+    Example:
+        >>> values = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).exp()
+        >>> values[3] = values[3].view(torch.int32).bitwise_or(1 << 20).view(torch.float32)  # is stuck
+        >>> unlikely_bits(count_bits(values, num_columns=1000))
+        tensor([False, False, False,  True, False])
+
+    """
+    sizes, shares = counts[:, :1], counts[:, 1:] / counts[:, :1]  # NaN where all values are 0
+    center = shares.nanquantile(0.5, dim=0)
+    # A single value's weight where a bit is the same in all of them.
+    variance = (center * (1 - center)).clamp(min=1 / sizes.max().clamp(min=1)) / sizes
+    squares = (shares - center).square() / variance
+    # What half precision does not have is 0 in all values.
+    varied = torch.where((center > 0) & (center < 1), squares, torch.nan)
+    spread = (varied.nanquantile(0.5) / _MEDIAN_OF_SQUARES).nan_to_num(1.0).clamp(min=1)
+    return (squares > _UNLIKELY**2 * spread).any(1)
