@@ -129,9 +129,7 @@ class Run:
 class FaultyClassifier(DigitClassifier):
     """Has the faults that are in a worker's own process."""
 
-    def __init__(self, run: Run, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.faulty = run
+    faulty: Run  # no argument: those are in the checkpoint
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         fault = self.faulty.fault if self.global_rank == self.faulty.rank else "clean"
@@ -197,7 +195,8 @@ def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False,
     )
     # What double momentum asks for, as in examples/configs.
     rates = {"lr": 0.1, "momentum": 0.0} if "double" in run.strategy else {}
-    model = FaultyClassifier(Run(run.strategy, "clean", -1, run.seed) if resume else run, **rates)
+    model = FaultyClassifier(**rates)
+    model.faulty = Run(run.strategy, "clean", -1, run.seed) if resume else run
     data = DigitData(batch_size=options["batch_size"], partition=IID())
     trainer.fit(model, data, ckpt_path="last" if resume else None)
     trainer.limit_val_batches = 1.0
