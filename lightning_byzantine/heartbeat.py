@@ -101,34 +101,47 @@ class Heartbeat:
         found: list[WorkerLostError | None] = []
         thread = Thread(target=lambda: found.append(self._look_around(timed_out)), daemon=True)
         thread.start()
-        thread.join(2 * _PATIENCE)
+        thread.join(4 * _PATIENCE)
         return found[0] if found else _without_store()
 
     def _look_around(self, timed_out: bool) -> WorkerLostError | None:
         try:
-            before = self._read("beats")
-            time.sleep(_PATIENCE)
-            # Who comes first may be gone when others look around, though it is not the one who was missing.
-            if self._store.check(["lost"]):
-                ranks, _, reason = self._store.get("lost").decode().partition(":")
-                return WorkerLostError([int(rank) for rank in ranks.split(",") if rank.isdecimal()], reason)
-            after = self._read("beats")
-            silent = [rank for rank in range(self._num_ranks) if rank != self._rank and before[rank] == after[rank]]
-            behind = [rank for rank, reached in enumerate(self._read("reached")) if reached < self._collectives]
-            if silent:
-                lost = WorkerLostError(
-                    silent, f"no sign of life for {_PATIENCE:g} s. The process has ended, was stopped, or is cut off."
-                )
-            elif timed_out and behind and self._rank not in behind:
-                lost = WorkerLostError(
-                    behind, f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
-                )
-            else:
-                return None
-            self._store.set("lost", f"{','.join(map(str, lost.ranks))}:{lost.reason}")
+            lost = self._judge(timed_out)
+            self._store.add("looked", 1)
+            if lost is not None and self._rank == 0:
+                self._wait_for_others(len(lost.ranks))
         except RuntimeError:
             return _without_store()
         return lost
+
+    def _judge(self, timed_out: bool) -> WorkerLostError | None:
+        before = self._read("beats")
+        time.sleep(_PATIENCE)
+        # Who comes first may be gone when others look around, though it is not the one who was missing.
+        if self._store.check(["lost"]):
+            ranks, _, reason = self._store.get("lost").decode().partition(":")
+            return WorkerLostError([int(rank) for rank in ranks.split(",") if rank.isdecimal()], reason)
+        after = self._read("beats")
+        silent = [rank for rank in range(self._num_ranks) if rank != self._rank and before[rank] == after[rank]]
+        behind = [rank for rank, reached in enumerate(self._read("reached")) if reached < self._collectives]
+        if silent:
+            lost = WorkerLostError(
+                silent, f"no sign of life for {_PATIENCE:g} s. The process has ended, was stopped, or is cut off."
+            )
+        elif timed_out and behind and self._rank not in behind:
+            lost = WorkerLostError(
+                behind, f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
+            )
+        else:
+            return None
+        self._store.set("lost", f"{','.join(map(str, lost.ranks))}:{lost.reason}")
+        return lost
+
+    def _wait_for_others(self, num_lost: int) -> None:
+        """Stay until they have looked around as well: with this process the store may end."""
+        deadline = time.monotonic() + 2 * _PATIENCE
+        while self._store.add("looked", 0) < self._num_ranks - num_lost and time.monotonic() < deadline:
+            time.sleep(_PERIOD / 5)
 
     def _read(self, what: str) -> list[int]:
         # To add nothing is to read without waiting for a key that is not there.

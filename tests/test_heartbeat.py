@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -58,6 +59,16 @@ def test_names_who_is_late_when_time_has_run_out(start: Start) -> None:
         pass
     with pytest.raises(WorkerLostError, match="Lost rank 1: alive, but the others waited for it for more than"):
         fail(first, after=0.5)
+
+
+def test_the_first_rank_which_may_hold_the_store_stays_until_all_have_looked_around(start: Start) -> None:
+    first, second, third = start(HashStore())
+    third.stop()
+    with ThreadPoolExecutor() as pool:
+        later = pool.submit(fail, second, after=1.5)
+        with pytest.raises(WorkerLostError, match="Lost rank 2: "):
+            fail(first)
+        assert isinstance(later.exception(timeout=0.5), WorkerLostError)
 
 
 def test_other_errors_stay_what_they_are(start: Start) -> None:
