@@ -12,7 +12,8 @@ class Arriving:
 
     Args:
         memory: where the blocks' values are, or will be.
-        waits: for each block, functions that return when its values are there; none for blocks that are there.
+        waits: for each block, functions that return when its values may be read, on a GPU by what is launched from then
+            on; none for blocks that are there.
 
     Attributes:
         memory: as given, for whom shapes, dtypes and devices will do.
@@ -42,7 +43,8 @@ class Arriving:
     def __getitem__(self, index: int) -> Tensor:
         """Return a block as soon as its values are there."""
         while self._waits[index]:
-            self._waits[index].pop(0)()
+            self._waits[index][0]()
+            self._waits[index].pop(0)  # one that has failed stays
         return self.memory[index]
 
     def __iter__(self) -> Iterator[Tensor]:

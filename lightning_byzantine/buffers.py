@@ -71,7 +71,7 @@ class RobustBuffers:
             reports = columns.clone(memory_format=torch.contiguous_format).view(flat.dtype)
             if flat.dtype in _MEASURED:
                 voted = median(reports)
-                self._notice(outvoted(reports, voted))
+                self._notice(outvoted(reports))
             else:
                 voted = majority(reports)
             for part, value in zip(group, torch.split(voted, [part.numel() for part in group]), strict=True):

@@ -217,7 +217,7 @@ class FaultTolerantDDP(DDPStrategy):
 
     def _notice(self, outvoted: Tensor) -> None:
         # On their device until somebody asks: a GPU would have to be waited for.
-        self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted
+        self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted.to(self._outvoted.device)
 
     def _take_outvoted(self) -> Tensor | None:
         """Return the workers of those ranks that were outvoted since the last call, [m] bool."""

@@ -107,9 +107,10 @@ class Heartbeat:
     def _look_around(self, timed_out: bool) -> WorkerLostError | None:
         try:
             lost = self._judge(timed_out)
-            self._store.add("looked", 1)
-            if lost is not None and self._rank == 0:
-                self._wait_for_others(len(lost.ranks))
+            if lost is not None:
+                self._store.add(f"looked/{self._rank}", 1)
+                if self._rank == 0:
+                    self._wait_for({*range(1, self._num_ranks)} - {*lost.ranks})
         except RuntimeError:
             return _without_store()
         return lost
@@ -137,10 +138,13 @@ class Heartbeat:
         self._store.set("lost", f"{','.join(map(str, lost.ranks))}:{lost.reason}")
         return lost
 
-    def _wait_for_others(self, num_lost: int) -> None:
+    def _wait_for(self, others: set[int]) -> None:
         """Stay until they have looked around as well: with this process the store may end."""
         deadline = time.monotonic() + 2 * _PATIENCE
-        while self._store.add("looked", 0) < self._num_ranks - num_lost and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            looked = self._read("looked")
+            if all(looked[rank] for rank in others):
+                return
             time.sleep(_PERIOD / 5)
 
     def _read(self, what: str) -> list[int]:

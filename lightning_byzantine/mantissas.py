@@ -8,7 +8,9 @@ __all__ = ["count_bits", "unlikely_bits"]
 # Of a float32's mantissa, without its lowest three bits, which depend on what numbers a value was multiplied by.
 _BITS = range(3, 23)
 # About how many of a row's columns are looked at: enough for the highest bit's bias, and quick.
-_SAMPLE = 2048
+_SAMPLE = 4096
+# Of fewer values nothing can be told.
+_FEW = 100
 # From how many standard deviations on a bit is unlikely: of 100,000 sound ones, hardly one is 5 away.
 _UNLIKELY = 8.0
 # Median of the square of a standard normal variable.
@@ -16,9 +18,10 @@ _MEDIAN_OF_SQUARES = 0.4549
 
 
 def count_bits(rows: Tensor, num_columns: int) -> Tensor:
-    """Count, in each row, the values that are not 0, and among these, for each bit, those in which it is set.
+    """Count, in each row, the values that have all digits, and among these, for each bit, those in which it is set.
 
-    It looks at the 20 highest bits of the mantissa in some 2048 columns, evenly spread.
+    It looks at the 20 highest bits of the mantissa in up to 4096 columns, evenly spread. Neither 0 nor what is
+    subnormal in its dtype, infinite or NaN is counted.
 
     Args:
         rows: [m, c], of any floating-point dtype; other than float32 are converted.
@@ -32,9 +35,10 @@ def count_bits(rows: Tensor, num_columns: int) -> Tensor:
         tensor([3., 2.], dtype=torch.float64)
 
     """
-    sample = rows[:, :: max(1, -(-num_columns // _SAMPLE))].float().contiguous()
-    present = sample != 0
-    bits = sample.view(torch.int32)
+    # An odd stride meets every column of a layer's weights, whose widths are even as a rule.
+    sample = rows[:, :: max(1, -(-num_columns // _SAMPLE)) | 1].contiguous()
+    present = (sample.abs() >= torch.finfo(rows.dtype).tiny) & sample.isfinite()
+    bits = sample.float().view(torch.int32)
     counts = [present.sum(1), *((bits >> place & present).sum(1) for place in _BITS)]
     return torch.stack(counts, dim=1).double()
 
@@ -44,13 +48,15 @@ def unlikely_bits(counts: Tensor) -> Tensor:
 
     ::
 
-        p_ib = share of worker i's values that have bit b set;  c_b = median_i p_ib
-        z_ib = (p_ib - c_b) / sqrt(c_b (1 - c_b) / n_i)
-        unlikely where |z_ib| > 8 max(1, s), s^2 = median_ib z_ib^2 / 0.4549, of bits that vary
+        p_ib = share of worker i's n_i values that have bit b set;  c_b = median_i p_ib
+        z_ib = (p_ib - c_b) / sqrt(c_b (1 - c_b) (1 / n_i + 1 / median n))
+        unlikely where |z_ib| > 8 max(1, s_i, s);  s_i^2 = median_b z_ib^2 / 0.4549, s^2 = median_ib z_ib^2 / 0.4549
 
     Values of many sizes begin with 1 more often than with larger digits (Benford's law), so that even the highest bit's
-    flip shows. s is above 1 where values depend on one another. While fewer than half of the workers are faulty, c lies
-    within what sound workers have.
+    flip shows. s and s_i are above 1 where values depend on one another: a bit has to stand out from all others and,
+    since colluders can make s small, from the worker's own.
+    While fewer than half of those with 100 values or more are faulty, c lies within what the sound ones have; unless
+    more than half of all have as many, nobody is judged.
 
     Args:
         counts: [m, 21], of :func:`count_bits`.
@@ -64,12 +70,16 @@ def unlikely_bits(counts: Tensor) -> Tensor:
         tensor([False, False, False,  True, False])
 
     """
-    sizes, shares = counts[:, :1], counts[:, 1:] / counts[:, :1]  # NaN where all values are 0
-    center = shares.nanquantile(0.5, dim=0)
+    sizes = torch.where(counts[:, :1] >= _FEW, counts[:, :1], torch.nan)
+    if 2 * int(sizes.isfinite().sum()) <= len(sizes):
+        return torch.zeros(len(sizes), dtype=torch.bool)
+    shares = counts[:, 1:] / sizes
+    center, usual = shares.nanquantile(0.5, dim=0), sizes.nanmedian()
     # A single value's weight where a bit is the same in all of them.
-    variance = (center * (1 - center)).clamp(min=1 / sizes.max().clamp(min=1)) / sizes
+    variance = (center * (1 - center)).clamp(min=1 / usual) * (1 / sizes + 1 / usual)
     squares = (shares - center).square() / variance
     # What half precision does not have is 0 in all values.
     varied = torch.where((center > 0) & (center < 1), squares, torch.nan)
-    spread = (varied.nanquantile(0.5) / _MEDIAN_OF_SQUARES).nan_to_num(1.0).clamp(min=1)
+    usual_square = torch.maximum(varied.nanquantile(0.5, dim=1, keepdim=True), varied.nanquantile(0.5))
+    spread = (usual_square / _MEDIAN_OF_SQUARES).nan_to_num(1.0).clamp(min=1)
     return (squares > _UNLIKELY**2 * spread).any(1)

@@ -268,14 +268,14 @@ class WorkerMatrix:
             return torch.full((self.num_workers,), torch.nan, dtype=torch.float64)
         return self._measured_norms.sqrt()
 
-    def watch_bits(self, sent: "WorkerMatrix | None" = None) -> None:
+    def watch_bits(self, source: "WorkerMatrix | None" = None) -> None:
         """Have bits counted along with the first statistic of whole rows, for :meth:`unlikely_bits`.
 
         Args:
-            sent: the matrix in which to count them, if not this one, which was made of it.
+            source: the matrix in which to count them, if not this one, which was made of it.
 
         """
-        self._watched = (sent or self)._blocks
+        self._watched = (source or self)._blocks
 
     def unlikely_bits(self) -> Tensor | None:
         """Return whose values have bits unlike the others', [m] bool; None if nobody has counted them."""
@@ -428,13 +428,14 @@ class WorkerMatrix:
 
     def _completed(self, total: Tensor) -> Tensor:
         """Sum a float64 statistic over all ranks, and with the first one how often bits are set: one collective."""
-        watched, self._watched = self._watched, None
+        stored = self._stored
+        watched, stored._watched = stored._watched, None
         if watched is None:
             return self._complete(total)
         num_columns = sum(block.shape[1] for block in watched.memory)
         counts = torch.stack([count_bits(block, num_columns) for block in watched]).sum(0)
         sums = self._complete(torch.cat([total.flatten(), counts.flatten()]))
-        self._bit_counts = sums[total.numel() :].view(counts.shape).cpu()
+        stored._bit_counts = sums[total.numel() :].view(counts.shape).cpu()
         return sums[: total.numel()].view(total.shape)
 
     def _sum_of_squares(self, point: Coordinatewise) -> float:

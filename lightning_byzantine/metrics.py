@@ -41,7 +41,7 @@ def robust_reduce(
         raise ValueError(f"reduce_op must be mean, avg, sum, max or min under robust_metrics=True, got {reduce_op!r}")
     # Counts, such as those of a batch's samples, are whole only after all has been computed.
     reports = gather_rows(tensor.detach().flatten().double())
-    notice(outvoted(reports, median(reports)))
+    notice(outvoted(reports))
     if reduce_op == "max":
         value = order_statistic(reports, -1 - num_byzantine)
     elif reduce_op == "min":

@@ -74,20 +74,19 @@ def majority(reports: Tensor) -> Tensor:
     return winner.view(reports.dtype)
 
 
-def outvoted(reports: Tensor, voted: Tensor) -> Tensor:
+def outvoted(reports: Tensor) -> Tensor:
     """Return whose report is not finite where most are: [m] bool.
 
     Args:
         reports: [m, ..], of a floating-point dtype.
-        voted: [..], what came of them.
 
     Example:
-        >>> reports = torch.tensor([[1.0, torch.nan], [torch.nan, 5.0], [3.0, torch.inf]])
-        >>> outvoted(reports, torch.tensor([3.0, torch.inf]))
+        >>> outvoted(torch.tensor([[1.0, torch.nan], [torch.nan, 5.0], [3.0, torch.inf]]))
         tensor([False,  True, False])
 
     """
-    return (voted.isfinite() & ~reports.isfinite()).flatten(1).any(1)
+    finite = reports.isfinite()
+    return ((2 * finite.sum(0) > len(reports)) & ~finite).flatten(1).any(1)
 
 
 def _ordered(reports: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
 from lightning_byzantine.checks import check_at_least, check_integer_at_least
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.ordering import nearest
 from lightning_byzantine.points import Point
 
 __all__ = ["GeometricMedian"]
@@ -89,7 +90,8 @@ class GeometricMedian(Aggregator):
             return matrix.squared_norms().sqrt()
         if self.init == "medoid":
             distances = matrix.squared_distances().sqrt()
-            return distances[distances.sum(1).argmin()]
+            # Between two halves of the rows every point is a median: not rounding should choose.
+            return distances[nearest(distances.sum(1), 1)[0]]
         if self.init == "median":
             return matrix.distances(CoordinateWiseMedian().locate(matrix, 0))
         return matrix.distances(matrix.mean())

@@ -197,8 +197,8 @@ class ByzantineMonitor(pl.Callback):
             self._evidence.load_state_dict(state_dict["evidence"])
         except RuntimeError:
             rank_zero_warn(
-                "The checkpoint was written with another number of workers, or another `window`, so ByzantineMonitor"
-                " starts afresh."
+                "The checkpoint was written with another number of workers, another `window` or by another version, so"
+                " ByzantineMonitor starts afresh."
             )
             self._suspicion = Suspicion(len(self._suspicion.scores), self.threshold)
             self._evidence = Evidence(len(self._suspicion.scores), self.window)
