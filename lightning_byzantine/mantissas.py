@@ -37,8 +37,10 @@ def count_bits(rows: Tensor, num_columns: int) -> Tensor:
     """
     # An odd stride meets every column of a layer's weights, whose widths are even as a rule.
     sample = rows[:, :: max(1, -(-num_columns // _SAMPLE)) | 1].contiguous()
-    present = (sample.abs() >= torch.finfo(rows.dtype).tiny) & sample.isfinite()
-    bits = sample.float().view(torch.int32)
+    values = sample.float()
+    smallest = max(torch.finfo(dtype).tiny for dtype in (rows.dtype, torch.float32))
+    present = (values.abs() >= smallest) & values.isfinite()
+    bits = values.view(torch.int32)
     counts = [present.sum(1), *((bits >> place & present).sum(1) for place in _BITS)]
     return torch.stack(counts, dim=1).double()
 
@@ -54,9 +56,8 @@ def unlikely_bits(counts: Tensor) -> Tensor:
 
     Values of many sizes begin with 1 more often than with larger digits (Benford's law), so that even the highest bit's
     flip shows. s and s_i are above 1 where values depend on one another: a bit has to stand out from all others and,
-    since colluders can make s small, from the worker's own.
-    While fewer than half of those with 100 values or more are faulty, c lies within what the sound ones have; unless
-    more than half of all have as many, nobody is judged.
+    since colluders can make s small, from the worker's own. While fewer than half of those with 100 values or more are
+    faulty, c lies within what the sound ones have; unless more than half of all have as many, nobody is judged.
 
     Args:
         counts: [m, 21], of :func:`count_bits`.

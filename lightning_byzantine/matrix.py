@@ -280,7 +280,7 @@ class WorkerMatrix:
     def unlikely_bits(self) -> Tensor | None:
         """Return whose values have bits unlike the others', [m] bool; None if nobody has counted them."""
         counts = self._stored._bit_counts
-        return None if counts is None else unlikely_bits(counts[self._rows])
+        return None if counts is None else unlikely_bits(counts.cpu()[self._rows])
 
     def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
         """Return distances that need neither a pass over the columns nor a collective, and what they are from.
@@ -435,7 +435,7 @@ class WorkerMatrix:
         num_columns = sum(block.shape[1] for block in watched.memory)
         counts = torch.stack([count_bits(block, num_columns) for block in watched]).sum(0)
         sums = self._complete(torch.cat([total.flatten(), counts.flatten()]))
-        stored._bit_counts = sums[total.numel() :].view(counts.shape).cpu()
+        stored._bit_counts = sums[total.numel() :].view(counts.shape)
         return sums[: total.numel()].view(total.shape)
 
     def _sum_of_squares(self, point: Coordinatewise) -> float:

@@ -33,10 +33,11 @@ _COLUMNS = 1000
 class ByzantineMonitor(pl.Callback):
     """Watches what the rule finds out about each worker, and names those that are persistently unlike the others.
 
-    It looks at the statistics that the aggregation computed anyway: no pass over the gradients, no collective and no
-    waiting for a device comes with it, but for one gathering of names when ``fit`` starts. All ranks come to the same
-    conclusions. See :class:`~lightning_byzantine.suspicion.Suspicion` for the score, and
-    :class:`~lightning_byzantine.report.Report` for what each rule tells.
+    It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns, and at whose
+    buffers and metrics are outvoted for not being finite. No pass over the gradients and no collective comes with it,
+    but for one gathering of names when ``fit`` starts. All ranks come to the same conclusions. See
+    :class:`~lightning_byzantine.suspicion.Suspicion` for the score, and :class:`~lightning_byzantine.report.Report` for
+    what each rule tells.
 
     Logs through the Trainer's loggers, with i for a worker's index and its values in the last step:
 

@@ -1,7 +1,7 @@
 """What `ByzantineMonitor` adds to a step: ``python tests/benchmarks/monitor.py``.
 
 Five gloo processes train the example's network on its digits with the default strategy and a TensorBoard logger. The
-monitor watches for 50 steps, which is once as often as it logs, then looks away for 50, and so on. Printed is the
+monitor watches for 50 steps, in which it logs once, then looks away for 50, and so on. Printed is the
 median over the watched periods' times as a ratio to that of the others, on rank 0.
 """
 
