@@ -1,12 +1,15 @@
 """What is held against a worker."""
 
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
+from math import isnan, nan
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lightning_byzantine.checks import check_integer_at_least
+from lightning_byzantine.medians import known_median, multiples
 from lightning_byzantine.report import Report
 
 __all__ = ["Evidence", "Suspect"]
@@ -26,12 +29,13 @@ class Suspect:
         non_finite: in how many its row was non-finite, or too large to be measured.
         distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
         norm: likewise, of its norm.
-        unlikely: in how many of the steps its values had bits unlike the others'.
+        sampled: in how many of the steps somebody looked at the bits of its values.
+        unlikely: in how many of these they were unlike the others'.
         outvoted: in how many of the steps its process reported a buffer or a metric that is not finite, unlike most.
         shadow: whether the rule only watched.
 
     Example:
-        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 0, shadow=False))
+        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 20, 0, 0, shadow=False))
         worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 4ad1): trimmed in 98 of the last 100 steps, distance 41 x the \
 median
 
@@ -46,6 +50,7 @@ median
     non_finite: int
     distance: float | None
     norm: float | None
+    sampled: int
     unlikely: int
     outvoted: int
     shadow: bool
@@ -59,7 +64,7 @@ median
         if self.non_finite > 0:
             parts.append(f"non-finite in {self.non_finite} {of_the_last}")
         if self.unlikely > 0:
-            parts.append(f"unlikely bits in {self.unlikely} {of_the_last}")
+            parts.append(f"unlikely bits in {self.unlikely} of {self.sampled} samples {of_the_last}")
         if self.outvoted > 0:
             parts.append(f"non-finite buffers or metrics in {self.outvoted} {of_the_last}")
         if self.distance is not None:
@@ -73,7 +78,7 @@ median
         return asdict(self)
 
 
-class Evidence(nn.Module):
+class Evidence:
     """Remembers the reports of the last steps.
 
     Args:
@@ -89,70 +94,107 @@ class Evidence(nn.Module):
         >>> evidence = Evidence(num_workers=3, window=100)
         >>> unknown = torch.full((3,), torch.nan)
         >>> evidence.update(Report(torch.tensor([True, False, True]), torch.ones(3), unknown, unknown, False))
-        >>> evidence.of(1)
-        {'steps': 1, 'trimmed': None, 'non_finite': 1, 'distance': None, 'norm': 1.0, 'unlikely': 0, 'outvoted': 0}
+        >>> evidence.of(0)["trimmed"], evidence.of(1)["trimmed"]
+        (None, 1)
 
     """
 
-    steps: Tensor
-    trimmed: Tensor
-    non_finite: Tensor
-    _history: Tensor
-
     def __init__(self, num_workers: int, window: int) -> None:
-        super().__init__()
         check_integer_at_least("window", window, 1)
-        self.window = window
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        for name in ("trimmed", "non_finite"):
-            self.register_buffer(name, torch.zeros(num_workers, dtype=torch.int64))
-        # trimmed, non-finite, distance, norm, whether the rule tells who is trimmed, unlikely, and outvoted
-        self.register_buffer("_history", torch.full((window, 7, num_workers), torch.nan, dtype=torch.float64))
+        self.steps = 0
+        self.trimmed = [0] * num_workers
+        self.non_finite = [0] * num_workers
+        self._last: deque[_Step] = deque(maxlen=window)
 
     def update(self, report: Report) -> None:
         """Take one step's report into account."""
-        row = self._history[int(self.steps) % self.window]
-        row[0], row[1] = report.trimmed, ~report.measurable
-        row[2], row[3] = _relative(report.distances), _relative(report.norms)
-        row[4] = ~report.weights.isnan()
-        for place, odd in enumerate((report.unlikely, report.outvoted), start=5):
-            row[place] = torch.zeros(row.shape[1]) if odd is None else odd
-        self.trimmed += report.trimmed
-        self.non_finite += ~report.measurable
+        step = _Step.of(report)
+        self._last.append(step)
+        self.trimmed = [total + (out == 1) for total, out in zip(self.trimmed, step.trimmed, strict=True)]
+        self.non_finite = [total + int(bad) for total, bad in zip(self.non_finite, step.non_finite, strict=True)]
         self.steps += 1
 
-    def latest(self) -> tuple[Tensor, Tensor]:
+    def latest(self) -> tuple[list[float], list[float]]:
         """Return the distances and the norms of the last step, [m] each, as multiples of the median worker's."""
-        row = self._history[(int(self.steps) - 1) % self.window]
-        return row[2], row[3]
+        return self._last[-1].distances, self._last[-1].norms
 
-    def trimmed_part(self) -> Tensor:
-        """Return in which part of the last steps each worker had no part in the aggregate, [m]."""
-        return self._recent()[:, 0].mean(0)
+    def trimmed_part(self) -> list[float]:
+        """Return in which part of the last steps each worker had no part in the aggregate, [m]; NaN where unknown."""
+        counts = [_count(step.trimmed[worker] for step in self._last) for worker in range(len(self.trimmed))]
+        return [trimmed / known if known else nan for trimmed, known in counts]
 
     def of(self, worker: int) -> dict[str, Any]:
         """Return what a :class:`Suspect` has to say of the last steps."""
-        recent = self._recent()[:, :, worker]
+        trimmed, known = _count(step.trimmed[worker] for step in self._last)
+        unlikely, sampled = _count(step.unlikely[worker] for step in self._last)
         return {
-            "steps": len(recent),
-            "trimmed": int(recent[:, 0].sum()) if self._recent()[:, 4].any() else None,
-            "non_finite": int(recent[:, 1].sum()),
-            "distance": _known_median(recent[:, 2]),
-            "norm": _known_median(recent[:, 3]),
-            "unlikely": int(recent[:, 5].sum()),
-            "outvoted": int(recent[:, 6].sum()),
+            "steps": len(self._last),
+            "trimmed": trimmed if known else None,
+            "non_finite": int(sum(step.non_finite[worker] for step in self._last)),
+            "distance": _none_if_unknown(known_median(step.distances[worker] for step in self._last)),
+            "norm": _none_if_unknown(known_median(step.norms[worker] for step in self._last)),
+            "sampled": sampled,
+            "unlikely": unlikely,
+            "outvoted": int(sum(step.outvoted[worker] for step in self._last)),
         }
 
-    def _recent(self) -> Tensor:
-        return self._history[: min(int(self.steps), self.window)]
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is remembered."""
+        last = torch.tensor([astuple(step) for step in self._last], dtype=torch.float64)
+        return {"steps": self.steps, "trimmed": self.trimmed, "non_finite": self.non_finite, "last": last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned for as many workers; of a longer window, the last steps.
+
+        Raises:
+            ValueError: if it is of another number of workers, which leaves all as it was.
+
+        """
+        if len(state["trimmed"]) != len(self.trimmed):
+            raise ValueError(f"the state is of {len(state['trimmed'])} workers, got num_workers={len(self.trimmed)}")
+        self.steps = state["steps"]
+        self.trimmed, self.non_finite = list(state["trimmed"]), list(state["non_finite"])
+        self._last.clear()
+        self._last.extend(_Step(*rows) for rows in state["last"].tolist())
 
 
-def _relative(values: Tensor) -> Tensor:
-    """Return multiples of the median of those that are known; the others, and all where that is 0, are NaN."""
-    median = values.nanmedian()
-    return values / torch.where(median > 0, median, torch.nan)
+@dataclass(frozen=True)
+class _Step:
+    """What one report says: [m] each, 1 for yes and NaN where unknown."""
+
+    trimmed: list[float]
+    non_finite: list[float]
+    distances: list[float]
+    norms: list[float]
+    unlikely: list[float]
+    outvoted: list[float]
+
+    @classmethod
+    def of(cls, report: Report) -> "_Step":
+        measurable, weights = report.measurable.tolist(), report.weights.tolist()
+        unknown, no = [nan] * len(measurable), [0.0] * len(measurable)
+        return cls(
+            [_trimmed(*pair) for pair in zip(measurable, weights, strict=True)],
+            [float(not sound) for sound in measurable],
+            multiples(report.distances.tolist()),
+            multiples(report.norms.tolist()),
+            unknown if report.unlikely is None else list(map(float, report.unlikely.tolist())),
+            no if report.outvoted is None else list(map(float, report.outvoted.tolist())),
+        )
 
 
-def _known_median(values: Tensor) -> float | None:
-    median = float(values.nanmedian())
-    return None if median != median else median
+def _trimmed(measurable: bool, weight: float) -> float:
+    # A row that can't be measured has no part in the aggregate, whether or not the rule tells who has.
+    if measurable and isnan(weight):
+        return nan
+    return float(not measurable or weight == 0)
+
+
+def _count(answers: Iterator[float]) -> tuple[int, int]:
+    """Return how many say yes, and how many are known."""
+    known = [answer for answer in answers if not isnan(answer)]
+    return int(sum(known)), len(known)
+
+
+def _none_if_unknown(value: float) -> float | None:
+    return None if isnan(value) else value

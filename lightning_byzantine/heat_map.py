@@ -12,7 +12,7 @@ _HEIGHT = 12
 _FAR = 8.0
 
 
-def heat_map(distances: Sequence[Tensor], unmeasurable: Sequence[Tensor]) -> Tensor:
+def heat_map(distances: Sequence[Sequence[float]], measurable: Sequence[Sequence[bool]]) -> Tensor:
     """Return a picture: workers from top to bottom, steps from left to right.
 
     White for the median distance, redder for farther ones and bluer for nearer ones, on a logarithmic scale up to 8
@@ -20,21 +20,21 @@ def heat_map(distances: Sequence[Tensor], unmeasurable: Sequence[Tensor]) -> Ten
 
     Args:
         distances: [m] for each of the steps, as multiples of the median.
-        unmeasurable: [m] bool for each.
+        measurable: [m] for each.
 
     Returns:
         [3, 12 m, steps], in [0, 1].
 
     Example:
-        >>> heat_map([torch.tensor([1.0, 8.0])], [torch.tensor([False, False])])[:, ::12, 0].tolist()
+        >>> heat_map([[1.0, 8.0]], [[True, True]])[:, ::12, 0].tolist()
         [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
 
     """
-    values = torch.stack(list(distances), dim=1).float()
+    values = torch.tensor(distances).T
     heat = (values.clamp(min=1e-9).log2() / torch.tensor(_FAR).log2()).clamp(-1, 1)
     cold = 1 + heat.clamp(max=0)
     warm = 1 - heat.clamp(min=0)
     image = torch.stack([cold, torch.minimum(cold, warm), warm])
     image = torch.where(values.isnan(), 0.7, image)
-    image = torch.where(torch.stack(list(unmeasurable), dim=1), 0.0, image)
+    image = torch.where(torch.tensor(measurable).T, image, 0.0)
     return image.repeat_interleave(_HEIGHT, dim=1)

@@ -11,7 +11,7 @@ _BITS = range(3, 23)
 _SAMPLE = 4096
 # Of fewer values nothing can be told.
 _FEW = 100
-# From how many standard deviations on a bit is unlikely: of 100,000 sound ones, hardly one is 5 away.
+# From how many standard deviations on a bit is unlikely.
 _UNLIKELY = 8.0
 # Median of the square of a standard normal variable.
 _MEDIAN_OF_SQUARES = 0.4549

@@ -8,6 +8,9 @@ from torch import Tensor
 
 __all__ = ["Report"]
 
+# A cosine that rounding may have made of 1; beyond it there was but rounding.
+_ROUNDED_ONE = 1.001
+
 
 @dataclass(frozen=True)
 class Report:
@@ -79,6 +82,25 @@ class Report:
         others = 1 - self.weights
         return torch.where(others > 1e-9, self.distances / others, torch.nan)
 
+    @property
+    def alignments(self) -> Tensor:
+        """Return the cosine of the angle between each row and what the others make of the aggregate, [m].
+
+        <x_i, a_i> / (||x_i|| ||a_i||) with a_i = sum_{j != i} w_j x_j; NaN where it has no length, and where the rule
+        did not learn the distances from the aggregate. No other products are needed, for those with the aggregate a are
+        (||a||^2 + ||x_i||^2 - ||x_i - a||^2) / 2, and ||a||^2 is a weighted sum of them.
+        """
+        if not self.from_aggregate:
+            return torch.full_like(self.norms, torch.nan)
+        squares, weights = self.norms.square(), self.weights
+        excess = squares - self.distances.square()
+        squared_length = (weights * excess).nansum() / (2 - weights.nansum())
+        products = (squared_length + excess) / 2
+        own = weights * squares
+        squared_others = squared_length - weights * (2 * products - own)
+        cosines = (products - own) / (squares * squared_others).sqrt()
+        return torch.where(cosines.abs() <= _ROUNDED_ONE, cosines, torch.nan)
+
     def among(self, workers: Tensor, num_workers: int, measurable: bool) -> "Report":
         """Return the report on all workers, of which this one knows some; the others have no part in the aggregate.
 
@@ -88,6 +110,8 @@ class Report:
             measurable: whether the others are.
 
         """
+        if len(workers) == num_workers:
+            return self
 
         def spread(values: Tensor, missing: float) -> Tensor:
             whole = values.new_full((num_workers,), missing)

@@ -41,18 +41,20 @@ class Shadow:
         self._next: list[Tensor] = []
         self._previous: list[Tensor] | None = None
 
-    def report(self, matrix: WorkerMatrix, num_byzantine: int) -> Report:
+    def report(self, matrix: WorkerMatrix, num_byzantine: int, watch_bits: bool = False) -> Report:
         """Return what the rule finds out about the workers.
 
         Args:
             matrix: their gradients.
             num_byzantine: f.
+            watch_bits: whether to look at the gradients' bits as well: momentum has bits of its own.
 
         """
         self._restart_if_new(matrix)
         sent = matrix.with_blocks(matrix.blocks if self._beta == 0 else self._moved(matrix))
         sent.previous = self._previous
-        sent.watch_bits(matrix)  # momentum has bits of its own
+        if watch_bits:
+            sent.watch_bits(matrix)
         try:
             decision = self._aggregator.decide(sent, num_byzantine)
             report = decision.report()

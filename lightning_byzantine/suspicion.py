@@ -1,9 +1,10 @@
 """Who behaves unlike the others for longer than chance allows."""
 
-import torch
-from torch import Tensor, nn
+from math import inf, isfinite, isnan, log, nan
+from typing import Any
 
 from lightning_byzantine.checks import check_positive
+from lightning_byzantine.medians import known_median
 from lightning_byzantine.report import Report
 
 __all__ = ["Suspicion"]
@@ -22,9 +23,13 @@ _ALLOWANCE = 1.0
 _STEPS = 25
 # What is new in a vector has vanished where it is below this part of what is new in the others'.
 _VANISHED = 0.01
+# From this median alignment on, the workers have so much in common that noise turns nobody around.
+_COMMON = 0.5
+# Whose alignment is below minus this part of the median's points the other way.
+_OPPOSED = 0.5
 
 
-class Suspicion(nn.Module):
+class Suspicion:
     r"""Adds up, for each worker, by how much it stands out from the others, step by step (Page's cumulative sum).
 
     ::
@@ -36,46 +41,49 @@ class Suspicion(nn.Module):
 
     Honest workers with data from one distribution are all as likely to be the farthest in any step. What momentum
     carries on from one bad batch is not in u, so that it hardly counts for more than one step; b, the median over
-    workers of their average z, is what skewed distances add to everybody's z. A worker whose row can't be measured has
-    z = 3, and so has one with nothing new in its norm where there is something in the others', one whose values have
-    unlikely bits, and one whose process was outvoted in buffers or metrics. Where the rule knows no distances, norms
-    take their place.
+    workers of their average z, is what skewed distances add to everybody's z. Where the rule knows no distances, norms
+    take their place. z = 3, whatever the distance, for a worker
+
+    - whose row can't be measured,
+    - with nothing new in its norm, where there is something in the others',
+    - that points away from where the others go, c_i < -median c / 2, with c_i the
+      :attr:`~lightning_byzantine.report.Report.alignments`, as long as they go somewhere together, median c >= 0.5:
+      u tells nothing of a flipped sign while gradients shrink faster than momentum forgets,
+    - whose values had unlikely bits the last two times that somebody looked,
+    - whose process was outvoted in buffers or metrics.
 
     Args:
         num_workers: m.
         threshold: S from which on a worker is suspected, in deviations; a bad worker adds up to 2 a step.
 
     Attributes:
-        suspected: [m] bool.
+        suspected: indices of the workers under suspicion.
         scores: [m], S, at most one and a half times the threshold.
 
     Source: Page, "Continuous Inspection Schemes", Biometrika 41 (1954).
 
     Example:
+        >>> import torch
         >>> suspicion = Suspicion(num_workers=4)
         >>> unknown, measurable = torch.full((4,), torch.nan), torch.tensor([True, True, True, False])
         >>> for _ in range(20):
         ...     suspicion.update(Report(measurable, torch.ones(4), unknown, unknown, from_aggregate=False), memory=0.9)
         >>> suspicion.suspected
-        tensor([False, False, False,  True])
+        {3}
 
     """
 
-    suspected: Tensor
-    scores: Tensor
-    _averages: Tensor
-    _norms: Tensor
-    _distances: Tensor
-    _spread: Tensor
-
     def __init__(self, num_workers: int, threshold: float = 13.0) -> None:
-        super().__init__()
         check_positive("threshold", threshold)
         self.threshold = threshold
-        self.register_buffer("suspected", torch.zeros(num_workers, dtype=torch.bool))
-        for name in ("scores", "_averages", "_norms", "_distances"):
-            self.register_buffer(name, torch.zeros(num_workers, dtype=torch.float64))
-        self.register_buffer("_spread", torch.full((), torch.nan, dtype=torch.float64))
+        self.suspected: set[int] = set()
+        self.scores = [0.0] * num_workers
+        self._averages = [0.0] * num_workers
+        self._norms = [0.0] * num_workers
+        self._distances = [0.0] * num_workers
+        self._unlikely = [False] * num_workers  # the last time
+        self._unlikely_twice = [False] * num_workers
+        self._spread = nan
 
     def update(self, report: Report, memory: float) -> None:
         """Take one step's report into account.
@@ -85,51 +93,102 @@ class Suspicion(nn.Module):
             memory: beta, the part of what a worker sent that stays in what it sends next.
 
         """
-        z = self._deviations(report, memory)
-        seen = ~z.isnan()
-        scores = self.scores + z - _median(self._averages[seen]) - _ALLOWANCE
-        self.scores = torch.where(seen, scores.clamp(0, 1.5 * self.threshold), self.scores)
-        self._averages = torch.where(seen, self._averages.lerp(z, 1 / _STEPS), self._averages)
-        self.suspected = (self.scores >= self.threshold) | (self.suspected & (self.scores > 0))
+        if report.unlikely is not None:
+            # Under double momentum, sound workers have unlikely bits in one of a hundred steps, but hardly in two.
+            before, self._unlikely = self._unlikely, report.unlikely.tolist()
+            self._unlikely_twice = [both == (True, True) for both in zip(before, self._unlikely, strict=True)]
+        deviations = {worker: z for worker, z in enumerate(self._deviations(report, memory)) if not isnan(z)}
+        usual = known_median(self._averages[worker] for worker in deviations)
+        for worker, z in deviations.items():
+            score = self.scores[worker] + z - usual - _ALLOWANCE
+            self.scores[worker] = _clamped(score, 0.0, 1.5 * self.threshold)
+            self._averages[worker] += (z - self._averages[worker]) / _STEPS
+        self.suspected = {
+            worker
+            for worker, score in enumerate(self.scores)
+            if score >= self.threshold or (worker in self.suspected and score > 0)
+        }
 
-    def _deviations(self, report: Report, memory: float) -> Tensor:
-        """Return z, [m]."""
-        norms, distances = report.norms, report.deviations
-        new_norms = (norms - memory * self._norms).abs()
-        vanished = new_norms < _VANISHED * _median(new_norms)
-        if distances.isnan().all():
-            oddity = _oddity(norms, self._norms, memory, vanished)
-        else:
-            oddity = _oddity(distances, self._distances, memory, vanished)
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that has been added up."""
+        return {
+            "suspected": sorted(self.suspected),
+            "scores": list(self.scores),
+            "averages": list(self._averages),
+            "norms": list(self._norms),
+            "distances": list(self._distances),
+            "unlikely": list(self._unlikely),
+            "unlikely_twice": list(self._unlikely_twice),
+            "spread": self._spread,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned for as many workers.
+
+        Raises:
+            ValueError: if it is of another number of workers, which leaves all as it was.
+
+        """
+        if len(state["scores"]) != len(self.scores):
+            raise ValueError(f"the state is of {len(state['scores'])} workers, got num_workers={len(self.scores)}")
+        self.suspected = set(state["suspected"])
+        self.scores, self._averages = list(state["scores"]), list(state["averages"])
+        self._norms, self._distances = list(state["norms"]), list(state["distances"])
+        self._unlikely, self._unlikely_twice = list(state["unlikely"]), list(state["unlikely_twice"])
+        self._spread = state["spread"]
+
+    def _deviations(self, report: Report, memory: float) -> list[float]:
+        """Return z, [m]; NaN where nothing is known."""
+        measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
+        new_norms = [abs(norm - memory * before) for norm, before in zip(norms, self._norms, strict=True)]
+        hardly_any = _VANISHED * known_median(new_norms)
+        vanished = [new < hardly_any for new in new_norms]
+        values, before = (norms, self._norms) if all(map(isnan, distances)) else (distances, self._distances)
+        values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
+        oddities = _oddities(values, before, memory)
         # What could not be measured, though its norm may be a number, has not entered the worker's momentum.
-        self._norms = torch.where(norms.isnan() | ~report.measurable, self._norms, norms)
-        self._distances = torch.where(distances.isnan(), self._distances, distances)
-        center = _median(oddity)
-        spread = _median((oddity - center).abs()) / _MAD
-        if spread.isfinite():
+        entered = [norm if sound else nan for norm, sound in zip(norms, measurable, strict=True)]
+        self._norms = _known_or(entered, self._norms)
+        self._distances = _known_or(distances, self._distances)
+
+        center = known_median(oddities)
+        spread = known_median(abs(oddity - center) for oddity in oddities) / _MAD
+        if isfinite(spread):
             # Averaged over steps, since with few workers it is a matter of luck.
-            self._spread = spread if self._spread.isnan() else self._spread.lerp(spread, 1 / _STEPS)
-        z = ((oddity - center) / self._spread.clamp(min=_FLOOR)).clamp(-_MOST, _MOST)
-        z[vanished | ~report.measurable] = _MOST
-        for odd in (report.unlikely, report.outvoted):
-            if odd is not None:
-                z[odd] = _MOST
-        return z
+            self._spread = spread if isnan(self._spread) else self._spread + (spread - self._spread) / _STEPS
+        scale = max(_FLOOR, self._spread) if isfinite(self._spread) else _FLOOR
+        unmeasurable, opposed = [not sound for sound in measurable], _opposed(report.alignments.tolist())
+        marks = [vanished, unmeasurable, opposed, self._unlikely_twice]
+        if report.outvoted is not None:
+            marks.append(report.outvoted.tolist())
+        marked = map(any, zip(*marks, strict=True))
+        return [
+            _MOST if mark else _clamped((oddity - center) / scale, -_MOST, _MOST)
+            for oddity, mark in zip(oddities, marked, strict=True)
+        ]
 
 
-def _oddity(values: Tensor, previous: Tensor, memory: float, left_out: Tensor) -> Tensor:
-    """Return r, [m]: 0 for a worker like the others; NaN where unknown, and for those that are left out."""
-    values = torch.where(left_out, torch.nan, values)
-    new = values - memory * previous
-    return (_relative(new).log() + _relative(values).log()) / 2
+def _oddities(values: list[float], before: list[float], memory: float) -> list[float]:
+    """Return r, [m]: 0 for a worker like the others; NaN where unknown."""
+    new = [value - memory * previous for value, previous in zip(values, before, strict=True)]
+    return [(log(one) + log(other)) / 2 for one, other in zip(_relative(new), _relative(values), strict=True)]
 
 
-def _relative(values: Tensor) -> Tensor:
-    median = _median(values.abs())
+def _relative(values: list[float]) -> list[float]:
+    usual = known_median(map(abs, values))
     # All alike where the most have none.
-    return torch.where(median > 0, (values / median).clamp(min=_LEAST), torch.where(values.isnan(), torch.nan, 1.0))
+    return [_clamped(value / usual if usual > 0 else 0 * value + 1, _LEAST, inf) for value in values]
 
 
-def _median(values: Tensor) -> Tensor:
-    """Return the median of those that are known; of an even number, the mean of the middle two, as torch's is not."""
-    return values.nanquantile(0.5) if values.numel() > 0 else values.new_tensor(0.0)
+def _opposed(alignments: list[float]) -> list[bool]:
+    """Return who points away from where the others go."""
+    common = known_median(alignments)
+    return [common >= _COMMON and alignment < -_OPPOSED * common for alignment in alignments]
+
+
+def _known_or(values: list[float], otherwise: list[float]) -> list[float]:
+    return [other if isnan(value) else value for value, other in zip(values, otherwise, strict=True)]
+
+
+def _clamped(value: float, low: float, high: float) -> float:
+    return value if isnan(value) else min(max(value, low), high)

@@ -21,6 +21,7 @@ FLOORS = {
         "heat_map",
         "mantissas",
         "matrix",
+        "medians",
         "ordering",
         "points",
         "report",

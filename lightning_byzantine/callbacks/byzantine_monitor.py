@@ -26,18 +26,19 @@ from lightning_byzantine.suspicion import Suspicion
 __all__ = ["ByzantineMonitor"]
 
 _POLICIES = ("warn", "raise", "quarantine")
-# Steps in one heat map.
+# Steps in one heat map, and between two of them: a picture takes longer than a step of a small network.
 _COLUMNS = 1000
+_REDRAWN = 100
 
 
 class ByzantineMonitor(pl.Callback):
     """Watches what the rule finds out about each worker, and names those that are persistently unlike the others.
 
-    It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns, and at whose
-    buffers and metrics are outvoted for not being finite. No pass over the gradients and no collective comes with it,
-    but for one gathering of names when ``fit`` starts. All ranks come to the same conclusions. See
-    :class:`~lightning_byzantine.suspicion.Suspicion` for the score, and :class:`~lightning_byzantine.report.Report` for
-    what each rule tells.
+    It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns in every fifth
+    step, and at whose buffers and metrics are outvoted for not being finite. No pass over the gradients and no
+    collective comes with it, but for one gathering of names when ``fit`` starts. All ranks come to the same
+    conclusions. See :class:`~lightning_byzantine.suspicion.Suspicion` for the score, and
+    :class:`~lightning_byzantine.report.Report` for what each rule tells.
 
     Logs through the Trainer's loggers, with i for a worker's index and its values in the last step:
 
@@ -48,10 +49,10 @@ class ByzantineMonitor(pl.Callback):
     - ``byzantine/score/worker_i``: the score of suspicion, in units of the threshold
     - ``byzantine/suspects``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many there are
 
-    and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps at the end of every epoch. The progress
-    bar shows the suspects' indices. ``suspects.jsonl`` in the log directory has one line for every change: ``event``
-    ("suspected", "cleared" or "quarantined"), ``step``, and the fields of
-    :class:`~lightning_byzantine.evidence.Suspect`. At the end of ``fit`` a table sums up all workers.
+    and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, once in 100
+    steps at the most, and when training ends. The progress bar shows the suspects' indices. ``suspects.jsonl`` in the
+    log directory has one line for every change: ``event`` ("suspected", "cleared" or "quarantined"), ``step``, and the
+    fields of :class:`~lightning_byzantine.evidence.Suspect`. At the end of ``fit`` a table sums up all workers.
 
     Args:
         on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops
@@ -97,7 +98,8 @@ class ByzantineMonitor(pl.Callback):
         self.threshold = threshold
         self.suspects: list[int] = []
         self._reports: list[Report] = []
-        self._columns: deque[tuple[Tensor, Tensor]] = deque(maxlen=_COLUMNS)
+        self._columns: deque[tuple[list[float], list[bool]]] = deque(maxlen=_COLUMNS)
+        self._new_columns = 0
         self._identities: list[Identity] = []
         self._path = Path()
 
@@ -127,7 +129,7 @@ class ByzantineMonitor(pl.Callback):
         else:
             self._identities = [Identity("localhost", str(strategy.root_device))]
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "suspects.jsonl"  # asks rank 0
-        self._reports, self._columns = [], deque(maxlen=_COLUMNS)
+        self._reports, self._columns, self._new_columns = [], deque(maxlen=_COLUMNS), 0
         strategy.observers.append(self._reports.append)
         bar = trainer.progress_bar_callback
         if bar is not None:
@@ -149,9 +151,10 @@ class ByzantineMonitor(pl.Callback):
             memory = 0.0 if strategy.estimator is None else strategy.estimator.memory
             self._suspicion.update(report, memory)
             self._evidence.update(report)
-            self._columns.append((self._evidence.latest()[0], ~report.measurable))
+            self._columns.append((self._evidence.latest()[0], report.measurable.tolist()))
+            self._new_columns += 1
             weights = report.weights
-            for worker in (before != self._suspicion.suspected).nonzero().flatten().tolist():
+            for worker in sorted(before ^ self._suspicion.suspected):
                 self._note(trainer, worker)
         self._list_suspects(strategy)
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # as its connector has it
@@ -160,11 +163,17 @@ class ByzantineMonitor(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._draw(trainer)
+        if self._new_columns >= _REDRAWN:
+            self._draw(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._new_columns > 0:
+            self._draw(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if int(self._evidence.steps) > 0:
+        if self._evidence.steps > 0:
             rank_zero_info(self._table(_strategy(trainer)))
 
     @override
@@ -196,13 +205,8 @@ class ByzantineMonitor(pl.Callback):
         try:
             self._suspicion.load_state_dict(state_dict["suspicion"])
             self._evidence.load_state_dict(state_dict["evidence"])
-        except RuntimeError:
-            rank_zero_warn(
-                "The checkpoint was written with another number of workers, another `window` or by another version, so"
-                " ByzantineMonitor starts afresh."
-            )
-            self._suspicion = Suspicion(len(self._suspicion.scores), self.threshold)
-            self._evidence = Evidence(len(self._suspicion.scores), self.window)
+        except ValueError as error:
+            rank_zero_warn(f"ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: {error}.")
 
     def _suspect(self, strategy: ByzantineDDPStrategy, worker: int) -> Suspect:
         rank = worker * strategy.world_size // len(self._suspicion.scores)
@@ -214,7 +218,7 @@ class ByzantineMonitor(pl.Callback):
         """Act on a worker that has come under suspicion, or is not any more."""
         strategy = _strategy(trainer)
         suspect = self._suspect(strategy, worker)
-        if not self._suspicion.suspected[worker]:
+        if worker not in self._suspicion.suspected:
             self._write(trainer, "cleared", suspect)
             rank_zero_info(f"No longer under suspicion: {suspect}")
             return
@@ -244,8 +248,7 @@ class ByzantineMonitor(pl.Callback):
         rank_zero_warn(f"Quarantined worker {suspect.worker}: its rows are dropped from the next step on.")
 
     def _list_suspects(self, strategy: ByzantineDDPStrategy) -> None:
-        suspected = self._suspicion.suspected.nonzero().flatten().tolist()
-        self.suspects = sorted(strategy.quarantined | set(suspected))
+        self.suspects = sorted(strategy.quarantined | self._suspicion.suspected)
 
     def _show_suspects(self, bar: ProgressBar) -> None:
         get_metrics = bar.get_metrics
@@ -262,15 +265,15 @@ class ByzantineMonitor(pl.Callback):
         values = {
             "distance": distances,
             "norm": norms,
-            "weight": weights,
+            "weight": weights.tolist(),
             "trimmed": self._evidence.trimmed_part(),
             "non_finite": self._evidence.non_finite,
-            "score": self._suspicion.scores / self.threshold,
+            "score": [score / self.threshold for score in self._suspicion.scores],
         }
         metrics = {
             f"byzantine/{name}/worker_{worker}": value
             for name, row in values.items()
-            for worker, value in enumerate(row.tolist())
+            for worker, value in enumerate(row)
             if value == value  # unknown ones are NaN
         }
         metrics["byzantine/suspects"] = len(self.suspects)
@@ -281,8 +284,7 @@ class ByzantineMonitor(pl.Callback):
 
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer) -> None:
-        if not self._columns:
-            return
+        self._new_columns = 0
         image = heat_map(*zip(*self._columns, strict=True))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -295,7 +297,7 @@ class ByzantineMonitor(pl.Callback):
             file.write(json.dumps({"event": event, "step": trainer.global_step, **suspect.as_dict()}) + "\n")
 
     def _table(self, strategy: ByzantineDDPStrategy) -> str:
-        steps = int(self._evidence.steps)
+        steps = self._evidence.steps
         lines = [
             f"ByzantineMonitor, {steps} steps, num_byzantine={strategy.num_byzantine}"
             + (", shadow mode" if strategy.shadow else ""),
@@ -307,8 +309,8 @@ class ByzantineMonitor(pl.Callback):
             verdict = "suspect" if worker in self.suspects else ""
             lines.append(
                 f"| {worker} | {suspect.rank} | {suspect.host} | {suspect.device}"
-                f" | {'' if suspect.trimmed is None else f'{int(self._evidence.trimmed[worker]) / steps:.0%}'}"
-                f" | {int(self._evidence.non_finite[worker])} | {_show(suspect.distance)} | {_show(suspect.norm)}"
+                f" | {'' if suspect.trimmed is None else f'{self._evidence.trimmed[worker] / steps:.0%}'}"
+                f" | {self._evidence.non_finite[worker]} | {_show(suspect.distance)} | {_show(suspect.norm)}"
                 f" | {'quarantined' if worker in strategy.quarantined else verdict} |"
             )
         return "\n".join(lines)

@@ -165,7 +165,7 @@ def test_names_a_worker_with_a_flipped_bit_of_no_weight(
     flipped = BitFlip(bit=22)  # the mantissa's highest
     assert five_ranks.run(suspects_of_fit, tmp_path, flipped, [0], strategy, model=Wide) == [[0]] * 5
     first, *_ = lines(tmp_path)
-    assert first["unlikely"] == first["steps"]
+    assert first["unlikely"] == first["sampled"] >= 2
     assert first["distance"] < 2
 
 
@@ -253,7 +253,7 @@ class Scores(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         monitor = next(callback for callback in trainer.callbacks if isinstance(callback, ByzantineMonitor))
-        self.history.append(monitor.state_dict()["suspicion"]["scores"].clone())
+        self.history.append(torch.tensor(monitor.state_dict()["suspicion"]["scores"]))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.on_train_start(trainer)
