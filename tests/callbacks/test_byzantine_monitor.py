@@ -274,6 +274,29 @@ def test_suspicion_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path) 
     assert all(torch.equal(scores[0], whole[0][6]) and len(scores) == 3 for scores in resumed)
 
 
+def warnings_of_resuming(folder: Path, checkpoint: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with mock.patch("warnings.simplefilter"):
+            afresh = {"restart_estimator": True}
+            watcher, *_ = fit_monitored(folder, strategy=afresh, num_batches=8, ckpt_path=checkpoint)
+    assert watcher.suspects == []
+    return [str(warning.message) for warning in caught if "ByzantineMonitor" in str(warning.message)]
+
+
+def test_says_that_a_checkpoint_of_other_workers_does_not_fit(
+    three_ranks: RankPool, five_ranks: RankPool, tmp_path: Path
+) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    three_ranks.run(scores_of_fit, tmp_path, callbacks=[save], enable_checkpointing=True)
+    said, *others = five_ranks.run(warnings_of_resuming, tmp_path, tmp_path / "step=6.ckpt")
+    assert said == [
+        "ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: the state is of 3 workers, got"
+        " num_workers=5."
+    ]
+    assert others == [[]] * 4
+
+
 class NotSaved:
     """What a user may compose by class_path."""
 
@@ -358,6 +381,17 @@ def test_logs_scalars_a_heat_map_and_the_progress_bar(three_ranks: RankPool, tmp
     assert (image.width, image.height) == (NUM_STEPS, 36)
     assert "byzantine/suspects" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert (tmp_path / "board" / "version_0" / "suspects.jsonl").exists()
+
+
+def test_a_picture_is_drawn_once_in_100_steps_at_most(one_rank: RankPool, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoardLogger(tmp_path)
+    one_rank.run(suspects_of_fit, tmp_path, strategy={"workers_per_process": 3}, max_epochs=25, logger=board)
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
+    events.Reload()
+    images = events.Images("byzantine/distances")
+    assert [(image.step, image.width) for image in images] == [(100, 100), (200, 200), (250, 250)]
 
 
 def table_of_fit(folder: Path) -> str:
