@@ -29,13 +29,14 @@ class Suspect:
         non_finite: in how many its row was non-finite, or too large to be measured.
         distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
         norm: likewise, of its norm.
+        opposed: in how many steps it pointed away from where the others went.
         sampled: in how many of the steps somebody looked at the bits of its values.
         unlikely: in how many of these they were unlike the others'.
         outvoted: in how many of the steps its process reported a buffer or a metric that is not finite, unlike most.
         shadow: whether the rule only watched.
 
     Example:
-        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 20, 0, 0, shadow=False))
+        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 20, 0, 0, shadow=False))
         worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 4ad1): trimmed in 98 of the last 100 steps, distance 41 x the \
 median
 
@@ -50,6 +51,7 @@ median
     non_finite: int
     distance: float | None
     norm: float | None
+    opposed: int
     sampled: int
     unlikely: int
     outvoted: int
@@ -63,6 +65,8 @@ median
             parts.append(f"{'would have been ' if self.shadow else ''}trimmed in {self.trimmed} {of_the_last}")
         if self.non_finite > 0:
             parts.append(f"non-finite in {self.non_finite} {of_the_last}")
+        if self.opposed > 0:
+            parts.append(f"pointed the other way in {self.opposed} {of_the_last}")
         if self.unlikely > 0:
             parts.append(f"unlikely bits in {self.unlikely} of {self.sampled} samples {of_the_last}")
         if self.outvoted > 0:
@@ -95,7 +99,7 @@ class Evidence:
         >>> unknown = torch.full((3,), torch.nan)
         >>> evidence.update(Report(torch.tensor([True, False, True]), torch.ones(3), unknown, unknown, False))
         >>> evidence.of(0)["trimmed"], evidence.of(1)["trimmed"]
-        (None, 1)
+        (None, None)
 
     """
 
@@ -121,7 +125,7 @@ class Evidence:
     def trimmed_part(self) -> list[float]:
         """Return in which part of the last steps each worker had no part in the aggregate, [m]; NaN where unknown."""
         counts = [_count(step.trimmed[worker] for step in self._last) for worker in range(len(self.trimmed))]
-        return [trimmed / known if known else nan for trimmed, known in counts]
+        return [trimmed / len(self._last) if known else nan for trimmed, known in counts]
 
     def of(self, worker: int) -> dict[str, Any]:
         """Return what a :class:`Suspect` has to say of the last steps."""
@@ -133,6 +137,7 @@ class Evidence:
             "non_finite": int(sum(step.non_finite[worker] for step in self._last)),
             "distance": _none_if_unknown(known_median(step.distances[worker] for step in self._last)),
             "norm": _none_if_unknown(known_median(step.norms[worker] for step in self._last)),
+            "opposed": int(sum(step.opposed[worker] for step in self._last)),
             "sampled": sampled,
             "unlikely": unlikely,
             "outvoted": int(sum(step.outvoted[worker] for step in self._last)),
@@ -166,6 +171,7 @@ class _Step:
     non_finite: list[float]
     distances: list[float]
     norms: list[float]
+    opposed: list[float]
     unlikely: list[float]
     outvoted: list[float]
 
@@ -173,21 +179,19 @@ class _Step:
     def of(cls, report: Report) -> "_Step":
         measurable, weights = report.measurable.tolist(), report.weights.tolist()
         unknown, no = [nan] * len(measurable), [0.0] * len(measurable)
+        # Rules without weights drop rows as well: these have weight 0, the others' are not known.
+        told = any(weight != 0 and not isnan(weight) for weight in weights)
         return cls(
-            [_trimmed(*pair) for pair in zip(measurable, weights, strict=True)],
+            [float(not sound or weight == 0) for sound, weight in zip(measurable, weights, strict=True)]
+            if told
+            else unknown,
             [float(not sound) for sound in measurable],
             multiples(report.distances.tolist()),
             multiples(report.norms.tolist()),
+            list(map(float, report.opposed.tolist())),
             unknown if report.unlikely is None else list(map(float, report.unlikely.tolist())),
             no if report.outvoted is None else list(map(float, report.outvoted.tolist())),
         )
-
-
-def _trimmed(measurable: bool, weight: float) -> float:
-    # A row that can't be measured has no part in the aggregate, whether or not the rule tells who has.
-    if measurable and isnan(weight):
-        return nan
-    return float(not measurable or weight == 0)
 
 
 def _count(answers: Iterator[float]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ _BITS = range(3, 23)
 _SAMPLE = 4096
 # Of fewer values nothing can be told.
 _FEW = 100
-# From how many standard deviations on a bit is unlikely.
+# From how many standard deviations on a bit is unlikely. Sound workers' double momentum is in one of a hundred steps.
 _UNLIKELY = 8.0
 # Median of the square of a standard normal variable.
 _MEDIAN_OF_SQUARES = 0.4549
@@ -45,8 +45,8 @@ def count_bits(rows: Tensor, num_columns: int) -> Tensor:
     return torch.stack(counts, dim=1).double()
 
 
-def unlikely_bits(counts: Tensor) -> Tensor:
-    """Return whose mantissas are not like those of the others, [m] bool.
+def unlikely_bits(counts: Tensor) -> Tensor | None:
+    """Return whose mantissas are not like those of the others, [m] bool, or None if nobody can be judged.
 
     ::
 
@@ -73,7 +73,7 @@ def unlikely_bits(counts: Tensor) -> Tensor:
     """
     sizes = torch.where(counts[:, :1] >= _FEW, counts[:, :1], torch.nan)
     if 2 * int(sizes.isfinite().sum()) <= len(sizes):
-        return torch.zeros(len(sizes), dtype=torch.bool)
+        return None
     shares = counts[:, 1:] / sizes
     center, usual = shares.nanquantile(0.5, dim=0), sizes.nanmedian()
     # A single value's weight where a bit is the same in all of them.

@@ -278,7 +278,7 @@ class WorkerMatrix:
         self._watched = (source or self)._blocks
 
     def unlikely_bits(self) -> Tensor | None:
-        """Return whose values have bits unlike the others', [m] bool; None if nobody has counted them."""
+        """Return whose values have bits unlike the others', [m] bool; None if none were counted, or too few."""
         counts = self._stored._bit_counts
         return None if counts is None else unlikely_bits(counts.cpu()[self._rows])
 

@@ -2,14 +2,21 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lightning_byzantine.medians import known_median
 
 __all__ = ["Report"]
 
 # A cosine that rounding may have made of 1; beyond it there was but rounding.
 _ROUNDED_ONE = 1.001
+# From this median alignment on, the workers have so much in common that noise turns nobody around.
+_COMMON = 0.5
+# Whose alignment is below minus this part of the median's points the other way.
+_OPPOSED = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,20 @@ class Report:
         products = (squared_length + excess) / 2
         own = weights * squares
         squared_others = squared_length - weights * (2 * products - own)
-        cosines = (products - own) / (squares * squared_others).sqrt()
+        # Not of one product, which would leave float64's range.
+        cosines = (products - own) / (self.norms * squared_others.sqrt())
         return torch.where(cosines.abs() <= _ROUNDED_ONE, cosines, torch.nan)
+
+    @cached_property
+    def opposed(self) -> Tensor:
+        """Return which rows point away from where the others go, [m] bool.
+
+        c_i < -median c / 2, as long as the workers go somewhere together, median c >= 0.5, with c the alignments that
+        are known.
+        """
+        alignments = self.alignments
+        common = known_median(alignments.tolist())
+        return alignments < (-_OPPOSED * common if common >= _COMMON else -torch.inf)
 
     def among(self, workers: Tensor, num_workers: int, measurable: bool) -> "Report":
         """Return the report on all workers, of which this one knows some; the others have no part in the aggregate.
@@ -110,8 +129,6 @@ class Report:
             measurable: whether the others are.
 
         """
-        if len(workers) == num_workers:
-            return self
 
         def spread(values: Tensor, missing: float) -> Tensor:
             whole = values.new_full((num_workers,), missing)

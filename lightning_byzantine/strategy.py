@@ -1,6 +1,7 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -59,7 +60,7 @@ _REFUSED = (
 
 
 # Counting bits takes longer than all else that observers are told, and a fault in a chip stays.
-_STEPS_BETWEEN_BITS = 5
+_BITS_EVERY_N_STEPS = 5
 
 
 class ByzantineDDPStrategy(FaultTolerantDDP):
@@ -97,7 +98,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
     Attributes:
         quarantined: indices of workers whose rows are dropped in every step; see :meth:`quarantine`.
         observers: functions that are called with the :class:`~lightning_byzantine.report.Report` of every aggregation,
-            during backward; of bits it tells in every fifth step.
+            during backward; of bits it tells in every fifth one of the same parameters.
 
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
@@ -161,6 +162,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         self.window: AccumulationWindow | None = None
         self._num_byzantine = num_byzantine
         self._previous: dict[str, Tensor] = {}
+        self._aggregations: Counter[Hashable] = Counter()
         self._unknown_to_ddp: dict[str, nn.Parameter] = {}
         self._given_estimator = self.estimator if estimator != "auto" else estimator
         self._max_worker_grad_norm = max_worker_grad_norm
@@ -393,7 +395,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             )
 
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
-        if self._looks_at_bits():
+        if self._is_turn_of_bits(matrix):
             matrix.watch_bits()
         workers = torch.tensor([index for index in range(matrix.num_workers) if index not in self.quarantined])
         trusted = matrix.select(workers) if self.quarantined else matrix
@@ -407,7 +409,13 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
                 return trusted.materialize(trusted.mean())
             raise
         self.breakdown.succeeded()
-        self._tell(lambda: decision.report().among(workers, matrix.num_workers, measurable=True))
+        self._tell(
+            lambda: (
+                decision.report().among(workers, matrix.num_workers, measurable=True)
+                if self.quarantined
+                else decision.report()
+            )
+        )
         return decision.values()
 
     def _tolerates(self, error: ByzantineBreakdownError) -> bool:
@@ -420,13 +428,16 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         return tolerated
 
     def _watch(self, shadow: Shadow, matrix: WorkerMatrix) -> list[Tensor]:
-        self._tell(lambda: shadow.report(matrix, self.num_byzantine, self._looks_at_bits()))
+        self._tell(lambda: shadow.report(matrix, self.num_byzantine, self._is_turn_of_bits(matrix)))
         # Not the rule Mean, which would drop what stock DDP lets through.
         return matrix.materialize(matrix.mean())
 
-    def _looks_at_bits(self) -> bool:
-        assert self.lightning_module is not None
-        return bool(self.observers) and self.lightning_module.trainer.global_step % _STEPS_BETWEEN_BITS == 0
+    def _is_turn_of_bits(self, matrix: WorkerMatrix) -> bool:
+        if not self.observers:
+            return False
+        # Not the Trainer's step: of networks that take turns, it might only ever meet one.
+        self._aggregations[matrix.layout] += 1
+        return self._aggregations[matrix.layout] % _BITS_EVERY_N_STEPS == 1
 
     def _tell(self, report: Callable[[], Report]) -> None:
         if self.observers:

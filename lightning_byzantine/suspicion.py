@@ -23,10 +23,6 @@ _ALLOWANCE = 1.0
 _STEPS = 25
 # What is new in a vector has vanished where it is below this part of what is new in the others'.
 _VANISHED = 0.01
-# From this median alignment on, the workers have so much in common that noise turns nobody around.
-_COMMON = 0.5
-# Whose alignment is below minus this part of the median's points the other way.
-_OPPOSED = 0.5
 
 
 class Suspicion:
@@ -42,13 +38,12 @@ class Suspicion:
     Honest workers with data from one distribution are all as likely to be the farthest in any step. What momentum
     carries on from one bad batch is not in u, so that it hardly counts for more than one step; b, the median over
     workers of their average z, is what skewed distances add to everybody's z. Where the rule knows no distances, norms
-    take their place. z = 3, whatever the distance, for a worker
+    take their place. Whatever the distance, z - b is 3 for a worker
 
     - whose row can't be measured,
     - with nothing new in its norm, where there is something in the others',
-    - that points away from where the others go, c_i < -median c / 2, with c_i the
-      :attr:`~lightning_byzantine.report.Report.alignments`, as long as they go somewhere together, median c >= 0.5:
-      u tells nothing of a flipped sign while gradients shrink faster than momentum forgets,
+    - that points away from where the others go, see :attr:`~lightning_byzantine.report.Report.opposed`: while gradients
+      shrink faster than momentum forgets, u tells nothing of a flipped sign,
     - whose values had unlikely bits the last two times that somebody looked,
     - whose process was outvoted in buffers or metrics.
 
@@ -97,10 +92,17 @@ class Suspicion:
             # Under double momentum, sound workers have unlikely bits in one of a hundred steps, but hardly in two.
             before, self._unlikely = self._unlikely, report.unlikely.tolist()
             self._unlikely_twice = [both == (True, True) for both in zip(before, self._unlikely, strict=True)]
-        deviations = {worker: z for worker, z in enumerate(self._deviations(report, memory)) if not isnan(z)}
-        usual = known_median(self._averages[worker] for worker in deviations)
-        for worker, z in deviations.items():
-            score = self.scores[worker] + z - usual - _ALLOWANCE
+        vanished = self._vanished(report, memory)
+        marked = self._marked(report, vanished)
+        deviations = [
+            _MOST if mark else z for mark, z in zip(marked, self._deviations(report, vanished, memory), strict=True)
+        ]
+        known = [worker for worker, z in enumerate(deviations) if not isnan(z)]
+        usual = known_median(self._averages[worker] for worker in known)
+        for worker in known:
+            z = deviations[worker]
+            # What is usual is so of distances: nobody else has a mark.
+            score = self.scores[worker] + z - (0.0 if marked[worker] else usual) - _ALLOWANCE
             self.scores[worker] = _clamped(score, 0.0, 1.5 * self.threshold)
             self._averages[worker] += (z - self._averages[worker]) / _STEPS
         self.suspected = {
@@ -137,12 +139,25 @@ class Suspicion:
         self._unlikely, self._unlikely_twice = list(state["unlikely"]), list(state["unlikely_twice"])
         self._spread = state["spread"]
 
-    def _deviations(self, report: Report, memory: float) -> list[float]:
-        """Return z, [m]; NaN where nothing is known."""
+    def _vanished(self, report: Report, memory: float) -> list[bool]:
+        new = [abs(norm - memory * before) for norm, before in zip(report.norms.tolist(), self._norms, strict=True)]
+        hardly_any = _VANISHED * known_median(new)
+        return [value < hardly_any for value in new]
+
+    def _marked(self, report: Report, vanished: list[bool]) -> list[bool]:
+        """Return who stands out whatever its distance."""
+        # Of quarantined ones nothing is known, so that no look at their bits follows.
+        unlikely = [
+            twice and not isnan(norm) for twice, norm in zip(self._unlikely_twice, report.norms.tolist(), strict=True)
+        ]
+        marks = [vanished, [not sound for sound in report.measurable.tolist()], report.opposed.tolist(), unlikely]
+        if report.outvoted is not None:
+            marks.append(report.outvoted.tolist())
+        return list(map(any, zip(*marks, strict=True)))
+
+    def _deviations(self, report: Report, vanished: list[bool], memory: float) -> list[float]:
+        """Return z by the distances, [m]; NaN where nothing is known."""
         measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
-        new_norms = [abs(norm - memory * before) for norm, before in zip(norms, self._norms, strict=True)]
-        hardly_any = _VANISHED * known_median(new_norms)
-        vanished = [new < hardly_any for new in new_norms]
         values, before = (norms, self._norms) if all(map(isnan, distances)) else (distances, self._distances)
         values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
         oddities = _oddities(values, before, memory)
@@ -156,16 +171,8 @@ class Suspicion:
         if isfinite(spread):
             # Averaged over steps, since with few workers it is a matter of luck.
             self._spread = spread if isnan(self._spread) else self._spread + (spread - self._spread) / _STEPS
-        scale = max(_FLOOR, self._spread) if isfinite(self._spread) else _FLOOR
-        unmeasurable, opposed = [not sound for sound in measurable], _opposed(report.alignments.tolist())
-        marks = [vanished, unmeasurable, opposed, self._unlikely_twice]
-        if report.outvoted is not None:
-            marks.append(report.outvoted.tolist())
-        marked = map(any, zip(*marks, strict=True))
-        return [
-            _MOST if mark else _clamped((oddity - center) / scale, -_MOST, _MOST)
-            for oddity, mark in zip(oddities, marked, strict=True)
-        ]
+        scale = _FLOOR if isnan(self._spread) else max(_FLOOR, self._spread)
+        return [_clamped((oddity - center) / scale, -_MOST, _MOST) for oddity in oddities]
 
 
 def _oddities(values: list[float], before: list[float], memory: float) -> list[float]:
@@ -178,12 +185,6 @@ def _relative(values: list[float]) -> list[float]:
     usual = known_median(map(abs, values))
     # All alike where the most have none.
     return [_clamped(value / usual if usual > 0 else 0 * value + 1, _LEAST, inf) for value in values]
-
-
-def _opposed(alignments: list[float]) -> list[bool]:
-    """Return who points away from where the others go."""
-    common = known_median(alignments)
-    return [common >= _COMMON and alignment < -_OPPOSED * common for alignment in alignments]
 
 
 def _known_or(values: list[float], otherwise: list[float]) -> list[float]:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_byzantine.aggregators import CoordinateWiseMedian
 from lightning_byzantine.evidence import Evidence
+from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.report import Report
 
 NUM_WORKERS = 4
@@ -18,10 +20,10 @@ def a_report(seed: int) -> Report:
     generator = torch.Generator().manual_seed(seed)
     maybe = torch.rand(3, NUM_WORKERS, generator=generator) < 0.3
     distances, norms, weights = torch.rand(3, NUM_WORKERS, generator=generator, dtype=torch.float64)
-    weights[maybe[0]] = 0
-    if seed % 3 == 0:
-        weights[:], distances[:] = torch.nan, torch.nan
+    weights[maybe[0] | maybe[1]] = 0
     norms[maybe[1]] = torch.nan
+    if seed % 3 == 0:  # a rule that tells neither, except of rows that it dropped
+        weights[~maybe[1]], distances[:] = torch.nan, torch.nan
     unlikely, outvoted = maybe[2] if seed % 5 == 0 else None, maybe[0] if seed % 2 == 0 else None
     return Report(~maybe[1], norms, weights, distances, True, outvoted, unlikely)
 
@@ -38,17 +40,16 @@ def counted(reports: list[Report], worker: int) -> dict[str, float | None]:
                 found.append(values[worker] / median(known))
         return median(found) if found else None
 
-    known = [
-        report for report in reports if not (bool(report.measurable[worker]) and isnan(float(report.weights[worker])))
-    ]
+    told = [report for report in reports if report.weights.nansum() > 0]
     looked = [report.unlikely for report in reports if report.unlikely is not None]
     votes = [report.outvoted for report in reports if report.outvoted is not None]
     return {
         "steps": len(reports),
-        "trimmed": sum(bool(report.trimmed[worker]) for report in known) if known else None,
+        "trimmed": sum(bool(report.trimmed[worker]) for report in told) if told else None,
         "non_finite": sum(not bool(report.measurable[worker]) for report in reports),
         "distance": middle("distances"),
         "norm": middle("norms"),
+        "opposed": sum(bool(report.opposed[worker]) for report in reports),
         "sampled": len(looked),
         "unlikely": sum(bool(bits[worker]) for bits in looked),
         "outvoted": sum(bool(out[worker]) for out in votes),
@@ -61,8 +62,11 @@ def test_says_of_the_window_what_a_loop_counts(seeds: list[int], window: int) ->
     for seed in seeds:
         last.append(a_report(seed))
         evidence.update(last[-1])
-    for worker in range(NUM_WORKERS):
-        assert evidence.of(worker) == pytest.approx(counted(list(last), worker))
+    for worker, part in enumerate(evidence.trimmed_part()):
+        expected = counted(list(last), worker)
+        assert evidence.of(worker) == pytest.approx(expected)
+        trimmed = expected["trimmed"]
+        assert isnan(part) if trimmed is None else part == pytest.approx(trimmed / len(last))
     assert evidence.steps == len(seeds)
     assert evidence.non_finite == [
         sum(not bool(a_report(seed).measurable[worker]) for seed in seeds) for worker in range(NUM_WORKERS)
@@ -87,3 +91,12 @@ def test_refuses_the_state_of_other_workers() -> None:
     evidence = Evidence(NUM_WORKERS, window=5)
     with pytest.raises(ValueError, match="the state is of 3 workers, got num_workers=4"):
         evidence.load_state_dict(Evidence(3, window=5).state_dict())
+
+
+def test_a_row_that_was_dropped_once_is_not_trimmed_by_a_rule_that_trims_nobody() -> None:
+    evidence, rows = Evidence(NUM_WORKERS, window=100), torch.randn(NUM_WORKERS, 9)
+    for step in range(50):
+        rows[2, 0] = torch.nan if step == 0 else 1.0
+        evidence.update(CoordinateWiseMedian().decide(WorkerMatrix([rows]), 1).report())
+    assert all(map(isnan, evidence.trimmed_part()))
+    assert evidence.of(2)["trimmed"] is None and evidence.of(2)["non_finite"] == 1

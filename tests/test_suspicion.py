@@ -1,10 +1,22 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CoordinateWiseMedian, GeometricMedian, Krum, Mean
+from lightning_byzantine.aggregators import (
+    ARC,
+    CTMA,
+    NNM,
+    Aggregator,
+    Clipping,
+    CoordinateWiseMedian,
+    GeometricMedian,
+    Krum,
+    Mean,
+)
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.report import Report
 from lightning_byzantine.suspicion import Suspicion
@@ -84,18 +96,52 @@ def test_good_steps_in_between_do_not_clear_one_that_is_not_finite(norm: float, 
     assert sorted(suspicion.suspected) == [3]
 
 
-@pytest.mark.parametrize("bad", [(3,), (0, 7)])
-def test_a_flipped_sign_is_named_while_gradients_shrink_faster_than_momentum_forgets(bad: tuple[int, ...]) -> None:
+def reports_of_shrinking(bad: tuple[int, ...]) -> list[Report]:
+    """Return what the rule says of 8 workers who follow a shrinking gradient without a lag, as double momentum does."""
     generator, rule = torch.Generator().manual_seed(4), CTMA(NNM(CoordinateWiseMedian()))
-    common, momentum = torch.randn(200, generator=generator, dtype=torch.float64), torch.zeros(8, 200).double()
+    common, noise = torch.randn(200, generator=generator, dtype=torch.float64), torch.zeros(8, 200).double()
     reports = []
     for step in range(30):
-        noise = torch.randn(8, 200, generator=generator, dtype=torch.float64)
-        momentum = BETA * momentum + (1 - BETA) * 0.8**step * (common + noise)
-        sent = momentum.clone()
+        scale = 0.9**step
+        noise = BETA * noise + 3 * (1 - BETA) * scale * torch.randn(8, 200, generator=generator, dtype=torch.float64)
+        sent = scale * common + noise
         sent[list(bad)] *= -1
         reports.append(rule.decide(WorkerMatrix([sent]), 3).report())
-    assert suspected(reports)[-1] == list(bad)
+    return reports
+
+
+@pytest.mark.parametrize("bad", [(3,), (0, 7)])
+def test_a_flipped_sign_is_named_by_its_direction_where_distances_hide_it(bad: tuple[int, ...]) -> None:
+    reports = reports_of_shrinking(bad)
+    assert suspected(reports)[9] == list(bad)
+    assert not any(suspected([replace(report, from_aggregate=False) for report in reports]))
+
+
+def report_of_alignments(alignments: list[float]) -> Report:
+    """Return one on rows of length 1, each of which has these cosines with an aggregate that it has no part in."""
+    norms, weights = torch.ones(len(alignments), dtype=torch.float64), torch.zeros(len(alignments)).double()
+    weights[:2] = 0.5  # of rows that are the aggregate themselves
+    distances = (2 - 2 * torch.tensor(alignments, dtype=torch.float64)).sqrt()
+    return Report(norms.bool(), norms, weights, distances, from_aggregate=True)
+
+
+@pytest.mark.parametrize(
+    ("common", "other", "opposed"),
+    [(0.9, -0.5, True), (0.9, -0.4, False), (0.51, -0.3, True), (0.49, -0.9, False), (0.9, torch.nan, False)],
+)
+def test_only_those_who_clearly_point_away_from_what_is_clearly_common_are_opposed(
+    common: float, other: float, opposed: bool
+) -> None:
+    report = report_of_alignments([1.0, 1.0, common, common, common, common, other])
+    torch.testing.assert_close(report.alignments[2:], torch.tensor([common] * 4 + [other]).double(), equal_nan=True)
+    assert report.opposed.tolist() == [False] * 6 + [opposed]
+
+
+def test_whoever_is_bad_in_every_step_stays_suspected_while_there_are_too_many() -> None:
+    suspicion = Suspicion(5)
+    for _ in range(300):
+        suspicion.update(Report.of_breakdown([1, 2, 3], 5), BETA)
+    assert suspicion.suspected == {1, 2, 3}
 
 
 def report_of_bits(*unlikely: int) -> Report:
@@ -106,12 +152,25 @@ def report_of_bits(*unlikely: int) -> Report:
 
 def test_only_bits_that_are_unlikely_twice_in_a_row_count() -> None:
     sometimes, always = Suspicion(5), Suspicion(5)
-    nobody_looked = Report(**{**vars(report_of_bits()), "unlikely": None})
+    nobody_looked = replace(report_of_bits(), unlikely=None)
     for step in range(60):
         sometimes.update(report_of_bits(1) if step % 2 else report_of_bits(), memory=0.0)
         always.update(nobody_looked if step % 5 else report_of_bits(1), memory=0.0)
     assert sometimes.scores == [0.0] * 5
     assert always.suspected == {1}
+
+
+def test_bits_are_not_held_against_whom_nothing_is_known_of_any_more() -> None:
+    suspicion, others = Suspicion(5), torch.tensor([0, 2, 3, 4])
+    for _ in range(3):
+        suspicion.update(report_of_bits(1), memory=0.0)
+    before = suspicion.scores[1]
+    assert before > 0
+    four = torch.ones(4, dtype=torch.float64)
+    quarantined = Report(four.bool(), four, four / 4, four, from_aggregate=True)
+    for _ in range(3):
+        suspicion.update(quarantined.among(others, 5, measurable=True), memory=0.0)
+    assert suspicion.scores[1] == before
 
 
 @pytest.mark.parametrize("fault", ["nan", "x10", "sign flip"])
@@ -120,7 +179,7 @@ def test_goes_on_from_its_state(fault: str) -> None:
     whole, first, second = Suspicion(8), Suspicion(8), Suspicion(8)
     for step, report in enumerate(reports):
         bits = torch.arange(8) == 5 if step % 3 == 0 else None
-        watched = Report(**{**vars(report), "unlikely": bits})
+        watched = replace(report, unlikely=bits)
         whole.update(watched, BETA)
         (first if step < 4 else second).update(watched, BETA)
         if step == 3:
@@ -161,6 +220,8 @@ RULES: list[tuple[Aggregator, bool]] = [
     (NNM(CTMA(CoordinateWiseMedian())), True),
     (Krum(), True),
     (GeometricMedian(), True),
+    (ARC(GeometricMedian()), True),
+    (Clipping(GeometricMedian(), max_norm=2.0), True),
 ]
 
 
@@ -215,13 +276,28 @@ def test_alignments_are_those_with_what_the_others_make_of_the_aggregate(
     assert float(report.alignments[5]) < -0.3
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("size", [0.0, 1e-90, 1e-30, 1e30, 1e90])
 def test_alignments_of_rows_far_off_are_cosines_or_unknown(size: float) -> None:
-    rows = torch.randn(7, 40, generator=torch.Generator().manual_seed(8))
+    rows = torch.randn(7, 40, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     rows[1] *= size
     alignments = CTMA(NNM(CoordinateWiseMedian())).decide(WorkerMatrix([rows]), 2).report().alignments
     assert bool((alignments.isnan() | (alignments.abs() <= 1.001)).all())
     assert not alignments[[0, 2, 3, 4, 5, 6]].isnan().any()
+
+
+@pytest.mark.parametrize("size", [1e-90, 1e-30, 1e30, 1e90])
+def test_alignments_do_not_depend_on_the_scale(size: float) -> None:
+    rows = torch.randn(7, 40, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    plain, scaled = (
+        CTMA(NNM(CoordinateWiseMedian())).decide(WorkerMatrix([x]), 2).report() for x in (rows, size * rows)
+    )
+    torch.testing.assert_close(scaled.alignments, plain.alignments)
+
+
+def test_what_is_but_rounding_is_no_alignment() -> None:
+    report = report_of_alignments([1.0, 1.0, 0.8, 1e30])
+    report.norms[3], report.distances[3] = 1e30, 1e30 * (1 + 1e-15)
+    assert report.alignments[3].isnan() and report.alignments[2] == pytest.approx(0.8)
 
 
 def test_rules_without_distances_say_so() -> None:

@@ -26,7 +26,7 @@ from lightning_byzantine.suspicion import Suspicion
 __all__ = ["ByzantineMonitor"]
 
 _POLICIES = ("warn", "raise", "quarantine")
-# Steps in one heat map, and between two of them: a picture takes longer than a step of a small network.
+# Steps in one heat map, and between two of them: it takes milliseconds, which in short epochs would be felt.
 _COLUMNS = 1000
 _REDRAWN = 100
 
@@ -50,9 +50,10 @@ class ByzantineMonitor(pl.Callback):
     - ``byzantine/suspects``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many there are
 
     and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, once in 100
-    steps at the most, and when training ends. The progress bar shows the suspects' indices. ``suspects.jsonl`` in the
-    log directory has one line for every change: ``event`` ("suspected", "cleared" or "quarantined"), ``step``, and the
-    fields of :class:`~lightning_byzantine.evidence.Suspect`. At the end of ``fit`` a table sums up all workers.
+    steps at the most, and when training ends, by an error too. The progress bar shows the suspects' indices.
+    ``suspects.jsonl`` in the log directory has one line for every change: ``event`` ("suspected", "cleared" or
+    "quarantined"), ``step``, and the fields of :class:`~lightning_byzantine.evidence.Suspect`. At the end of ``fit`` a
+    table sums up all workers.
 
     Args:
         on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops
@@ -118,8 +119,7 @@ class ByzantineMonitor(pl.Callback):
             )
         if stage == "fit":
             self.suspects = []
-            self._suspicion = Suspicion(strategy.num_workers, self.threshold)
-            self._evidence = Evidence(strategy.num_workers, self.window)
+            self._start_afresh(strategy.num_workers)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,6 +189,7 @@ class ByzantineMonitor(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
         # Lightning does not tear callbacks down then.
         self.teardown(trainer, pl_module, "fit")
 
@@ -205,8 +206,14 @@ class ByzantineMonitor(pl.Callback):
         try:
             self._suspicion.load_state_dict(state_dict["suspicion"])
             self._evidence.load_state_dict(state_dict["evidence"])
-        except ValueError as error:
-            rank_zero_warn(f"ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: {error}.")
+        except (KeyError, ValueError) as error:
+            # Nothing half loaded.
+            self._start_afresh(len(self._suspicion.scores))
+            rank_zero_warn(f"ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: {error!r}.")
+
+    def _start_afresh(self, num_workers: int) -> None:
+        self._suspicion = Suspicion(num_workers, self.threshold)
+        self._evidence = Evidence(num_workers, self.window)
 
     def _suspect(self, strategy: ByzantineDDPStrategy, worker: int) -> Suspect:
         rank = worker * strategy.world_size // len(self._suspicion.scores)
