@@ -1,9 +1,10 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -162,7 +163,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         self.window: AccumulationWindow | None = None
         self._num_byzantine = num_byzantine
         self._previous: dict[str, Tensor] = {}
-        self._aggregations: Counter[Hashable] = Counter()
+        self._aggregations: Counter[frozenset[str | None]] = Counter()
         self._unknown_to_ddp: dict[str, nn.Parameter] = {}
         self._given_estimator = self.estimator if estimator != "auto" else estimator
         self._max_worker_grad_norm = max_worker_grad_norm
@@ -436,8 +437,9 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         if not self.observers:
             return False
         # Not the Trainer's step: of networks that take turns, it might only ever meet one.
-        self._aggregations[matrix.layout] += 1
-        return self._aggregations[matrix.layout] % _BITS_EVERY_N_STEPS == 1
+        parameters = frozenset(chain.from_iterable(matrix.layout or ()))
+        self._aggregations[parameters] += 1
+        return self._aggregations[parameters] % _BITS_EVERY_N_STEPS == 1
 
     def _tell(self, report: Callable[[], Report]) -> None:
         if self.observers:

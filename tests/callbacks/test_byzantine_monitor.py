@@ -119,6 +119,8 @@ def test_names_the_bad_worker_on_every_rank(five_ranks: RankPool, tmp_path: Path
         assert first["non_finite"] == first["trimmed"] == first["steps"]
     elif attack.factor if isinstance(attack, Multiplied) else False:
         assert first["distance"] > 3
+    elif isinstance(attack, SignFlip):
+        assert first["opposed"] == first["steps"]
 
 
 class WrongBesideGradients(Regression):
@@ -158,15 +160,50 @@ class Wide(Regression):
         self.network = nn.Sequential(nn.Linear(8, 200), nn.Tanh(), nn.Linear(200, 1))
 
 
+HIGHEST = BitFlip(bit=22)  # of the mantissa
+
+
 @pytest.mark.parametrize("strategy", [{}, {"exchange": "all_to_all"}, {"shadow": True}], ids=str)
 def test_names_a_worker_with_a_flipped_bit_of_no_weight(
     five_ranks: RankPool, tmp_path: Path, strategy: dict[str, Any]
 ) -> None:
-    flipped = BitFlip(bit=22)  # the mantissa's highest
-    assert five_ranks.run(suspects_of_fit, tmp_path, flipped, [0], strategy, model=Wide) == [[0]] * 5
+    assert five_ranks.run(suspects_of_fit, tmp_path, HIGHEST, [0], strategy, model=Wide) == [[0]] * 5
     first, *_ = lines(tmp_path)
     assert first["unlikely"] == first["sampled"] >= 2
+    assert first["sampled"] == -(-first["steps"] // 5)
     assert first["distance"] < 2
+
+
+class TakesTurns(Wide):
+    """Steps one network, and then four times a scalar, whose bits tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.scalar = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        of_network, of_scalar = self.optimizers()
+        self._step(of_network, lambda: nn.functional.mse_loss(self(batch[0]), batch[1]))
+        for _ in range(4):
+            self._step(of_scalar, lambda: (self.scalar - batch[1].mean()).square())
+
+    def _step(self, optimizer: Any, loss: Callable[[], Tensor]) -> None:
+        self.toggle_optimizer(optimizer)
+        self.manual_backward(loss())
+        optimizer.step()
+        optimizer.zero_grad()
+        self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part, lr=1e-3) for part in (self.network.parameters(), [self.scalar])]
+
+
+def test_looks_at_the_bits_of_all_networks_that_take_turns(three_ranks: RankPool, tmp_path: Path) -> None:
+    options = {"find_unused_parameters": True}
+    assert three_ranks.run(suspects_of_fit, tmp_path, HIGHEST, [1], options, model=TakesTurns) == [[1]] * 3
+    first, *_ = lines(tmp_path)
+    assert first["unlikely"] == first["sampled"] >= 2
 
 
 def test_nobody_is_suspected_without_reason(five_ranks: RankPool, tmp_path: Path) -> None:
@@ -291,10 +328,22 @@ def test_says_that_a_checkpoint_of_other_workers_does_not_fit(
     three_ranks.run(scores_of_fit, tmp_path, callbacks=[save], enable_checkpointing=True)
     said, *others = five_ranks.run(warnings_of_resuming, tmp_path, tmp_path / "step=6.ckpt")
     assert said == [
-        "ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: the state is of 3 workers, got"
-        " num_workers=5."
+        "ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: ValueError('the state is of 3"
+        " workers, got num_workers=5')."
     ]
     assert others == [[]] * 4
+
+
+def test_says_that_a_checkpoint_of_another_version_does_not_fit(three_ranks: RankPool, tmp_path: Path) -> None:
+    path = tmp_path / "step=6.ckpt"
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    three_ranks.run(scores_of_fit, tmp_path, callbacks=[save], enable_checkpointing=True)
+    checkpoint = torch.load(path, weights_only=True)
+    state = next(state for name, state in checkpoint["callbacks"].items() if "ByzantineMonitor" in name)
+    del state["evidence"]["last"]
+    torch.save(checkpoint, path)
+    scores = three_ranks.run(scores_of_fit, tmp_path, ckpt_path=path)
+    assert all(float(history[0].max()) == 0 for history in scores)
 
 
 class NotSaved:
@@ -392,6 +441,27 @@ def test_a_picture_is_drawn_once_in_100_steps_at_most(one_rank: RankPool, tmp_pa
     events.Reload()
     images = events.Images("byzantine/distances")
     assert [(image.step, image.width) for image in images] == [(100, 100), (200, 200), (250, 250)]
+
+
+def fit_that_fails(folder: Path) -> None:
+    with pytest.raises(ByzantineSuspectError):
+        fit_monitored(
+            folder,
+            NonFinite(),
+            [1],
+            {"workers_per_process": 3},
+            monitor={"on_suspect": "raise"},
+            logger=TensorBoardLogger(folder),
+        )
+
+
+def test_a_picture_is_drawn_when_a_suspect_ends_the_run(one_rank: RankPool, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one_rank.run(fit_that_fails, tmp_path)
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
+    events.Reload()
+    assert [image.width for image in events.Images("byzantine/distances")] == [7]
 
 
 def table_of_fit(folder: Path) -> str:
