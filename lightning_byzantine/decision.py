@@ -45,4 +45,6 @@ class Decision:
             from_aggregate,
             unlikely=self.seen.unlikely_bits(),
         )
+        if self.seen is self.offered:
+            return seen
         return seen.among(self.rows, self.offered.num_workers, measurable=False)

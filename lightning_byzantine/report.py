@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf, isnan, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -99,15 +100,19 @@ class Report:
         """
         if not self.from_aggregate:
             return torch.full_like(self.norms, torch.nan)
-        squares, weights = self.norms.square(), self.weights
-        excess = squares - self.distances.square()
-        squared_length = (weights * excess).nansum() / (2 - weights.nansum())
-        products = (squared_length + excess) / 2
-        own = weights * squares
-        squared_others = squared_length - weights * (2 * products - own)
-        # Not of one product, which would leave float64's range.
-        cosines = (products - own) / (self.norms * squared_others.sqrt())
-        return torch.where(cosines.abs() <= _ROUNDED_ONE, cosines, torch.nan)
+        norms, distances, weights = self.norms.tolist(), self.distances.tolist(), self.weights.tolist()
+        excess = [norm * norm - distance * distance for norm, distance in zip(norms, distances, strict=True)]
+        known = [(weight, e) for weight, e in zip(weights, excess, strict=True) if not isnan(weight * e)]
+        squared_length = sum(weight * e for weight, e in known) / (2 - sum(weight for weight, _ in known))
+        cosines = []
+        for norm, weight, e in zip(norms, weights, excess, strict=True):
+            product, own = (squared_length + e) / 2, weight * norm * norm
+            squared_others = squared_length - weight * (2 * product - own)
+            # Not by the root of one product, which would leave float64's range.
+            lengths = norm * sqrt(squared_others) if squared_others > 0 else 0.0
+            cosine = (product - own) / lengths if lengths > 0 else nan
+            cosines.append(cosine if abs(cosine) <= _ROUNDED_ONE else nan)
+        return torch.tensor(cosines, dtype=torch.float64)
 
     @cached_property
     def opposed(self) -> Tensor:
@@ -118,7 +123,7 @@ class Report:
         """
         alignments = self.alignments
         common = known_median(alignments.tolist())
-        return alignments < (-_OPPOSED * common if common >= _COMMON else -torch.inf)
+        return alignments < (-_OPPOSED * common if common >= _COMMON else -inf)
 
     def among(self, workers: Tensor, num_workers: int, measurable: bool) -> "Report":
         """Return the report on all workers, of which this one knows some; the others have no part in the aggregate.

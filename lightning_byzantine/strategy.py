@@ -61,7 +61,7 @@ _REFUSED = (
 
 
 # Counting bits takes longer than all else that observers are told, and a fault in a chip stays.
-_BITS_EVERY_N_STEPS = 5
+_BITS_EVERY_N_STEPS = 10
 
 
 class ByzantineDDPStrategy(FaultTolerantDDP):
@@ -99,7 +99,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
     Attributes:
         quarantined: indices of workers whose rows are dropped in every step; see :meth:`quarantine`.
         observers: functions that are called with the :class:`~lightning_byzantine.report.Report` of every aggregation,
-            during backward; of bits it tells in every fifth one of the same parameters.
+            during backward; of bits it tells in every tenth one of the same parameters.
 
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.

@@ -155,7 +155,7 @@ def test_only_bits_that_are_unlikely_twice_in_a_row_count() -> None:
     nobody_looked = replace(report_of_bits(), unlikely=None)
     for step in range(60):
         sometimes.update(report_of_bits(1) if step % 2 else report_of_bits(), memory=0.0)
-        always.update(nobody_looked if step % 5 else report_of_bits(1), memory=0.0)
+        always.update(nobody_looked if step % 10 else report_of_bits(1), memory=0.0)
     assert sometimes.scores == [0.0] * 5
     assert always.suspected == {1}
 

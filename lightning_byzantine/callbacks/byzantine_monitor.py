@@ -34,7 +34,7 @@ _REDRAWN = 100
 class ByzantineMonitor(pl.Callback):
     """Watches what the rule finds out about each worker, and names those that are persistently unlike the others.
 
-    It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns in every fifth
+    It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns in every tenth
     step, and at whose buffers and metrics are outvoted for not being finite. No pass over the gradients and no
     collective comes with it, but for one gathering of names when ``fit`` starts. All ranks come to the same
     conclusions. See :class:`~lightning_byzantine.suspicion.Suspicion` for the score, and

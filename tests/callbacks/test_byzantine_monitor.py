@@ -170,7 +170,7 @@ def test_names_a_worker_with_a_flipped_bit_of_no_weight(
     assert five_ranks.run(suspects_of_fit, tmp_path, HIGHEST, [0], strategy, model=Wide) == [[0]] * 5
     first, *_ = lines(tmp_path)
     assert first["unlikely"] == first["sampled"] >= 2
-    assert first["sampled"] == -(-first["steps"] // 5)
+    assert first["sampled"] == -(-first["steps"] // 10)
     assert first["distance"] < 2
 
 
