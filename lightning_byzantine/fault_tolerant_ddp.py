@@ -220,9 +220,11 @@ class FaultTolerantDDP(DDPStrategy):
         self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted.to(self._outvoted.device)
 
     def _take_outvoted(self) -> Tensor | None:
-        """Return the workers of those ranks that were outvoted since the last call, [m] bool."""
-        outvoted, self._outvoted = self._outvoted, None
-        return None if outvoted is None else outvoted.cpu().repeat_interleave(self.num_workers // self.world_size)
+        """Return the workers of those ranks that were outvoted since the last call, [m] bool; None if nobody was."""
+        outvoted, self._outvoted = None if self._outvoted is None else self._outvoted.cpu(), None
+        if outvoted is None or not outvoted.any():
+            return None
+        return outvoted.repeat_interleave(self.num_workers // self.world_size)
 
     def _start_heartbeat(self) -> Heartbeat:
         assert self._timeout is not None

@@ -1,7 +1,11 @@
 """Bits that a broken chip sets or flips, in values that look plausible."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
+
+from lightning_byzantine.medians import known_median
 
 __all__ = ["count_bits", "unlikely_bits"]
 
@@ -75,12 +79,14 @@ def unlikely_bits(counts: Tensor) -> Tensor | None:
     if 2 * int(sizes.isfinite().sum()) <= len(sizes):
         return None
     shares = counts[:, 1:] / sizes
-    center, usual = shares.nanquantile(0.5, dim=0), sizes.nanmedian()
+    center = torch.tensor([known_median(of_bit) for of_bit in shares.T.tolist()], dtype=torch.float64)
+    usual = known_median(sizes.flatten().tolist())
     # A single value's weight where a bit is the same in all of them.
     variance = (center * (1 - center)).clamp(min=1 / usual) * (1 / sizes + 1 / usual)
     squares = (shares - center).square() / variance
     # What half precision does not have is 0 in all values.
-    varied = torch.where((center > 0) & (center < 1), squares, torch.nan)
-    usual_square = torch.maximum(varied.nanquantile(0.5, dim=1, keepdim=True), varied.nanquantile(0.5))
+    varied = torch.where((center > 0) & (center < 1), squares, torch.nan).tolist()
+    of_all = known_median(chain.from_iterable(varied))
+    usual_square = torch.tensor([[max(known_median(of_row), of_all)] for of_row in varied], dtype=torch.float64)
     spread = (usual_square / _MEDIAN_OF_SQUARES).nan_to_num(1.0).clamp(min=1)
     return (squares > _UNLIKELY**2 * spread).any(1)

@@ -43,7 +43,7 @@ class Report:
         distances: [m], from the aggregate or, as the table says, from the center that the rule measured from.
         from_aggregate: which of the two.
         outvoted: [m] bool: workers whose process has reported a buffer or a metric that is not finite, where most have
-            reported finite ones; None where nobody looked.
+            reported finite ones; None where nobody was.
         unlikely: [m] bool: rows that have bits unlike the others', see
             :func:`~lightning_byzantine.mantissas.unlikely_bits`; None where nobody looked.
 
@@ -87,8 +87,9 @@ class Report:
         """
         if not self.from_aggregate:
             return self.distances
-        others = 1 - self.weights
-        return torch.where(others > 1e-9, self.distances / others, torch.nan)
+        pairs = zip(self.distances.tolist(), self.weights.tolist(), strict=True)
+        apart = [distance / (1 - weight) if 1 - weight > 1e-9 else nan for distance, weight in pairs]
+        return torch.tensor(apart, dtype=torch.float64)
 
     @property
     def alignments(self) -> Tensor:

@@ -443,10 +443,10 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
 
     def _tell(self, report: Callable[[], Report]) -> None:
         if self.observers:
-            outvoted = self._take_outvoted()
+            made, outvoted = report(), self._take_outvoted()
             if outvoted is not None:
                 outvoted[list(self.quarantined)] = False  # nothing is held against them any more
-            made = replace(report(), outvoted=outvoted)
+                made = replace(made, outvoted=outvoted)
             for observer in self.observers:
                 observer(made)
 
