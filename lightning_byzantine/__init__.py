@@ -9,8 +9,8 @@ from lightning_byzantine.errors import (
     InconsistentRanksError,
     WorkerLostError,
 )
-from lightning_byzantine.registry import register_strategies
-from lightning_byzantine.strategy import ByzantineDDPStrategy
+from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.strategies.registry import register_strategies
 
 __all__ = [
     "ByzantineBreakdownError",

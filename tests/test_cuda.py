@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_strategy import RULES
+from combinations import RULES
 
 from lightning_byzantine.aggregators import Aggregator, Krum
 from lightning_byzantine.attacks import (

@@ -1,4 +1,4 @@
-"""Imports point down: each floor may import its own and those below."""
+"""Imports point down: each room may import itself and the rooms on the floors below."""
 
 import ast
 from pathlib import Path
@@ -6,61 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_byzantine"
-FLOORS = {
-    0: [
-        "anchored_gram",
-        "arriving",
-        "checks",
-        "compilation",
-        "decision",
-        "errors",
-        "evidence",
-        "fingerprint",
-        "gradients",
-        "gram",
-        "heat_map",
-        "mantissas",
-        "matrix",
-        "medians",
-        "ordering",
-        "points",
-        "report",
-        "rng",
-        "scratch",
-        "seeding",
-        "selection",
-        "snapshot",
-        "suspicion",
-        "votes",
-    ],
-    1: ["aggregators", "attacks", "estimators", "local_gradients", "optim", "shadow"],
-    2: ["exchange", "heartbeat", "identities"],
-    3: [
-        "accumulation_window",
-        "breakdown",
-        "buffers",
-        "callbacks",
-        "checkpoint_io",
-        "consistency",
-        "fault_tolerant_ddp",
-        "hook",
-        "isolation",
-        "metrics",
-        "previous_point",
-        "registry",
-        "strategy",
-        "worker_errors",
-        "worker_states",
-        "wrapping",
-    ],
-    4: ["__init__", "__main__", "cli"],
-}
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+# From the ground up; rooms on one floor do not know each other.
+FLOORS = [
+    {"errors", "utilities"},
+    {"matrix", "estimators"},
+    {"aggregators", "optim", "exchange"},
+    {"attacks", "aggregation", "monitoring"},
+    {"strategies"},
+    {"callbacks"},
+    {"__init__", "__main__", "cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+KNOW_LIGHTNING = {"strategies", "callbacks", "__init__", "__main__", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def floor_of(path: Path) -> int:
-    return FLOOR[path.relative_to(PACKAGE).with_suffix("").parts[0]]
 
 
 def imports_of(path: Path) -> list[str]:
@@ -71,10 +29,15 @@ def imports_of(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    floor = floor_of(path)
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
     for module in imports_of(path):
         package, _, rest = module.partition(".")
+        other = rest.partition(".")[0] or "__init__"
         if package == "lightning_byzantine":
-            assert FLOOR[rest.partition(".")[0] or "__init__"] <= floor, module
-        assert package != "lightning" or floor >= 3, f"{module} below floor 3"
-        assert not module.startswith("torch.distributed") or floor >= 2, f"{module} below floor 2"
+            assert other == room or FLOOR[other] < FLOOR[room], f"{room} imports {other}"
+        assert package != "lightning" or room in KNOW_LIGHTNING, f"{room} imports {module}"
+        assert not module.startswith("torch.distributed") or FLOOR[room] >= FLOOR["exchange"], f"{room}: {module}"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES} == set(FLOOR)

@@ -24,6 +24,7 @@ from lightning_byzantine.aggregators.minimum_diameter_averaging import MinimumDi
 from lightning_byzantine.aggregators.monna import MoNNA
 from lightning_byzantine.aggregators.multi_krum import MultiKrum
 from lightning_byzantine.aggregators.nnm import NNM
+from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.aggregators.smea import SMEA
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "MinimumDiameterAveraging",
     "MoNNA",
     "MultiKrum",
+    "Report",
 ]

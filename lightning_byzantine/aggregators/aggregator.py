@@ -5,12 +5,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lightning_byzantine.aggregators.decision import Decision
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
-from lightning_byzantine.checks import check_num_byzantine, check_vectors
-from lightning_byzantine.decision import Decision
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.utilities.checks import check_num_byzantine, check_vectors
 
 __all__ = ["Aggregator"]
 

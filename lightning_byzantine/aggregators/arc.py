@@ -2,8 +2,7 @@
 
 from lightning_byzantine.aggregators.clipping import clipped
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["ARC"]
 

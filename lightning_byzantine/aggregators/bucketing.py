@@ -5,10 +5,9 @@ import torch
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
 from lightning_byzantine.aggregators.monna import MoNNA
-from lightning_byzantine.checks import check_integer_at_least
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
-from lightning_byzantine.seeding import StepSeed
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.utilities.checks import check_integer_at_least
+from lightning_byzantine.utilities.seeding import StepSeed
 
 __all__ = ["Bucketing"]
 

@@ -6,8 +6,7 @@ from torch import Tensor
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.krum import krum_scores
 from lightning_byzantine.aggregators.mea_med import mean_around_median
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["Bulyan"]
 

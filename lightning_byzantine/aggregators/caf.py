@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.ordering import nearest
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.ties import nearest
 
 __all__ = ["CAF"]
 

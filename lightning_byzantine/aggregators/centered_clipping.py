@@ -3,9 +3,8 @@
 import torch
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.checks import check_integer_at_least, check_positive
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.utilities.checks import check_integer_at_least, check_positive
 
 __all__ = ["CenteredClipping"]
 

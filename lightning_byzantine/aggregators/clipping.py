@@ -5,9 +5,8 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
-from lightning_byzantine.checks import check_positive
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.utilities.checks import check_positive
 
 __all__ = ["Clipping", "clipped"]
 

@@ -5,10 +5,9 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.compilation import Compiled
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Coordinatewise
-from lightning_byzantine.selection import MeanOfRanks
+from lightning_byzantine.matrix import Coordinatewise, WorkerMatrix
+from lightning_byzantine.matrix.compiled import Compiled
+from lightning_byzantine.matrix.order_statistics import MeanOfRanks
 
 __all__ = ["CoordinateWise"]
 

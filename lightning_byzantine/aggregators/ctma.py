@@ -1,9 +1,8 @@
 """Centered trimmed meta-aggregation."""
 
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.ordering import mean_of
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.ties import mean_of
 
 __all__ = ["CTMA"]
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
-from lightning_byzantine.checks import check_at_least, check_integer_at_least
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.ordering import nearest
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.ties import nearest
+from lightning_byzantine.utilities.checks import check_at_least, check_integer_at_least
 
 __all__ = ["GeometricMedian"]
 

@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.ordering import mean_of
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.ties import mean_of
 
 __all__ = ["Krum", "best_scored", "krum_scores"]
 

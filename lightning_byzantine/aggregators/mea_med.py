@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
-from lightning_byzantine.selection import order_statistics
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.order_statistics import order_statistics
 
 __all__ = ["MeaMed", "mean_around_median"]
 

@@ -1,8 +1,7 @@
 """The rule of stock DDP."""
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["Mean"]
 

@@ -1,11 +1,10 @@
 """The mean of the rows around a trusted one."""
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.errors import ReferenceLostError
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.ordering import mean_of
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.ties import mean_of
+from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["MoNNA"]
 

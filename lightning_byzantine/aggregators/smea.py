@@ -5,9 +5,8 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.subsets import all_subsets, check_num_subsets
-from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.ordering import mean_of, nearest
-from lightning_byzantine.points import Point
+from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix.ties import mean_of, nearest
 
 __all__ = ["SMEA"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_finite
+from lightning_byzantine.utilities.checks import check_finite
 
 __all__ = ["ALittleIsEnough"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.checks import check_vectors, check_worker_indices
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.utilities.checks import check_vectors, check_worker_indices
 
 __all__ = ["Attack", "DataAttack", "VectorAttack"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_at_least
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.seeding import StepSeed
+from lightning_byzantine.utilities.checks import check_at_least
+from lightning_byzantine.utilities.seeding import StepSeed
 
 __all__ = ["GaussianNoise"]
 

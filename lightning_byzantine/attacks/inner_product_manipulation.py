@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_at_least
+from lightning_byzantine.utilities.checks import check_at_least
 
 __all__ = ["InnerProductManipulation"]
 

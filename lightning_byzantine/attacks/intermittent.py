@@ -5,9 +5,9 @@ from typing import Any
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.attacks.attack import Attack
-from lightning_byzantine.checks import check_probability
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.seeding import StepSeed
+from lightning_byzantine.utilities.checks import check_probability
+from lightning_byzantine.utilities.seeding import StepSeed
 
 __all__ = ["Intermittent"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import DataAttack
-from lightning_byzantine.checks import check_integer_at_least
+from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["LabelFlip"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["Mimic"]
 

@@ -3,7 +3,7 @@
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.attacks.a_little_is_enough import ALittleIsEnough
 from lightning_byzantine.attacks.optimal_attack import OptimalAttack
-from lightning_byzantine.checks import check_finite
+from lightning_byzantine.utilities.checks import check_finite
 
 __all__ = ["OptimalALittleIsEnough"]
 

@@ -8,9 +8,9 @@ import torch
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.attacks.attack import VectorAttack
-from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["OptimalAttack", "line_search"]
 

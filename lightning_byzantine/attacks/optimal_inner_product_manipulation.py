@@ -3,7 +3,7 @@
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.attacks.inner_product_manipulation import InnerProductManipulation
 from lightning_byzantine.attacks.optimal_attack import OptimalAttack
-from lightning_byzantine.checks import check_positive
+from lightning_byzantine.utilities.checks import check_positive
 
 __all__ = ["OptimalInnerProductManipulation"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack, replace_rows
-from lightning_byzantine.checks import check_integer_at_least
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["StaleGradient"]
 

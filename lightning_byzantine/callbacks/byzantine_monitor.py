@@ -12,16 +12,17 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_byzantine.checks import check_integer_at_least, check_positive
+from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.errors import ByzantineSuspectError
-from lightning_byzantine.evidence import Evidence, Suspect
-from lightning_byzantine.heat_map import heat_map
-from lightning_byzantine.identities import Identity, gather_identities
-from lightning_byzantine.report import Report
-from lightning_byzantine.strategy import ByzantineDDPStrategy
-from lightning_byzantine.suspicion import Suspicion
+from lightning_byzantine.exchange.identities import Identity, gather_identities
+from lightning_byzantine.monitoring.evidence import Evidence, Suspect
+from lightning_byzantine.monitoring.heat_map import heat_map
+from lightning_byzantine.monitoring.suspicion import Suspicion
+from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.utilities.checks import check_integer_at_least, check_positive
 
 __all__ = ["ByzantineMonitor"]
 
@@ -37,8 +38,8 @@ class ByzantineMonitor(pl.Callback):
     It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns in every tenth
     step, and at whose buffers and metrics are outvoted for not being finite. No pass over the gradients and no
     collective comes with it, but for one gathering of names when ``fit`` starts. All ranks come to the same
-    conclusions. See :class:`~lightning_byzantine.suspicion.Suspicion` for the score, and
-    :class:`~lightning_byzantine.report.Report` for what each rule tells.
+    conclusions. See :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
+    :class:`~lightning_byzantine.aggregators.Report` for what each rule tells.
 
     Logs through the Trainer's loggers, with i for a worker's index and its values in the last step:
 
@@ -52,13 +53,13 @@ class ByzantineMonitor(pl.Callback):
     and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, once in 100
     steps at the most, and when training ends, by an error too. The progress bar shows the suspects' indices.
     ``suspects.jsonl`` in the log directory has one line for every change: ``event`` ("suspected", "cleared" or
-    "quarantined"), ``step``, and the fields of :class:`~lightning_byzantine.evidence.Suspect`. At the end of ``fit`` a
-    table sums up all workers.
+    "quarantined"), ``step``, and the fields of :class:`~lightning_byzantine.monitoring.Suspect`. At the end of
+    ``fit`` a table sums up all workers.
 
     Args:
         on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops
             its rows from the next step on and lowers ``num_byzantine`` by one, or a function that is called with the
-            :class:`~lightning_byzantine.evidence.Suspect`, on every rank. No more than ``num_byzantine`` workers are
+            :class:`~lightning_byzantine.monitoring.Suspect`, on every rank. No more than ``num_byzantine`` workers are
             put in quarantine.
         every_n_steps: how often to log scalars. None for the Trainer's ``log_every_n_steps``.
         window: how many steps the evidence is of.
@@ -103,6 +104,7 @@ class ByzantineMonitor(pl.Callback):
         self._new_columns = 0
         self._identities: list[Identity] = []
         self._path = Path()
+        self._handle: RemovableHandle | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -130,7 +132,7 @@ class ByzantineMonitor(pl.Callback):
             self._identities = [Identity("localhost", str(strategy.root_device))]
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "suspects.jsonl"  # asks rank 0
         self._reports, self._columns, self._new_columns = [], deque(maxlen=_COLUMNS), 0
-        strategy.observers.append(self._reports.append)
+        self._handle = strategy.observe(self._reports.append)
         bar = trainer.progress_bar_callback
         if bar is not None:
             self._show_suspects(bar)
@@ -178,12 +180,9 @@ class ByzantineMonitor(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        strategy = trainer.strategy
-        if isinstance(strategy, ByzantineDDPStrategy):
-            # By identity of the list, for another monitor may watch as well.
-            strategy.observers[:] = [
-                observer for observer in strategy.observers if getattr(observer, "__self__", None) is not self._reports
-            ]
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.__dict__.pop("get_metrics", None)
 
@@ -285,7 +284,7 @@ class ByzantineMonitor(pl.Callback):
         }
         metrics["byzantine/suspects"] = len(self.suspects)
         metrics["byzantine/quarantined"] = len(strategy.quarantined)
-        metrics["byzantine/skipped_steps"] = strategy.breakdown.skipped
+        metrics["byzantine/skipped_steps"] = strategy.skipped_steps
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 

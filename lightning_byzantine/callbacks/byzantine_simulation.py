@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregators import Mean
 from lightning_byzantine.attacks import Attack
-from lightning_byzantine.exchange import AllGather, Exchange
-from lightning_byzantine.hook import AggregationHook
+from lightning_byzantine.exchange.exchange import AllGather, Exchange
 from lightning_byzantine.matrix import Names, WorkerMatrix
-from lightning_byzantine.strategy import ByzantineDDPStrategy
+from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 
 __all__ = ["ByzantineSimulation"]
 

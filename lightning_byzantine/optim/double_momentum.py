@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from lightning_byzantine.optim.double_momentum_estimator import DoubleMomentumEstimator
-from lightning_byzantine.rng import replayed_rng
+from lightning_byzantine.estimators.double_momentum_estimator import DoubleMomentumEstimator
+from lightning_byzantine.utilities.rng import replayed_rng
 
 __all__ = ["DoubleMomentum"]
 

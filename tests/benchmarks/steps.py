@@ -31,12 +31,12 @@ from reproduction.networks import ResNet18
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_byzantine.aggregation.ddp_hook import AggregationHook
+from lightning_byzantine.aggregation.shadow import Shadow
 from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
 from lightning_byzantine.estimators import WorkerMomentum
-from lightning_byzantine.exchange import AllGather, AllToAll
-from lightning_byzantine.hook import AggregationHook
+from lightning_byzantine.exchange.exchange import AllGather, AllToAll
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.shadow import Shadow
 
 VARIANTS = ["ddp", "shadow", "all_to_all", "all_gather"]
 WIDTH = 1824  # three square layers: 10 million parameters

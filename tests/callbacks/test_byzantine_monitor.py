@@ -22,7 +22,7 @@ from training import Regression, fit, loader, trainer
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
 from lightning_byzantine.attacks import Attack, BitFlip, NonFinite, SignFlip, VectorAttack
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
-from lightning_byzantine.evidence import Suspect
+from lightning_byzantine.monitoring.evidence import Suspect
 from lightning_byzantine.optim import DoubleMomentumEstimator
 
 NUM_STEPS = 30
@@ -498,7 +498,9 @@ def count_collectives(folder: Path, with_monitor: bool, exchange: str) -> int:
         if function is not None:
             patches.append(mock.patch(f"torch.distributed.{name}", _counting(function, counted)))
     patches.append(
-        mock.patch("lightning_byzantine.exchange._all_gather", _counting(torch.distributed.all_gather_single, counted))
+        mock.patch(
+            "lightning_byzantine.exchange.exchange._all_gather", _counting(torch.distributed.all_gather_single, counted)
+        )
     )
     started = CountFromHere(counted)
     monitor = [ByzantineMonitor()] if with_monitor else []

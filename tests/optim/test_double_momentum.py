@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer, RMSprop, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
+from lightning_byzantine.estimators.schedule import Schedule
 from lightning_byzantine.optim import DoubleMomentum, DoubleMomentumEstimator
-from lightning_byzantine.optim.schedule import Schedule
 
 BATCHES = [
     (torch.randn(8, 5, generator=g, dtype=torch.float64), torch.randn(8, 1, generator=g, dtype=torch.float64))

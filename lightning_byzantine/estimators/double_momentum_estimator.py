@@ -1,0 +1,165 @@
+"""What a worker sends under double momentum."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.estimators.estimator import Estimator, keep
+from lightning_byzantine.estimators.schedule import Schedule
+
+__all__ = ["DoubleMomentumEstimator"]
+
+
+class DoubleMomentumEstimator(Estimator):
+    """Each worker sends its gradient, corrected by what it sent before; its noise shrinks from step to step.
+
+    ::
+
+        g_t  = grad f(x_t; z_t)             the ordinary gradient
+        g~_t = grad f(x_{t-1}; z_t)         on the same batch, at the previous query point
+        d_t  = g_t + (1 - beta_t) (d_{t-1} - g~_t)          d_1 = g_1
+
+    The noise of g_t and g~_t is nearly the same, for x_t is near x_{t-1}, and so cancels. Given to
+    ``ByzantineDDPStrategy(estimator=...)``, it also has the module's optimizer wrapped in
+    :class:`~lightning_byzantine.optim.DoubleMomentum`, which takes the steps and counts them.
+
+    :meth:`commit` only accepts d_t: it becomes the worker's state with :meth:`advance`, when the optimizer has taken
+    the step, for a gradient scaler may still skip it.
+
+    Costs a second forward and backward pass a step; per worker, one parameter-sized buffer for d, and another for g~
+    while a step is under way.
+
+    Args:
+        beta: a constant in (0, 1] for beta_t; None for 1 / t.
+        gamma: a constant in (0, 1] for gamma_t; None for 2 / (t + 2).
+        min_beta: floor of the scheduled beta_t, in [0, 1].
+        min_gamma: floor of the scheduled gamma_t, in [0, 1].
+        weighted: whether the gradient is multiplied by alpha_t = t.
+        schedule: "paper" as above; "code" for round(1 / t, 3) and round(2 / (t + 1), 3), as in the paper's public code.
+
+    Attributes:
+        step: the next t, which also counts steps that this worker's estimate was left out of.
+        aggregated: whether an aggregate has come since the last step.
+
+    Source: Levy, "mu^2-SGD: Stable Stochastic Optimization via a Double Momentum Mechanism" (arXiv 2304.04172); Dahan &
+    Levy, ICML 2024 (arXiv 2405.14759).
+
+    Example:
+        >>> estimator, sent = DoubleMomentumEstimator(beta=0.5), torch.empty(1)
+        >>> estimator.estimate("weight", torch.tensor([2.0]), out=sent)
+        >>> estimator.advance()
+        >>> estimator.begin({"weight": torch.tensor([1.0])})
+        >>> estimator.estimate("weight", torch.tensor([3.0]), out=torch.empty(1))
+        >>> estimator.advance()
+        >>> estimator.worker_state()
+        {'weight': tensor([3.5000])}
+
+    """
+
+    transparent = False
+
+    def __init__(
+        self,
+        beta: float | None = None,
+        gamma: float | None = None,
+        min_beta: float = 0.0,
+        min_gamma: float = 0.0,
+        weighted: bool = True,
+        schedule: Literal["paper", "code"] = "paper",
+    ) -> None:
+        self.schedule = Schedule(beta, gamma, min_beta, min_gamma, weighted, schedule)
+        self.reset()
+
+    def __repr__(self) -> str:
+        """Show the arguments that are not at their defaults."""
+        pairs = [(field.name, getattr(self.schedule, field.name), field.default) for field in fields(Schedule)]
+        given = ", ".join(f"{name}={value!r}" for name, value, default in pairs if value != default)
+        return f"{type(self).__name__}({given})"
+
+    @property
+    def memory(self) -> float:
+        """Return 1 - beta_t."""
+        return 1 - self.schedule.beta_at(self.step)
+
+    def reset(self) -> None:
+        """Forget all estimates; the next step is t = 1."""
+        self.step = 1
+        self.aggregated = False
+        self._estimates: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._pending: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._previous: Sequence[dict[str, Tensor]] | None = None
+
+    def begin(self, *previous: dict[str, Tensor]) -> None:
+        """Begin a step, which also forgets one that the optimizer was kept from taking.
+
+        Args:
+            *previous: for each worker, g~_t as [n] by parameter name; empty at t = 1. Parameters that have no gradient
+                may be missing. Nothing where it is not known yet.
+
+        """
+        self._previous = previous or None
+        self._pending.clear()
+        self.aggregated = False
+
+    def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
+        """Write d_t into ``out``."""
+        if self.step > 1 and self._previous is None:
+            raise RuntimeError(
+                "Double momentum needs the gradient at the previous query point from its second step on, got none. Use"
+                " `Trainer(strategy='byzantine_ddp')`, which computes it, or give `DoubleMomentum.step` a closure, or"
+                " compute it in `DoubleMomentum.previous_point()`."
+            )
+        previous = None if self._previous is None else self._previous[worker].get(name)
+        _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)
+        self._pending[worker][name] = out
+
+    def commit(self, worker: int = 0) -> None:
+        """Accept d_t, for :meth:`advance`."""
+
+    def discard(self, worker: int = 0) -> None:
+        """Keep d_{t-1}."""
+        self._pending.pop(worker, None)
+
+    def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
+        """Write d^_t into ``out``: the optimizer steps by it."""
+        self.aggregated = True
+        out.copy_(aggregate)
+
+    def advance(self) -> None:
+        """Make d_t every worker's state, now that the optimizer has taken the step."""
+        for worker, estimates in self._pending.items():
+            keep(estimates, self._estimates[worker])
+        self.step += 1
+        self.begin()
+
+    def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
+        """Return d_t."""
+        return dict(self._estimates[worker])
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """Return the next t."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
+        """Continue from d_t and t."""
+        self.reset()
+        for worker, state in enumerate(workers):
+            keep(state, self._estimates[worker])
+        self.step = int(shared["step"])
+
+
+def _correct(
+    estimate: Tensor | None, gradient: Tensor, previous_gradient: Tensor | None, beta: float, out: Tensor
+) -> None:
+    # d_t = g_t + (1 - beta_t) (d_{t-1} - g~_t); an unused parameter's g~_t is 0
+    if estimate is None:
+        out.copy_(gradient)
+        return
+    out.copy_(estimate)
+    if previous_gradient is not None:
+        out.sub_(previous_gradient)
+    out.mul_(1 - beta).add_(gradient)

@@ -1,0 +1,58 @@
+"""Which machine each process runs on."""
+
+import socket
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.exchange.exchange import gather
+
+__all__ = ["Identity", "gather_identities"]
+
+_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a process runs.
+
+    Args:
+        host: the host's name.
+        device: the device, for an accelerator with its name and UUID.
+
+    """
+
+    host: str
+    device: str
+
+
+def gather_identities(device: torch.device) -> list[Identity]:
+    """Return every rank's identity, on every rank; one collective.
+
+    What other ranks say of themselves is their word: it is cut to 256 bytes, and nothing in it but printable characters
+    comes through.
+
+    Args:
+        device: where this rank trains.
+
+    """
+    own = f"{socket.gethostname()}\n{_describe(device)}".encode()[:_LENGTH].ljust(_LENGTH, b"\0")
+    sent = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    return [_parse(received) for received in gather(sent.to(device))]
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    properties = torch.cuda.get_device_properties(device)
+    return f"{device} {properties.name} {properties.uuid}"
+
+
+def _parse(received: Tensor) -> Identity:
+    host, _, device = bytes(received.tolist()).decode(errors="replace").partition("\n")
+    return Identity(_printable(host), _printable(device))
+
+
+def _printable(text: str) -> str:
+    return "".join(character for character in text if character.isprintable()) or "unknown"

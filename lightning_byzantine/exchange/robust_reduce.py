@@ -1,0 +1,51 @@
+"""Logged values, reduced over ranks so that a minority does not decide."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_byzantine.exchange.exchange import gather_rows
+from lightning_byzantine.exchange.votes import median, order_statistic, outvoted
+
+__all__ = ["robust_reduce"]
+
+
+def robust_reduce(
+    tensor: Tensor,
+    reduce_op: str,
+    num_byzantine: int,
+    notice: Callable[[Tensor], None] = lambda outvoted: None,
+) -> Tensor:
+    """Reduce a tensor over all ranks, in place as Lightning does. NaN counts as the largest value.
+
+    ::
+
+        mean, avg   median
+        sum         m median
+        max         the (f + 1)-th largest
+        min         the (f + 1)-th smallest
+
+    Each lies between what two ranks report that are not among the f faulty ones.
+
+    Args:
+        tensor: [..], this rank's value.
+        reduce_op: one of the above.
+        num_byzantine: f.
+        notice: called with whose value is not finite though most are, [m] bool.
+
+    Raises:
+        ValueError: if the reduction is another one.
+
+    """
+    if reduce_op not in ("mean", "avg", "sum", "max", "min"):
+        raise ValueError(f"reduce_op must be mean, avg, sum, max or min under robust_metrics=True, got {reduce_op!r}")
+    # Counts, such as those of a batch's samples, are whole only after all has been computed.
+    reports = gather_rows(tensor.detach().flatten().double())
+    notice(outvoted(reports))
+    if reduce_op == "max":
+        value = order_statistic(reports, -1 - num_byzantine)
+    elif reduce_op == "min":
+        value = order_statistic(reports, num_byzantine)
+    else:
+        value = median(reports) * (len(reports) if reduce_op == "sum" else 1)
+    return tensor.copy_(value.view(tensor.shape))

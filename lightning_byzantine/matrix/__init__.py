@@ -1,0 +1,6 @@
+"""The matrix of all workers' vectors, m rows x d columns, as aggregation rules and attacks see it."""
+
+from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point
+from lightning_byzantine.matrix.worker_matrix import Names, WorkerMatrix
+
+__all__ = ["Combination", "Coordinatewise", "Names", "Point", "WorkerMatrix"]

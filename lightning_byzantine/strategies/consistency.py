@@ -1,0 +1,89 @@
+"""Whether all ranks still hold the same state."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_byzantine.errors import InconsistentRanksError
+from lightning_byzantine.exchange.exchange import gather
+from lightning_byzantine.exchange.fingerprint import fingerprints, leaves, with_leaves
+
+__all__ = ["ConsistencyCheck"]
+
+
+class ConsistencyCheck:
+    """Compares a fingerprint of what should be the same on all ranks, every so many steps.
+
+    Parameters of ranks drift apart where one computes updates wrongly, by bad memory or another version of a library.
+    The state that more than half of the ranks hold counts as the right one. A rank reports its own fingerprint, so this
+    finds faults, not lies.
+
+    Args:
+        every_n_steps: how many optimizer steps lie between two checks.
+        on_inconsistency: "raise", or "restore" to give the others the state of most.
+        state: returns this rank's state, nested dicts and lists of tensors and numbers.
+        load: puts such a state back.
+        device: where this rank trains.
+
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        on_inconsistency: Literal["raise", "restore"],
+        state: Callable[[], dict[str, Any]],
+        load: Callable[[dict[str, Any]], None],
+        device: torch.device,
+    ) -> None:
+        self._every_n_steps = every_n_steps
+        self._restores = on_inconsistency == "restore"
+        self._state = state
+        self._load = load
+        self._device = device
+        self._steps = 0
+
+    def after_step(self) -> None:
+        """Count a step, and compare when it is time.
+
+        Raises:
+            InconsistentRanksError: if ranks differ and nothing is to be restored, or can't be: if no state is that of
+                more than half, or the states do not have the same shapes.
+
+        """
+        self._steps += 1
+        if self._steps % self._every_n_steps == 0:
+            self._compare()
+
+    def _compare(self) -> None:
+        state = self._state()
+        own = torch.frombuffer(bytearray(b"".join(fingerprints(state))), dtype=torch.uint8)
+        reports = [bytes(report.tolist()) for report in gather(own.to(self._device))]
+        most, votes = Counter(reports).most_common(1)[0]
+        if votes == len(reports):
+            return
+        if 2 * votes <= len(reports):
+            raise InconsistentRanksError([], len(reports), self._steps)
+        minority = [rank for rank, report in enumerate(reports) if report != most]
+        error = InconsistentRanksError(minority, len(reports), self._steps)
+        layouts = {report[: len(report) // 2] for report in reports}
+        if not self._restores or len(layouts) > 1:
+            raise error
+        values = self._receive(leaves(state), source=reports.index(most))
+        if dist.get_rank() in minority:
+            restored = with_leaves(state, iter(values))
+            if b"".join(fingerprints(restored)) != most:
+                raise InconsistentRanksError([reports.index(most)], len(reports), self._steps)  # sent something else
+            self._load(restored)
+        rank_zero_warn(f"{error}. They were given those of rank {reports.index(most)}.")
+
+    def _receive(self, values: list[Tensor], source: int) -> list[Tensor]:
+        # Tensors only, as everywhere: a pickled object could run code.
+        copies = [value.detach().to(self._device, copy=True).contiguous() for value in values]
+        for value in copies:
+            dist.broadcast(value, src=source)
+        return copies

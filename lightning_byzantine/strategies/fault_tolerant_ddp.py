@@ -1,0 +1,253 @@
+"""DDP in which nothing beside the gradients lets one rank decide for all, or fail without a word."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from secrets import randbits  # leaves the random numbers of training alone
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.exchange.exchange import gather_rows
+from lightning_byzantine.exchange.heartbeat import Heartbeat
+from lightning_byzantine.exchange.robust_buffers import RobustBuffers
+from lightning_byzantine.exchange.robust_reduce import robust_reduce
+from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
+from lightning_byzantine.strategies.consistency import ConsistencyCheck
+from lightning_byzantine.strategies.worker_errors import WorkerErrors
+from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
+
+__all__ = ["FaultTolerantDDP"]
+
+
+class FaultTolerantDDP(DDPStrategy):
+    """DDP with votes instead of rank 0's buffers and means of metrics, and with errors that name a rank.
+
+    Gradients are its subclass's business.
+
+    Args:
+        robust_buffers: replace buffers, such as BatchNorm statistics, by the median over ranks (integers by the most
+            frequent value) where DDP would replace them by rank 0's. Neither happens with ``broadcast_buffers=False``.
+        robust_metrics: reduce ``self.log(..., sync_dist=True)`` by the median instead of the mean, a sum by m times the
+            median, and leave out the f largest values before a maximum, the f smallest before a minimum.
+        check_consistency_every_n_steps: compare parameters and optimizer state of all ranks after every so many
+            optimizer steps; 0 for never.
+        on_inconsistency: what to do when ranks differ: "raise", or "restore" the state that most of them hold.
+        on_worker_error: what to do when a rank raises in its ``training_step``: "raise", or "exclude" the gradient of
+            the worker whose batch it was from that step and go on.
+        **kwargs: arguments of DDPStrategy.
+
+    """
+
+    def __init__(
+        self,
+        robust_buffers: bool = True,
+        robust_metrics: bool = False,
+        check_consistency_every_n_steps: int = 0,
+        on_inconsistency: Literal["raise", "restore"] = "raise",
+        on_worker_error: Literal["raise", "exclude"] = "raise",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_integer_at_least("check_consistency_every_n_steps", check_consistency_every_n_steps, 0)
+        check_choice("on_inconsistency", on_inconsistency, ("raise", "restore"))
+        check_choice("on_worker_error", on_worker_error, ("raise", "exclude"))
+        self.worker_errors: WorkerErrors | None = None
+        self._robust_buffers = robust_buffers
+        self._robust_metrics = robust_metrics
+        self._check_every_n_steps = check_consistency_every_n_steps
+        self._on_inconsistency = on_inconsistency
+        self._on_worker_error = on_worker_error
+        self._buffers: RobustBuffers | None = None
+        self._outvoted: Tensor | None = None
+        self._consistency: ConsistencyCheck | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    @property
+    @abstractmethod
+    def num_workers(self) -> int:
+        """Number of workers, m."""
+
+    @property
+    @abstractmethod
+    def num_byzantine(self) -> int:
+        """How many workers may be Byzantine, f."""
+
+    def shared_state(self) -> dict[str, Any]:
+        """Return what is the same on all ranks, as nested dicts and lists of tensors and numbers."""
+        assert self.lightning_module is not None
+        return {
+            "parameters": {name: value.detach() for name, value in self.lightning_module.named_parameters()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    @torch.no_grad()
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`shared_state` returned on another rank."""
+        assert self.lightning_module is not None
+        for name, parameter in self.lightning_module.named_parameters():
+            parameter.copy_(state["parameters"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        # Lightning's default where nobody has asked for another one, as in the method that this replaces.
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        alone = self.world_size == 1
+        if not alone:
+            self._heartbeat = self._start_heartbeat()
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        assert self.lightning_module is not None
+        if self._on_worker_error == "exclude" and self.num_workers > 1:
+            self.worker_errors = WorkerErrors(self.lightning_module)
+        if self._check_every_n_steps and not alone:
+            self._consistency = ConsistencyCheck(
+                self._check_every_n_steps,
+                self._on_inconsistency,
+                self.shared_state,
+                self.load_shared_state,
+                self.root_device,
+            )
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self._robust_buffers and self.world_size > 1:
+            assert isinstance(self.model, DistributedDataParallel)
+            self._buffers = RobustBuffers(self.model, self._watched(gather_rows), self._notice)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with nullcontext() if self.worker_errors is None else self.worker_errors.excluded():
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = self._watched(super().backward)(closure_loss, *args, **kwargs)
+        return loss
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._consistency is not None:
+            self._watched(self._consistency.after_step)()
+        return output
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
+        # What Lightning has to agree on goes by other means than names of reductions, such as whether anybody stops.
+        by_name = isinstance(tensor, Tensor) and isinstance(reduce_op, str) and group is None
+        if by_name and self._robust_metrics and self.world_size > 1:
+            # Ranks may be fewer than workers.
+            most = min(self.num_byzantine, (self.world_size - 1) // 2)
+            return self._watched(robust_reduce)(tensor, reduce_op, most, self._notice)
+        return self._watched(super().reduce)(tensor, group, reduce_op)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        # After somebody was lost, as when a checkpoint is saved then, there is nobody to wait for.
+        if self._heartbeat is None or self._heartbeat.lost is None:
+            self._watched(super().barrier)(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self._watched(super().broadcast)(obj, src)
+
+    @override
+    def on_train_end(self) -> None:
+        # The last forward has changed them, and whoever evaluates after this gets rank 0's.
+        if self._buffers is not None:
+            self._buffers.synchronize()
+        super().on_train_end()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self._buffers is not None and not self._is_interrupted():
+            self._buffers.synchronize()  # the checkpoint refers to them
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if isinstance(exception, ByzantineBreakdownError) and self.worker_errors is not None:
+            exception.add_note(
+                f"On this rank, `training_step` failed {self.worker_errors.count} times. {self.worker_errors.last}"
+            )
+
+    @override
+    def teardown(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        self._heartbeat = self._buffers = self._consistency = self._outvoted = None
+        super().teardown()
+
+    def _notice(self, outvoted: Tensor) -> None:
+        # On their device until somebody asks: a GPU would have to be waited for.
+        self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted.to(self._outvoted.device)
+
+    def _take_outvoted(self) -> Tensor | None:
+        """Return the workers of those ranks that were outvoted since the last call, [m] bool; None if nobody was."""
+        outvoted, self._outvoted = None if self._outvoted is None else self._outvoted.cpu(), None
+        if outvoted is None or not outvoted.any():
+            return None
+        return outvoted.repeat_interleave(self.num_workers // self.world_size)
+
+    def _start_heartbeat(self) -> Heartbeat:
+        assert self._timeout is not None
+        name = torch.tensor([randbits(62)], device=self.root_device)
+        dist.broadcast(name, src=0)
+        heartbeat = Heartbeat(
+            _get_default_store(), f"{name.item():x}", self.global_rank, self.world_size, self._timeout
+        )
+        heartbeat.start()
+        return heartbeat
+
+    def _watched(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what does the same, and says who is missing when it fails."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._heartbeat is None:
+                return collective(*args, **kwargs)
+            with self._heartbeat.watching():
+                return collective(*args, **kwargs)
+
+        return watched
+
+    def _is_interrupted(self) -> bool:
+        # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.interrupted

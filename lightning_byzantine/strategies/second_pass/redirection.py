@@ -1,0 +1,153 @@
+"""The second pass of double momentum: the training step at the previous query point, which nobody notices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_byzantine.aggregation.gradients import clipping_factor, flattened, unscaled
+from lightning_byzantine.optim import DoubleMomentum
+from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
+from lightning_byzantine.strategies.second_pass.isolation import unnoticed
+
+__all__ = ["PreviousPointRedirection"]
+
+
+class PreviousPointRedirection(_DDPForwardRedirection):
+    """Runs ``training_step`` at x_{t-1} first, for the gradient g~_t alone, and then as Lightning would.
+
+    It happens within DDP's forward: DDP has sent its buffers to all ranks by then, and not yet prepared its backward.
+    With ``accumulate_grad_batches``, gradients are summed over the batches of one optimizer step, for each worker that
+    this process acts as.
+
+    Args:
+        optimizer: what knows x_{t-1}.
+        max_norm: clips g~_t to this norm; None for no clipping.
+        loss_scale: returns the factor that the loss is multiplied by, None without a gradient scaler.
+        window: the batches of the optimizer step that is under way.
+
+    """
+
+    def __init__(
+        self,
+        optimizer: DoubleMomentum,
+        max_norm: float | None,
+        loss_scale: Callable[[], float | None],
+        window: AccumulationWindow,
+    ) -> None:
+        self._optimizer = optimizer
+        self._max_norm = max_norm
+        self._loss_scale = loss_scale
+        self._window = window
+        self._sums: list[dict[str, Tensor]] = []
+
+    @override
+    def __call__(
+        self,
+        wrapper_module: nn.Module,
+        original_module: pl.LightningModule,
+        method_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Lightning's Stochastic Weight Averaging has epochs without backward.
+        loop = original_module.trainer.fit_loop.epoch_loop.automatic_optimization
+        if method_name != "training_step" or loop._skip_backward:
+            return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
+        training_step, patched = original_module.training_step, vars(original_module)
+        own = {name: patched[name] for name in ("training_step",) if name in patched}  # the user's patch, as of compile
+
+        def restore() -> None:
+            patched.pop("training_step", None)
+            patched.update(own)
+
+        def both_passes(*args: Any, **kwargs: Any) -> Any:
+            restore()
+            assert isinstance(wrapper_module, DistributedDataParallel)
+            self._collect(original_module, training_step, args, kwargs, wrapper_module.require_backward_grad_sync)
+            return training_step(*args, **kwargs)
+
+        patched["training_step"] = both_passes
+        try:
+            return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
+        finally:
+            restore()
+
+    def _collect(
+        self,
+        module: pl.LightningModule,
+        training_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_last: bool,
+    ) -> None:
+        if self._window.position == 0:
+            self._sums = [{} for _ in range(self._window.num_local_workers)]
+        # At the same steps on all ranks, for a training step may have collectives of its own.
+        if self._optimizer.estimator.step > 1:
+            with unnoticed(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
+                gradients = self._gradients(module, training_step(*args, **kwargs))
+            total = self._sums[self._window.worker]
+            for name, gradient in gradients.items():
+                total[name] = total[name] + gradient if name in total else gradient
+        if is_last:
+            self._optimizer.estimator.begin(*map(self._clipped, self._sums))
+
+    def _clipped(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._max_norm is None:
+            return gradients
+        factor = clipping_factor(list(gradients.values()), self._max_norm)
+        return {name: gradient * factor for name, gradient in gradients.items()}
+
+    def _gradients(self, module: pl.LightningModule, output: Any) -> dict[str, Tensor]:
+        """Return the flat gradients of what the training step returned, without the loss scale."""
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is None:
+            return {}  # Lightning has something to say about it when it gets the same
+        scale = self._loss_scale()
+        parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        # Backward runs without autocast in the ordinary pass.
+        with torch.autocast(module.device.type, enabled=False):
+            loss = loss / self._window.batches_of_a_worker * (1.0 if scale is None else scale)
+            gradients = _gradients_of(loss, list(parameters.values()))
+        return {
+            name: unscaled(flattened(gradient, parameters[name]), scale)
+            for name, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None
+        }
+
+
+def _gradients_of(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    reason: Exception | None = None
+    try:
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        reason = error
+    # torch says so only if something before the checkpoint needs a gradient as well, and returns None otherwise.
+    if reason is not None or (any(gradient is None for gradient in gradients) and _has_reentrant_checkpoint(loss)):
+        raise MisconfigurationException(
+            "Double momentum can't compute gradients through `torch.utils.checkpoint` with use_reentrant=True. Use"
+            " use_reentrant=False."
+        ) from reason
+    return gradients
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False

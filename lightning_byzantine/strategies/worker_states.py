@@ -1,0 +1,131 @@
+"""The workers' states in a checkpoint: they differ from rank to rank, and a checkpoint is one file."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_byzantine.aggregators import Aggregator
+from lightning_byzantine.estimators.estimator import Estimator, keep
+from lightning_byzantine.exchange.exchange import gather, gather_to_first
+
+__all__ = ["WorkerStates"]
+
+
+class WorkerStates:
+    """Collects the estimators of all workers, and the rule's own state, into plain tensors and back.
+
+    Args:
+        parameters: the parameters that estimators may know, by name, in the same order on every rank.
+        aggregator: the rule.
+        estimator: this rank's estimator.
+        previous: what the rule returned last, by parameter name.
+        rank: this rank.
+        num_ranks: number of ranks.
+        num_local_workers: how many workers each rank acts as, k.
+        device: where this rank trains.
+
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        aggregator: Aggregator,
+        estimator: Estimator | None,
+        previous: dict[str, Tensor],
+        rank: int,
+        num_ranks: int,
+        num_local_workers: int,
+        device: torch.device,
+    ) -> None:
+        self._parameters = parameters
+        self._aggregator = aggregator
+        self._estimator = estimator
+        self._previous = previous
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._num_local_workers = num_local_workers
+        self._device = device
+
+    def save(self, *, alone: bool) -> dict[str, Any]:
+        """Return the state for the checkpoint; complete on rank 0, which writes it.
+
+        Args:
+            alone: whether other ranks may not be saving too. Only this rank's estimator is included then.
+
+        """
+        state: dict[str, Any] = {
+            "num_workers": self._num_ranks * self._num_local_workers,
+            "aggregator": self._aggregator.state_dict(),
+            "previous": self._previous,
+            "estimator": repr(self._estimator),
+            "shared": {} if self._estimator is None else self._estimator.shared_state(),
+            "workers": {},
+        }
+        if self._estimator is not None:
+            own = [self._estimator.worker_state(worker) for worker in range(self._num_local_workers)]
+            gathered = alone or self._num_ranks == 1
+            state["workers"] = dict(zip(self._own_workers, own, strict=True)) if gathered else self._gather(own)
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`save` returned.
+
+        Raises:
+            ValueError: if the checkpoint is of another number of workers, another estimator, or a rule whose state
+                this one can't take.
+
+        """
+        num_workers = self._num_ranks * self._num_local_workers
+        self._check("number of workers", state["num_workers"], num_workers)
+        self._check("estimator", state["estimator"], repr(self._estimator))
+        self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self._aggregator.state_dict()))
+        self._aggregator.load_state_dict(state["aggregator"])
+        keep(self._to_device(state["previous"]), self._previous)
+        if self._estimator is None:
+            return
+        if len(state["workers"]) != num_workers:
+            self._estimator.reset()
+            rank_zero_warn(
+                "The checkpoint was written while its run was being interrupted: it holds"
+                f" {len(state['workers'])} of {num_workers} workers' states, so all estimators start afresh."
+            )
+            return
+        own = [self._to_device(state["workers"][worker]) for worker in self._own_workers]
+        self._estimator.load_state(own, self._to_device(state["shared"]))
+
+    @property
+    def _own_workers(self) -> range:
+        first = self._rank * self._num_local_workers
+        return range(first, first + self._num_local_workers)
+
+    def _check(self, what: str, saved: Any, current: Any) -> None:
+        if saved != current:
+            raise ValueError(
+                f"The checkpoint and this run differ in the {what}: {saved} in the checkpoint, {current} now. Resume"
+                " with what the checkpoint has, or start the estimators and the aggregator afresh with"
+                " `restart_estimator=True` among the strategy's arguments, here"
+                f" `ByzantineDDPStrategy(..., estimator={self._estimator!r}, restart_estimator=True)`."
+            )
+
+    def _gather(self, own: list[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """Gather states on rank 0. A worker that was dropped since its first step has none for a parameter."""
+        num_workers = self._num_ranks * self._num_local_workers
+        workers: dict[int, dict[str, Tensor]] = {worker: {} for worker in range(num_workers)}
+        # On all ranks, so that they agree on which parameters to gather, whatever one of them claims.
+        known = torch.tensor([[name in state for name in self._parameters] for state in own], dtype=torch.uint8)
+        present = torch.stack(gather(known.flatten().to(self._device))).view(num_workers, len(self._parameters))
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            if not present[:, index].any():
+                continue
+            zeros = torch.zeros(parameter.numel(), dtype=torch.promote_types(parameter.dtype, torch.float32))
+            values = torch.stack([state.get(name, zeros).to(self._device) for state in own])
+            rows = [row for rank_rows in gather_to_first(values) or [] for row in rank_rows]
+            for worker, row in enumerate(rows):
+                if present[worker, index]:
+                    workers[worker][name] = row
+        return workers
+
+    def _to_device(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self._device) for name, value in state.items()}
