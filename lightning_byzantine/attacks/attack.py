@@ -32,7 +32,7 @@ class Attack(nn.Module, ABC):
         """Raise :class:`ValueError` when the attack can't be run by these workers."""
         check_worker_indices("workers", byzantine, num_workers)
 
-    def aim(self, aggregator: Aggregator, num_byzantine: int) -> None:
+    def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
         """Learn which rule is in use, and the f that it is called with; it must not be changed, nor its state."""
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:

@@ -51,9 +51,9 @@ class Intermittent(Attack):
         """Raise :class:`ValueError` when the attack can't be run by these workers."""
         self.attack.check(num_workers, byzantine)
 
-    def aim(self, aggregator: Aggregator, num_byzantine: int) -> None:
+    def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
         """Tell the attack which rule is in use."""
-        self.attack.aim(aggregator, num_byzantine)
+        self.attack.bind(aggregator, num_byzantine)
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return what the attack makes of the matrix, or the matrix itself."""

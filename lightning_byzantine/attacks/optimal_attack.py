@@ -66,7 +66,7 @@ class OptimalAttack(VectorAttack):
             f" step={self.step}"
         )
 
-    def aim(self, aggregator: Aggregator, num_byzantine: int) -> None:
+    def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
         """Learn which rule is in use, and the f that it is called with."""
         self._in_use = [(aggregator, num_byzantine)]
 

@@ -64,9 +64,9 @@ class ByzantineSimulation(pl.Callback):
                 f"ByzantineSimulation needs strategy='byzantine_ddp' or 'ddp', got {type(trainer.strategy).__name__}"
             )
         if isinstance(trainer.strategy, ByzantineDDPStrategy):
-            self.attack.aim(trainer.strategy.aggregator, trainer.strategy.num_byzantine)
+            self.attack.bind(trainer.strategy.aggregator, trainer.strategy.num_byzantine)
         else:
-            self.attack.aim(Mean(), num_byzantine=0)
+            self.attack.bind(Mean(), num_byzantine=0)
         with warnings.catch_warnings():
             if trainer.global_rank != 0:
                 warnings.simplefilter("ignore")  # once is enough

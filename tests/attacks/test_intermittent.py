@@ -41,7 +41,7 @@ def test_intermittent_is_checked_as_what_it_wraps() -> None:
     with pytest.raises(ValueError, match="aggregator must be given"):
         Intermittent(OptimalALittleIsEnough(), probability=0.0)(rows(), [0])
     attack = Intermittent(OptimalALittleIsEnough(), probability=1.0)
-    attack.aim(Krum(), num_byzantine=1)
+    attack.bind(Krum(), num_byzantine=1)
     assert torch.equal(attack(rows(), [0]), OptimalALittleIsEnough(Krum())(rows(), [0]))
     with pytest.raises(TypeError, match=r"attack must be an Attack, such as SignFlip\(\), got 'SignFlip'"):
         Intermittent("SignFlip", probability=0.5)

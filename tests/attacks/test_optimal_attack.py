@@ -100,7 +100,7 @@ def test_a_line_search_needs_a_rule_that_can_serve() -> None:
     with pytest.raises(ValueError, match="num_byzantine must satisfy 0 <= f < m / 2, got f=4 with m=7"):
         OptimalALittleIsEnough(Krum())(rows(), [0, 1, 2, 3])
     attack = OptimalInnerProductManipulation()
-    attack.aim(Krum(), num_byzantine=2)
+    attack.bind(Krum(), num_byzantine=2)
     assert attack(rows(), [0]).isfinite().all()
     with pytest.raises(TypeError, match=r"aggregator must be an Aggregator, such as Krum\(\), got 'Krum'"):
         OptimalALittleIsEnough("Krum")
