@@ -7,7 +7,7 @@ from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
 from lightning_byzantine.aggregators.monna import MoNNA
 from lightning_byzantine.matrix import Point, WorkerMatrix
 from lightning_byzantine.utilities.checks import check_integer_at_least
-from lightning_byzantine.utilities.seeding import StepSeed
+from lightning_byzantine.utilities.rng import StepSeed
 
 __all__ = ["Bucketing"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_byzantine.attacks.attack import VectorAttack, replace_rows
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_integer_at_least, check_probability
-from lightning_byzantine.utilities.seeding import StepSeed
+from lightning_byzantine.utilities.rng import StepSeed
 
 __all__ = ["BitFlip"]
 

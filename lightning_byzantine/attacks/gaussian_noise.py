@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_byzantine.attacks.attack import VectorAttack
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_at_least
-from lightning_byzantine.utilities.seeding import StepSeed
+from lightning_byzantine.utilities.rng import StepSeed
 
 __all__ = ["GaussianNoise"]
 

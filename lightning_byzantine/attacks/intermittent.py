@@ -7,7 +7,7 @@ from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.attacks.attack import Attack
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_probability
-from lightning_byzantine.utilities.seeding import StepSeed
+from lightning_byzantine.utilities.rng import StepSeed
 
 __all__ = ["Intermittent"]
 

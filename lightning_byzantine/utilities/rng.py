@@ -1,21 +1,77 @@
-"""Random numbers that a second run of the same code draws again."""
+"""Random numbers that can be reproduced: on every rank, after a resume, or in a second run of the same code."""
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 
 import numpy as np  # comes with torchmetrics
 import torch
+from torch import nn
 
-__all__ = ["replayed_rng"]
+from lightning_byzantine.utilities.checks import check_integer_at_least
+
+__all__ = ["StepSeed", "replayed_rng"]
+
+
+class StepSeed(nn.Module):
+    """A new generator for each call, the same on every rank.
+
+    Its only state is the number of calls, which is part of the ``state_dict``.
+
+    Args:
+        seed: non-negative integer. All ranks must have the same one.
+
+    Example:
+        >>> first, second = StepSeed(seed=1), StepSeed(seed=1)
+        >>> torch.equal(torch.rand(3, generator=first.next()), torch.rand(3, generator=second.next()))
+        True
+
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        check_integer_at_least("seed", seed, 0)
+        self.seed = seed
+        # Not a buffer: Lightning's spawn launcher moves buffers to shared memory, where all ranks would count in one.
+        self._calls = 0
+
+    def next(self, stream: int = 0) -> torch.Generator:
+        """Return a CPU generator seeded by (seed, number of calls so far, stream).
+
+        Args:
+            stream: a different number for each rank that must draw different values.
+
+        """
+        # torch's CPU generator uses only 32 bits of its seed, so all three numbers are hashed into those.
+        digest = sha256(f"{self.seed},{self._calls},{stream}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        self._calls += 1
+        return generator
+
+    def happens(self, probability: float) -> bool:
+        """Return True with this probability; uses one call."""
+        return bool(torch.rand((), generator=self.next()) < probability)
+
+    def get_extra_state(self) -> int:
+        """Return the number of calls so far."""
+        return self._calls
+
+    def set_extra_state(self, state: int) -> None:
+        """Continue after that many calls."""
+        self._calls = state
+
+    def extra_repr(self) -> str:
+        """Show the seed in ``repr``."""
+        return f"seed={self.seed}"
 
 
 @contextmanager
 def replayed_rng(device: torch.device) -> Iterator[None]:
-    """Put the generators of torch, numpy and Python back at the end to where they were at the start.
+    """Restore the random state of torch, numpy and Python on exit, so that the same numbers are drawn again.
 
     Args:
-        device: its generator too, where it is not the CPU.
+        device: if it is not the CPU, its generator is restored as well.
 
     Example:
         >>> with replayed_rng(torch.device("cpu")):

@@ -35,7 +35,7 @@ from lightning_byzantine.aggregators import (
 )
 from lightning_byzantine.errors import ReferenceLostError
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.utilities.seeding import StepSeed
+from lightning_byzantine.utilities.rng import StepSeed
 
 RFA = GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")
 WITH_ORACLE: dict[str, tuple[Aggregator, oracles.Oracle]] = {

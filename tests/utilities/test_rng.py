@@ -1,6 +1,6 @@
 import torch
 
-from lightning_byzantine.utilities.seeding import StepSeed
+from lightning_byzantine.utilities.rng import StepSeed
 
 
 def test_every_call_and_every_seed_draws_something_else() -> None:
