@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 EXAMPLES = Path(__file__).parent
 ATTACKS = {
@@ -60,6 +60,11 @@ def main() -> None:
 
 def run(config: str, attack: str | None, seed: int, options: list[str]) -> float:
     """Train and test once; return the test accuracy."""
+    return scalars(config, attack, seed, options, "test_accuracy")[-1].value
+
+
+def scalars(config: str, attack: str | None, seed: int, options: list[str], name: str) -> list[ScalarEvent]:
+    """Train and test once; return what was logged under a name."""
     print(f"seed {seed}: {config}" + (f", {attack}" if attack else ""), file=sys.stderr, flush=True)
     with TemporaryDirectory() as folder:
         command = [sys.executable, EXAMPLES / "train.py", "fit", "--config", EXAMPLES / "configs" / f"{config}.yaml"]
@@ -72,7 +77,7 @@ def run(config: str, attack: str | None, seed: int, options: list[str]) -> float
         if done.returncode != 0:
             sys.exit(f"{done.stdout}{done.stderr}\nexamples/train.py failed with exit code {done.returncode}")
         events = EventAccumulator(str(Path(folder, "lightning_logs", "version_0"))).Reload()
-        return events.Scalars("test_accuracy")[-1].value
+        return events.Scalars(name)
 
 
 if __name__ == "__main__":
