@@ -1,4 +1,4 @@
-"""The README's command for several hosts, in two network namespaces joined by a cable that gets pulled."""
+"""The examples' command for several hosts, in two network namespaces joined by a cable that gets pulled."""
 
 import os
 import re
@@ -17,7 +17,7 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
 def readme_command() -> list[str]:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "examples" / "README.md").read_text()
     return re.search(r"<!-- two hosts command -->\n```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", "").split()
 
 
