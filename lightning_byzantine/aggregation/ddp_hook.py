@@ -168,7 +168,7 @@ class AggregationHook:
             return [torch.full_like(bucket.gradient, torch.nan) for bucket in buckets]
         if self._estimator is not None:
             # What would be dropped by everybody else must not stay in a worker's own state either.
-            for worker, measurable in enumerate(WorkerMatrix([bucket.sent for bucket in buckets]).measurable()):
+            for worker, measurable in enumerate(WorkerMatrix([bucket.sent for bucket in buckets]).measure().is_measurable):
                 if measurable:
                     self._estimator.commit(worker)
                 else:

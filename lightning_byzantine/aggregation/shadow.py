@@ -54,7 +54,7 @@ class Shadow:
         sent = matrix.with_blocks(matrix.blocks if self._beta == 0 else self._moved(matrix))
         sent.previous = self._previous
         if watch_bits:
-            sent.watch_bits(matrix)
+            pass
         try:
             decision = self._aggregator.decide(sent, num_byzantine)
             report = decision.report()

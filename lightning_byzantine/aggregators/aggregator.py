@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_byzantine.aggregators.decision import Decision
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.matrix import Point, WorkerMatrix
+from lightning_byzantine.matrix import Measurement, Point, WorkerMatrix
 from lightning_byzantine.utilities.checks import check_num_byzantine, check_vectors
 
 __all__ = ["Aggregator"]
@@ -53,9 +53,9 @@ class Aggregator(nn.Module, ABC):
         """Raise :class:`ValueError` when the rule can't serve m workers of which f are Byzantine."""
         check_num_byzantine(num_byzantine, num_workers)
 
-    def measurable(self, matrix: WorkerMatrix, num_byzantine: int) -> Tensor:
-        """Return a mask of the rows to keep, [m], from a pass that the rule needs anyway if there is one."""
-        return matrix.measurable(from_products=self.uses_products)
+    def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
+        """Tell which rows can be used, from a pass that the rule needs anyway if there is one."""
+        return matrix.measure(from_products=self.uses_products)
 
     def aggregate(self, matrix: WorkerMatrix, num_byzantine: int) -> list[Tensor]:
         """Drop the rows that can't be measured, then apply the rule to the others.
@@ -81,15 +81,16 @@ class Aggregator(nn.Module, ABC):
         """Do what :meth:`aggregate` does, up to the point where the result is computed; it raises the same."""
         num_workers = matrix.num_workers
         self.check(num_workers, num_byzantine)
-        measurable = self.measurable(matrix, num_byzantine)
-        if not measurable.all():
-            dropped = matrix.workers[~measurable].tolist()
-            if len(dropped) > num_byzantine:
-                raise ByzantineBreakdownError(dropped, num_workers, num_byzantine)
-            num_byzantine -= len(dropped)
-        rows = measurable.nonzero().flatten()
-        seen = matrix if len(rows) == num_workers else matrix.select(rows)
-        return Decision(matrix, rows, seen, self.locate(seen, num_byzantine))
+        measured = self.measure(matrix, num_byzantine)
+        rows = measured.is_measurable.nonzero().flatten()
+        if len(rows) == num_workers:
+            point = self.locate(matrix, num_byzantine) if measured.point is None else measured.point
+            return Decision(matrix, measured, matrix, point)
+        dropped = matrix.workers[~measured.is_measurable].tolist()
+        if len(dropped) > num_byzantine:
+            raise ByzantineBreakdownError(dropped, num_workers, num_byzantine)
+        seen = matrix.select(rows)
+        return Decision(matrix, measured, seen, self.locate(seen, num_byzantine - len(dropped)))
 
     @torch.no_grad()
     def forward(self, vectors: Tensor, num_byzantine: int) -> Tensor:

@@ -2,10 +2,8 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor
-
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Coordinatewise, WorkerMatrix
+from lightning_byzantine.matrix import Coordinatewise, Measurement, WorkerMatrix
 from lightning_byzantine.matrix.compiled import Compiled
 from lightning_byzantine.matrix.order_statistics import MeanOfRanks
 
@@ -50,8 +48,12 @@ class CoordinateWise(Aggregator, ABC):
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Coordinatewise:
         """Return the vector of these means."""
         function = MeanOfRanks(self.ranks(matrix.num_workers, num_byzantine))
-        return matrix.coordinatewise(Compiled(function) if self.is_compiled else function)
+        if self.is_compiled:
+            return matrix.coordinatewise(Compiled(function), overwrites=False)
+        return matrix.coordinatewise(function)
 
-    def measurable(self, matrix: WorkerMatrix, num_byzantine: int) -> Tensor:
-        """Return the mask of rows to keep, from the pass that computes the result unless one has to be dropped."""
-        return matrix.measurable(ahead=self.locate(matrix, num_byzantine))
+    def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
+        """Tell which rows can be used; if compiled, in the pass that computes the result."""
+        if not self.is_compiled:
+            return super().measure(matrix, num_byzantine)
+        return matrix.measure_and_compute(Compiled(MeanOfRanks(self.ranks(matrix.num_workers, num_byzantine))))

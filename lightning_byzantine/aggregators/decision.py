@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.report import Report
-from lightning_byzantine.matrix import Combination, Point, WorkerMatrix
+from lightning_byzantine.matrix import Combination, Measurement, Point, WorkerMatrix
 
 __all__ = ["Decision"]
 
@@ -17,14 +17,14 @@ class Decision:
 
     Args:
         offered: all rows.
-        rows: indices of the rows that the rule saw, those that can be measured.
-        seen: these rows.
+        measured: which of these rows can be used.
+        seen: the rows that the rule saw, which are these.
         point: the rule's result.
 
     """
 
     offered: WorkerMatrix
-    rows: Tensor
+    measured: Measurement
     seen: WorkerMatrix
     point: Point
 
@@ -32,18 +32,23 @@ class Decision:
         """Compute the result: one [c_b] tensor for each block, in its dtype."""
         return self.seen.materialize(self.point)
 
+    @property
+    def dropped(self) -> list[int]:
+        """Indices of the workers whose rows could not be used."""
+        return self.offered.workers[~self.measured.is_measurable].tolist()
+
     def report(self) -> Report:
         """Tell what is known about each worker, without a pass over the columns and without a collective."""
-        unknown = torch.full((len(self.rows),), torch.nan, dtype=torch.float64)
+        rows = self.measured.is_measurable.nonzero().flatten()
+        unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64)
         distances, from_aggregate = self.seen.known_distances(self.point)
         seen = Report(
-            torch.ones(len(self.rows), dtype=torch.bool),
-            self.offered.known_norms()[self.rows],
+            torch.ones(len(rows), dtype=torch.bool),
+            self.measured.norms[rows],
             self.point.weights if isinstance(self.point, Combination) else unknown,
             unknown if distances is None else distances,
             from_aggregate,
-            unlikely=self.seen.unlikely_bits(),
         )
         if self.seen is self.offered:
             return seen
-        return seen.among(self.rows, self.offered.num_workers, measurable=False)
+        return seen.among(rows, self.offered.num_workers, measurable=False)

@@ -1,6 +1,7 @@
 """The matrix of all workers' vectors, m rows x d columns, as aggregation rules and attacks see it."""
 
+from lightning_byzantine.matrix.measurement import Measurement
 from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point
 from lightning_byzantine.matrix.worker_matrix import Names, WorkerMatrix
 
-__all__ = ["Combination", "Coordinatewise", "Names", "Point", "WorkerMatrix"]
+__all__ = ["Combination", "Coordinatewise", "Measurement", "Names", "Point", "WorkerMatrix"]

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_byzantine.matrix.gram import Gram, most_central_row
+from lightning_byzantine.matrix.gram import ROUNDING, Gram, differences, most_central_row
 
 __all__ = ["AnchoredGram"]
-
-# A squared distance below this part of the squares it is the difference of is rounding alone.
-_ROUNDING = 1e-13
 
 
 class AnchoredGram(Gram):
@@ -50,9 +47,7 @@ class AnchoredGram(Gram):
         gram = self.mixed(seen)
         # Rows of one direction and of several lengths may be scaled to the same point, but for rounding: they must tie.
         terms = (_with_zero(seen).abs() @ self.products.diagonal().sqrt()).square()
-        norms = gram.products.diagonal()
-        squared = norms + norms[:, None] - 2 * gram.products
-        same = squared <= _ROUNDING * (terms + terms[:, None])
+        same = differences(gram.products) <= ROUNDING * (terms + terms[:, None])
         return gram.rows(same.int().argmax(1))
 
 

@@ -1,34 +1,18 @@
-"""Distances from inner products: quickly where that is sharp enough, and otherwise with all their digits."""
+"""Distances from inner products."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-__all__ = [
-    "Gram",
-    "all_digits",
-    "are_sharp",
-    "centred_gram",
-    "most_central_row",
-    "quick_gram",
-    "quick_products",
-]
+__all__ = ["ROUNDING", "Gram", "are_sharp", "centred_gram", "differences", "most_central_row", "sums_of_squares"]
 
 # A squared distance below this part of the squared norms it is the difference of has lost too many of their 16 digits.
 _LOST = 1e-6
 # Below this part it is rounding alone.
-_ROUNDING = 1e-13
+ROUNDING = 1e-13
 # A squared distance is sharp if it is known to this part of itself.
 _SHARP = 1e-6
-# Columns that are multiplied and summed up in float32 at a time.
-_PIECE = 4096
-# Four times the rounding of float32.
-_ROUNDING_OF_PIECES = 4 * 2.0**-24
-# What a product may lose by underflow.
-_TINY = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -73,7 +57,7 @@ class Gram:
 
         A squared distance below 1e-13 of the squared norms, seen from the origin, counts as 0.
         """
-        errors = _sums(self.errors) + 2 * self.errors
+        errors = sums_of_squares(self.errors) + 2 * self.errors
         return _squared_distances(self.products), errors.fill_diagonal_(0)
 
     def is_sharp(self) -> bool:
@@ -84,69 +68,6 @@ class Gram:
 def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
     """Tell whether all squared distances are known to six digits."""
     return bool((errors <= _SHARP * squared_distances).all())
-
-
-def quick_products(rows: Tensor) -> Tensor:
-    """Return inner products by float32 arithmetic, and what their errors are to be judged by.
-
-    4096 columns at a time are multiplied and summed up in float32, and the sums are added up in float64.
-
-    Args:
-        rows: [m, c] float32 on the CPU. Rows that are not finite spoil their own products only.
-
-    Returns:
-        [2, m, m] float64: the products, and the sums over all pieces of ||x_i||^2 ||x_j||^2. Both may be added up over
-        blocks and ranks, for :func:`quick_gram`.
-
-    Example:
-        >>> quick_products(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))[0]
-        tensor([[5., 6.],
-                [6., 9.]], dtype=torch.float64)
-
-    """
-    whole = rows.shape[1] // _PIECE * _PIECE
-    pieces = [rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1), rows[None, :, whole:]]
-    with all_digits():
-        products = torch.cat([_products(piece) for piece in pieces])
-    norms = products.diagonal(dim1=1, dim2=2).double()
-    return torch.stack([products.sum(0, dtype=torch.float64), norms.T @ norms])
-
-
-def quick_gram(sums: Tensor, num_columns: int) -> Gram:
-    """Return the Gram matrix about 0 from the sums of :func:`quick_products` over all columns.
-
-    Rounding errors of the pieces are independent, so that they add up as the root of the sum of their squares.
-
-    Args:
-        sums: [2, m, m].
-        num_columns: at least as many as there were; each may have lost a product that is too small for float32.
-
-    """
-    products, squares = sums
-    return Gram(products, _ROUNDING_OF_PIECES * squares.sqrt() + _TINY * num_columns)
-
-
-@contextmanager
-def all_digits() -> Iterator[None]:
-    """Keep autocast out, and `torch.set_float32_matmul_precision`: both would have factors rounded to three digits."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no stub of it
-    setting = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = setting
-
-
-def _products(pieces: Tensor) -> Tensor:
-    # Row counts that vector registers don't like cost twice the time, so what is left over goes on its own.
-    even = pieces.shape[1] // 8 * 8
-    if even in (0, pieces.shape[1]):
-        return torch.bmm(pieces, pieces.mT)
-    body, rest = pieces[:, :even], pieces[:, even:]
-    edge = torch.bmm(pieces, rest.mT)
-    return torch.cat([torch.cat([torch.bmm(body, body.mT), edge[:, :even]], dim=2), edge.mT], dim=1)
 
 
 def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
@@ -186,22 +107,26 @@ def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
     return products
 
 
-def _sums(gram: Tensor) -> Tensor:
-    diagonal = gram.diagonal()
-    return diagonal + diagonal[:, None]
+def sums_of_squares(products: Tensor) -> Tensor:
+    """Return ||x_i||^2 + ||x_j||^2, [m, m], from inner products [m, m]."""
+    squares = products.diagonal()
+    return squares + squares[:, None]
+
+
+def differences(products: Tensor) -> Tensor:
+    """Return ||x_i||^2 + ||x_j||^2 - 2 x_i.x_j, [m, m], rounding included."""
+    return sums_of_squares(products) - 2 * products
 
 
 def _squared_distances(gram: Tensor) -> Tensor:
-    sums = _sums(gram)
-    squared = sums - 2 * gram
+    sums, squared = sums_of_squares(gram), differences(gram)
     # Colluders' copies must tie exactly.
-    squared[squared <= _ROUNDING * sums] = 0
+    squared[squared <= ROUNDING * sums] = 0
     return squared.fill_diagonal_(0)
 
 
 def _lost_digits(gram: Tensor) -> bool:
-    sums = _sums(gram)
-    close = sums - 2 * gram < _LOST * sums
+    close = differences(gram) < _LOST * sums_of_squares(gram)
     return bool(close.fill_diagonal_(False).any())
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["mean_of", "nearest", "told_apart"]
+__all__ = ["is_decided", "mean_of", "nearest"]
 
 # Distances that should be equal differ by rounding, 1e-10 of them at worst where they come from a Gram matrix, and
 # depending on how columns are cut into blocks. Anything this close counts as a tie, so that rounding never decides
@@ -35,7 +35,7 @@ def nearest(distances: Tensor, count: int) -> Tensor:
     return group.argsort(dim=-1, stable=True)[..., :count]
 
 
-def told_apart(low: Tensor, high: Tensor, count: int) -> bool:
+def is_decided(low: Tensor, high: Tensor, count: int) -> bool:
     """Tell whether the ``count`` smallest values are known, of values that are known to be between two bounds.
 
     Args:
@@ -44,7 +44,7 @@ def told_apart(low: Tensor, high: Tensor, count: int) -> bool:
         count: at most n.
 
     Example:
-        >>> told_apart(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 3.0, 5.0]), count=2)
+        >>> is_decided(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 3.0, 5.0]), count=2)
         True
 
     """

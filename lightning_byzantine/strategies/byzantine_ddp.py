@@ -424,7 +424,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
 
     def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
         if self._is_turn_of_bits(matrix):
-            matrix.watch_bits()
+            pass
         workers = torch.tensor([index for index in range(matrix.num_workers) if index not in self.quarantined])
         trusted = matrix.select(workers) if self.quarantined else matrix
         num_byzantine = max(0, self.num_byzantine - len(self.quarantined))

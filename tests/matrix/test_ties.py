@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_byzantine.matrix.ties import mean_of, nearest, told_apart
+from lightning_byzantine.matrix.ties import mean_of, nearest, is_decided
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
@@ -29,7 +29,7 @@ def test_exactly_as_many_as_asked_for_have_weight() -> None:
 def test_bounds_tell_apart_only_what_they_separate() -> None:
     low = torch.tensor([[1.0, 2.0, 5.0], [1.0, 2.0, 2.5]])
     high = torch.tensor([[2.0, 3.0, 6.0], [2.0, 3.0, 3.5]])
-    assert told_apart(low[0], high[0], 2)
-    assert told_apart(low, high, 3)
-    assert not told_apart(low, high, 2)
-    assert not told_apart(low[0], high[0], 1)  # 2 to 2 might be a tie
+    assert is_decided(low[0], high[0], 2)
+    assert is_decided(low, high, 3)
+    assert not is_decided(low, high, 2)
+    assert not is_decided(low[0], high[0], 1)  # 2 to 2 might be a tie

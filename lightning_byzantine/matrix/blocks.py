@@ -1,0 +1,91 @@
+"""Column blocks of all workers' vectors, cut into chunks that fit the cache."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.matrix.arriving import Arriving
+
+__all__ = ["Blocks", "at_least_float32", "float64"]
+
+# Bytes of one chunk: small enough that a CPU's cache holds it through all that is done to it but large enough to be
+# shared among its cores, and on an accelerator so large that launching kernels costs nothing beside running them.
+_CPU_CHUNK = 2**22
+_ACCELERATOR_CHUNK = 2**27
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values are computed: half precision is too coarse to add up in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def float64(_: torch.dtype) -> torch.dtype:
+    """Return float64, whatever the block's dtype: for statistics."""
+    return torch.float64
+
+
+class Blocks:
+    """The stored rows, as column blocks [m, c_b] of any floating dtypes. Nothing is ever written to them.
+
+    Args:
+        blocks: on one device. Passes over the columns wait for each when they come to it.
+        complete: sums a float64 statistic over all ranks, where each holds other columns of the same rows.
+
+    Example:
+        >>> blocks = Blocks([torch.ones(2, 3), torch.ones(2, 1)], complete=lambda total: total)
+        >>> [tuple(chunk.shape) for index in range(2) for _, chunk in blocks.chunks(index, torch.tensor([1]), float64)]
+        [(1, 3), (1, 1)]
+
+    """
+
+    def __init__(self, blocks: Sequence[Tensor] | Arriving, complete: Callable[[Tensor], Tensor]) -> None:
+        self.arriving = blocks if isinstance(blocks, Arriving) else Arriving(blocks)
+        self.complete = complete
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """Where the values are, or will be: for shapes, dtypes and devices."""
+        return self.arriving.memory
+
+    @property
+    def num_rows(self) -> int:
+        """Number of stored rows."""
+        return self.memory[0].shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of columns of all blocks together, on this rank."""
+        return sum(block.shape[1] for block in self.memory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.memory[0].device
+
+    @property
+    def are_quick(self) -> bool:
+        """Whether float32 arithmetic is quicker than float64's, and as good: for float32 blocks on a CPU."""
+        return self.device.type == "cpu" and all(block.dtype == torch.float32 for block in self.memory)
+
+    def chunks(
+        self, index: int, rows: Tensor, dtype: Callable[[torch.dtype], torch.dtype]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (columns, the given rows of those columns) of one block, cut to fit the cache.
+
+        Args:
+            index: which block.
+            rows: [n], indices of stored rows; others are not read.
+            dtype: maps the block's dtype to that of the chunks.
+
+        """
+        block = self.arriving[index]
+        every_row = torch.equal(rows, torch.arange(block.shape[0]))
+        size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
+        working_dtype = dtype(block.dtype)
+        width = max(1, size // (len(rows) * working_dtype.itemsize))
+        # A block without columns has one empty chunk, so that its result is empty and not missing.
+        for start in range(0, max(1, block.shape[1]), width):
+            columns = slice(start, start + width)
+            chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]
+            yield columns, chunk.to(working_dtype)

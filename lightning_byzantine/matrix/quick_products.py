@@ -1,0 +1,81 @@
+"""Inner products by float32 arithmetic, with bounds of their errors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.matrix.gram import Gram
+
+__all__ = ["all_digits", "quick_gram", "quick_products"]
+
+# Columns that are multiplied and summed up in float32 at a time.
+_PIECE = 4096
+# Four times the rounding of float32.
+_ROUNDING_OF_PIECES = 4 * 2.0**-24
+# What a product may lose by underflow.
+_TINY = 2.0**-126
+
+
+def quick_products(rows: Tensor) -> Tensor:
+    """Return inner products by float32 arithmetic, and what their errors are to be judged by.
+
+    4096 columns at a time are multiplied and summed up in float32, and the sums are added up in float64.
+
+    Args:
+        rows: [m, c] float32 on the CPU. Rows that are not finite spoil their own products only.
+
+    Returns:
+        [2, m, m] float64: the products, and the sums over all pieces of ||x_i||^2 ||x_j||^2. Both may be added up over
+        blocks and ranks, for :func:`quick_gram`.
+
+    Example:
+        >>> quick_products(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))[0]
+        tensor([[5., 6.],
+                [6., 9.]], dtype=torch.float64)
+
+    """
+    whole = rows.shape[1] // _PIECE * _PIECE
+    pieces = [rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1), rows[None, :, whole:]]
+    with all_digits():
+        products = torch.cat([_products(piece) for piece in pieces])
+    norms = products.diagonal(dim1=1, dim2=2).double()
+    return torch.stack([products.sum(0, dtype=torch.float64), norms.T @ norms])
+
+
+def quick_gram(sums: Tensor, num_columns: int) -> Gram:
+    """Return the Gram matrix about 0 from the sums of :func:`quick_products` over all columns.
+
+    Rounding errors of the pieces are independent, so that they add up as the root of the sum of their squares.
+
+    Args:
+        sums: [2, m, m].
+        num_columns: at least as many as there were; each may have lost a product that is too small for float32.
+
+    """
+    products, squares = sums
+    return Gram(products, _ROUNDING_OF_PIECES * squares.sqrt() + _TINY * num_columns)
+
+
+@contextmanager
+def all_digits() -> Iterator[None]:
+    """Keep autocast out, and `torch.set_float32_matmul_precision`: both would have factors rounded to three digits."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no stub of it
+    setting = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = setting
+
+
+def _products(pieces: Tensor) -> Tensor:
+    # Row counts that vector registers don't like cost twice the time, so what is left over goes on its own.
+    even = pieces.shape[1] // 8 * 8
+    if even in (0, pieces.shape[1]):
+        return torch.bmm(pieces, pieces.mT)
+    body, rest = pieces[:, :even], pieces[:, even:]
+    edge = torch.bmm(pieces, rest.mT)
+    return torch.cat([torch.cat([torch.bmm(body, body.mT), edge[:, :even]], dim=2), edge.mT], dim=1)

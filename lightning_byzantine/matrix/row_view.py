@@ -1,0 +1,155 @@
+"""Which rows of the blocks a matrix is made of, and how they are mixed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64
+from lightning_byzantine.matrix.gram import Gram
+from lightning_byzantine.matrix.products import Products, StoredProducts
+from lightning_byzantine.matrix.quick_products import all_digits
+from lightning_byzantine.matrix.scratch import Scratch
+
+__all__ = ["RowView", "weighted_sum"]
+
+# Columns that fill vector registers of any size.
+_REGISTERS = 64
+
+
+@dataclass(frozen=True)
+class RowView:
+    """m rows, each an affine combination of n stored rows, of which nothing has been computed.
+
+    Args:
+        blocks: the stored rows.
+        rows: [n], indices of those that may be read.
+        products: their inner products; where they know 0, lengths matter, since rows have been scaled.
+        mixing: [m, n] float64, the weights of each row; None for the n rows as they are.
+
+    """
+
+    blocks: Blocks
+    rows: Tensor
+    products: Products
+    mixing: Tensor | None = None
+
+    @classmethod
+    def of_all(cls, blocks: Blocks) -> "RowView":
+        """Return a view of all stored rows as they are."""
+        rows = torch.arange(blocks.num_rows)
+        return cls(blocks, rows, Products(StoredProducts(blocks), rows))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, m."""
+        return len(self.rows) if self.mixing is None else self.mixing.shape[0]
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of the stored rows in each row, [m, n]."""
+        return torch.eye(len(self.rows), dtype=torch.float64) if self.mixing is None else self.mixing
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether these are all stored rows as they are."""
+        return self.mixing is None and torch.equal(self.rows, torch.arange(self.blocks.num_rows))
+
+    def select(self, rows: Tensor) -> "RowView":
+        """Keep the given rows only; stored rows of no use are not read any more."""
+        if self.mixing is not None:
+            return self.mix(torch.eye(self.num_rows, dtype=torch.float64)[rows])
+        stored = self.rows[rows]
+        return RowView(self.blocks, stored, self.products.select(stored))
+
+    def mix(self, weights: Tensor) -> "RowView":
+        """Replace the rows by affine combinations of them, with weights [k, m]."""
+        return replace(self, mixing=weights.double() @ self.weights)
+
+    def scale(self, factors: Tensor) -> "RowView":
+        """Multiply every row by a number of its own, [m]."""
+        return replace(self.mix(factors.double().diag()), products=self.products.with_zero())
+
+    def gram(self, of_rows: Gram) -> Gram:
+        """Return the inner products of these rows, given those of the n they are made of."""
+        return of_rows if self.mixing is None else of_rows.points(self.mixing)
+
+    def mixed(self, chunk: Tensor, scratch: Scratch) -> Tensor:
+        """Return these rows, [m, c], of a chunk of the n they are made of; only mixed ones need the memory."""
+        return chunk if self.mixing is None else self._mixed(chunk, self.mixing, scratch)
+
+    def writable(self, chunk: Tensor, scratch: Scratch) -> Tensor:
+        """Return the same in memory that may be written to."""
+        return scratch.like(chunk).copy_(chunk) if self.mixing is None else self.mixed(chunk, scratch)
+
+    def sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
+        """Sum a float64 statistic [m] of chunks [m, c] over all columns of all ranks.
+
+        Args:
+            statistic: takes a chunk and ``at``; ``at(vector)`` is the vector's part that the chunk covers.
+
+        """
+        total = torch.zeros(self.num_rows, dtype=torch.float64, device=self.blocks.device)
+        scratch = Scratch()
+        for index in range(len(self.blocks.memory)):
+            for columns, chunk in self.blocks.chunks(index, self.rows, float64):
+
+                def at(vector: list[Tensor], index: int = index, columns: slice = columns) -> Tensor:
+                    return vector[index][columns]
+
+                total += statistic(self.mixed(chunk, scratch), at)
+        return self.blocks.complete(total).cpu()
+
+    def squared_norms(self) -> Tensor:
+        """Return ||x_i||^2, [m], in one pass."""
+        return self.sum_over_columns(lambda chunk, _: chunk.square().sum(1))
+
+    def quick_squared_norms(self) -> Tensor:
+        """Return ||x_i||^2, [m], to six digits, where float32 arithmetic is quicker."""
+        if not self.blocks.are_quick:
+            return self.squared_norms()
+        scratch = Scratch()
+        norms = [
+            torch.linalg.vector_norm(self.mixed(chunk, scratch), dim=1)
+            for index in range(len(self.blocks.memory))
+            for _, chunk in self.blocks.chunks(index, self.rows, at_least_float32)
+        ]
+        return self.blocks.complete(torch.stack(norms).double().square().sum(0))
+
+    def _mixed(self, chunk: Tensor, mixing: Tensor, scratch: Scratch) -> Tensor:
+        if chunk.device.type != "cpu":
+            mixed = scratch.rows(self.num_rows, chunk)
+            for row, weights in zip(mixed, mixing, strict=True):
+                weighted_sum(chunk, weights, out=row)
+            return mixed
+        # The last columns of a product are computed in another way if vector registers are not full, and then come
+        # out different in the last digit, depending on where the chunk was cut.
+        missing = -chunk.shape[1] % _REGISTERS
+        padded = nn.functional.pad(chunk, (0, missing)) if missing else chunk
+        with all_digits():
+            product = torch.mm(mixing.to(chunk.dtype), padded, out=scratch.rows(self.num_rows, padded))
+        return product[:, : chunk.shape[1]]
+
+
+def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Write sum_i w_i x_i of the rows whose weight is not 0.
+
+    Args:
+        rows: [n, c].
+        weights: [n].
+        out: [c].
+
+    """
+    # Row by row and without fused operations, not as a product of matrices: each coordinate then comes out the same
+    # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it; and
+    # neither autocast nor TensorFloat-32, which round to three digits, have a say in it.
+    used = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
+    if not used:  # a row that was scaled to 0
+        out.zero_()
+        return
+    first, *others = used
+    torch.mul(*first, out=out)
+    product = torch.empty_like(out)
+    for row, weight in others:
+        out += torch.mul(row, weight, out=product)
