@@ -49,9 +49,7 @@ def accuracy_curve(config: str, attack: str | None, seeds: Sequence[int], option
     # Without a share of the training images for validation, it is the test images that are validated on.
     options = ["--data.validation=0", *options]
     runs = [scalars(config, attack, seed, options, "val_accuracy") for seed in seeds]
-    return [
-        (events[0].step + 1, mean(event.value for event in events)) for events in zip(*runs, strict=True)
-    ]
+    return [(events[0].step + 1, mean(event.value for event in events)) for events in zip(*runs, strict=True)]
 
 
 def draw_curves(curves: Mapping[str, Curve]) -> Figure:

@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 import lightning_byzantine.callbacks  # noqa: F401  # registers the class names
@@ -94,7 +95,9 @@ def test_python_blocks_run(path: Path, any_number_of_devices: None) -> None:
 
 
 def test_the_flag_survives_as_many_as_the_readme_says(any_number_of_devices: None) -> None:
-    said = re.search(r'strategy="byzantine_ddp", devices=(\d+)\)  # survives (\d+) bad', (ROOT / "README.md").read_text())
+    said = re.search(
+        r'strategy="byzantine_ddp", devices=(\d+)\)  # survives (\d+) bad', (ROOT / "README.md").read_text()
+    )
     assert said is not None
     strategy = pl.Trainer(strategy="byzantine_ddp", devices=int(said[1]), logger=False).strategy
     assert isinstance(strategy, ByzantineDDPStrategy)
@@ -120,6 +123,12 @@ def test_commands_name_files_that_exist(path: Path) -> None:
         for word in shlex.split(block.replace("\\\n", " "), comments=True):
             if word.startswith(("examples/", "tests/", "lightning_byzantine/", ".ci/")):
                 assert (ROOT / word).exists(), f"{word}, in: {block}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_strategies_are_registered(path: Path) -> None:
+    names = re.findall(r"\bbyzantine_ddp(?:_[a-z_]+)?\b(?!\.)", path.read_text())
+    assert set(names) <= set(StrategyRegistry.available_strategies())
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
