@@ -1,4 +1,4 @@
-"""All Byzantine workers hide in the honest workers' noise."""
+"""ALIE: a small shift, hidden in the noise of the honest workers."""
 
 import math
 import warnings
@@ -15,12 +15,12 @@ __all__ = ["ALittleIsEnough"]
 
 
 class ALittleIsEnough(VectorAttack):
-    """All Byzantine workers send mu - z sigma: mean and deviation (ddof 1) of the honest rows in each coordinate.
+    """All Byzantine workers send mu - z sigma, the mean and standard deviation (ddof 1) of each column's honest rows.
 
     Args:
-        z: how many deviations; a negative one for mu + |z| sigma. None for Phi^-1((m - f - s) / (m - f)) with
-            s = floor(m / 2 + 1) - f, the largest that leaves a majority on the attackers' side; with few Byzantine
-            workers that is 0 or less, and harmless.
+        z: number of standard deviations; a negative one gives mu + |z| sigma. None for
+            Phi^-1((m - f - s) / (m - f)) with s = floor(m / 2 + 1) - f, the largest z that still leaves a majority on
+            the attackers' side; with few Byzantine workers that is 0 or less, and harmless.
 
     Source: Baruch et al., "A Little Is Enough: Circumventing Defenses for Distributed Learning", NeurIPS 2019.
 
@@ -44,7 +44,7 @@ class ALittleIsEnough(VectorAttack):
         return f"z={self.z}"
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
-        """Raise :class:`ValueError` when there is no z for these numbers of workers; warn when it does no harm."""
+        """Raise :class:`ValueError` if z has no value for these numbers of workers; warn if it does no harm."""
         super().check(num_workers, byzantine)
         z = self._deviations(num_workers, len(byzantine))
         if z == 0 or (z < 0 and self.z is None):
@@ -57,7 +57,7 @@ class ALittleIsEnough(VectorAttack):
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
         """Return mu - z sigma, once for each Byzantine worker."""
         z = self._deviations(len(honest) + len(own), len(own))
-        # One honest row has no deviation.
+        # The deviation of a single row is NaN.
         deviation = honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(honest[0])
         return (honest.mean(dim=0) - z * deviation).expand_as(own)
 

@@ -1,4 +1,4 @@
-"""The two kinds of attack: on what a worker sends, and on the data it learns from."""
+"""The base classes of attacks: on the vectors that workers send, and on the data they train on."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ __all__ = ["Attack", "DataAttack", "VectorAttack"]
 
 
 class Attack(nn.Module, ABC):
-    """What Byzantine workers do. A module, so that what it keeps between steps is in its ``state_dict``.
+    """What Byzantine workers do. A module, so that the state it keeps between steps is in its ``state_dict``.
 
     To write one, subclass :class:`VectorAttack` or :class:`DataAttack`.
 
     Attributes:
         on_vectors: whether :meth:`tamper` changes what workers send.
-        on_data: whether :meth:`poison` changes what they learn from.
+        on_data: whether :meth:`poison` changes the data they train on.
 
     """
 
@@ -29,21 +29,21 @@ class Attack(nn.Module, ABC):
     on_data: bool = False
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
-        """Raise :class:`ValueError` when the attack can't be run by these workers."""
+        """Raise :class:`ValueError` if these workers can't run the attack."""
         check_worker_indices("workers", byzantine, num_workers)
 
     def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
-        """Learn which rule is in use, and the f that it is called with; it must not be changed, nor its state."""
+        """Receive the rule in use and the f that it is called with; neither the rule nor its state may be changed."""
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return a matrix with the Byzantine rows forged, the same on every rank; ``matrix`` is not written to."""
+        """Return a matrix with forged Byzantine rows, the same on every rank; ``matrix`` is not written to."""
         return matrix
 
     def poison(self, batch: Any) -> Any:
         """Return the poisoned batch; ``batch`` itself is not written to.
 
-        In training, every rank calls this with each of its batches, so that what the attack keeps is the same on all
-        of them; only Byzantine workers learn from the result.
+        In training, every rank calls this with each of its batches, so that the attack's state is the same on all
+        of them; only Byzantine workers train on the result.
         """
         return batch
 
@@ -60,7 +60,7 @@ class Attack(nn.Module, ABC):
 
         Raises:
             TypeError: if ``vectors`` is not a floating-point tensor, or this is an attack on data.
-            ValueError: if ``vectors`` is not 2D or is empty, or an index is out of range, or none is left honest.
+            ValueError: if ``vectors`` is not 2D or is empty, an index is out of range, or no worker is left honest.
 
         """
         if not self.on_vectors:
@@ -71,7 +71,7 @@ class Attack(nn.Module, ABC):
 
 
 class DataAttack(Attack):
-    """An attack on a Byzantine worker's own batch: it then follows the protocol, with poisoned data.
+    """An attack on a Byzantine worker's own batches: it follows the protocol, but trains on poisoned data.
 
     Example:
         >>> class Blank(DataAttack):
@@ -91,10 +91,10 @@ class DataAttack(Attack):
 
 
 class VectorAttack(Attack):
-    """An attack on the vectors that Byzantine workers send, with full sight of what the honest ones send.
+    """An attack on the vectors that Byzantine workers send, with full knowledge of what the honest ones send.
 
-    To write one, override :meth:`forge` if every column can be forged without a look at the others; otherwise
-    :meth:`tamper`, which sees the whole matrix and its statistics.
+    To write one, override :meth:`forge` if each column can be forged on its own; otherwise override :meth:`tamper`,
+    which gets the whole matrix and its statistics.
 
     Example:
         >>> class Cautious(VectorAttack):
@@ -123,13 +123,32 @@ class VectorAttack(Attack):
         raise NotImplementedError(f"{type(self).__name__} must override forge, or tamper")
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return a matrix with the Byzantine rows forged, the same on every rank; ``matrix`` is not written to."""
+        """Return a matrix with forged Byzantine rows, the same on every rank; ``matrix`` is not written to."""
+        return forge_rows(matrix, byzantine, self.forge)
 
-        def forge(block: Tensor, is_byzantine: Tensor) -> Tensor:
-            rows = block.to(torch.promote_types(block.dtype, torch.float32))
-            return self.forge(rows[~is_byzantine], rows[is_byzantine])
 
-        return replace_rows(matrix, byzantine, forge)
+def honest_workers(matrix: WorkerMatrix, byzantine: Sequence[int]) -> list[int]:
+    """Return the indices of the other workers, in order."""
+    return [worker for worker in range(matrix.num_workers) if worker not in byzantine]
+
+
+def forge_rows(
+    matrix: WorkerMatrix, byzantine: Sequence[int], forge: Callable[[Tensor, Tensor], Tensor]
+) -> WorkerMatrix:
+    """Return a matrix with the Byzantine rows replaced by ``forge(honest, own)``.
+
+    Args:
+        matrix: not written to.
+        byzantine: the f rows to replace.
+        forge: called for each block of columns, as :meth:`VectorAttack.forge`.
+
+    """
+
+    def function(block: Tensor, is_byzantine: Tensor) -> Tensor:
+        rows = block.to(torch.promote_types(block.dtype, torch.float32))
+        return forge(rows[~is_byzantine], rows[is_byzantine])
+
+    return replace_rows(matrix, byzantine, function)
 
 
 def replace_rows(
@@ -140,7 +159,7 @@ def replace_rows(
     Args:
         matrix: not written to.
         rows: the k rows to replace.
-        function: maps a block [m, c] and a mask [m] of those rows to the new ones, [k, c], in order.
+        function: called with each block [m, c] and the mask [m] of these rows; returns the new rows [k, c], in order.
 
     """
 

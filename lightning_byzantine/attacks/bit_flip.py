@@ -1,4 +1,4 @@
-"""Broken hardware."""
+"""Flipped bits, as from faulty hardware."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from lightning_byzantine.utilities.rng import StepSeed
 
 __all__ = ["BitFlip"]
 
-# The integers that show a floating-point number's bits, by its size in bytes, and the highest bit, which is the sign.
+# Integers of the same width as a floating-point number, by its size in bytes.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,12 +23,12 @@ class BitFlip(VectorAttack):
     the sign; flipping 30 turns ordinary gradients into numbers of about 1e38.
 
     Args:
-        bit: which bit. None for one that is drawn for each value.
-        probability: of a step to be hit; in others, the Byzantine workers are honest.
-        fraction: chance of each value to be flipped in a step that is hit.
-        seed: seed of the draws, which are new at every step and the same on every rank. As with
-            :class:`~lightning_byzantine.attacks.GaussianNoise`, draws for values follow DDP's order of the columns,
-            and each shard of a sharded matrix has its own.
+        bit: which bit. None to draw one for each value.
+        probability: probability that bits are flipped in a step; in other steps, the Byzantine workers are honest.
+        fraction: probability of each value to be flipped in such a step.
+        seed: seed of the draws, which are new in every step and the same on every rank. As with
+            :class:`~lightning_byzantine.attacks.GaussianNoise`, values are drawn in DDP's order of the columns, and
+            each shard of a sharded matrix has draws of its own.
 
     Source: Xie et al., "Phocas: Dimensional Byzantine-Resilient Stochastic Gradient Descent", 2018.
 
@@ -56,7 +56,7 @@ class BitFlip(VectorAttack):
         return f"bit={self.bit}, probability={self.probability}, fraction={self.fraction}"
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return a matrix with bits flipped in the Byzantine rows, from one draw for all blocks of a step."""
+        """Return a matrix with bits flipped in the Byzantine rows; one generator serves all blocks of a step."""
         generator = self.draws.next(stream=1 + matrix.shard)
         if not self.steps.happens(self.probability):
             return matrix
@@ -71,7 +71,7 @@ class BitFlip(VectorAttack):
             bits = torch.full(values.shape, self.bit, device=values.device)
         else:
             raise ValueError(f"bit must be in [0, {width}) for {values.dtype}, got {self.bit}")
-        # The highest one overflows to the smallest negative number, which is that bit.
+        # For the highest bit, the cast wraps around to the smallest negative integer, which has just that bit set.
         masks = torch.ones_like(bits).bitwise_left_shift(bits).to(integers)
         if self.fraction < 1:
             masks *= (torch.rand(values.shape, generator=generator) < self.fraction).to(masks)

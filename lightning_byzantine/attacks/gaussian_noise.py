@@ -1,11 +1,11 @@
-"""Pure noise."""
+"""Noise instead of an estimate."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_byzantine.attacks.attack import VectorAttack
+from lightning_byzantine.attacks.attack import VectorAttack, forge_rows
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_at_least
 from lightning_byzantine.utilities.rng import StepSeed
@@ -16,12 +16,12 @@ __all__ = ["GaussianNoise"]
 class GaussianNoise(VectorAttack):
     """Each Byzantine worker sends independent N(0, std^2) noise in every coordinate instead of its estimate.
 
-    Coordinates are drawn in the order in which DDP keeps them, which differs between the first step of a process and
-    the others; so a resumed run sees other noise in its first step. Each shard of a sharded matrix has its own noise.
+    Coordinates are drawn in DDP's order of the columns, which is another one in the first step of a process; so the
+    noise in the first step of a resumed run differs. Each shard of a sharded matrix has noise of its own.
 
     Args:
         std: standard deviation, in the units of the gradient.
-        seed: seed of the noise, which is new at every step and the same on every rank.
+        seed: seed of the noise, which is new in every step and the same on every rank.
 
     Source: Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
 
@@ -37,17 +37,17 @@ class GaussianNoise(VectorAttack):
         check_at_least("std", std, 0)
         self.std = std
         self.draws = StepSeed(seed)
-        self._generator = torch.Generator()
 
     def extra_repr(self) -> str:
         """Show the argument in ``repr``."""
         return f"std={self.std}"
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return a matrix with noise in the Byzantine rows, from one draw for all blocks of a step."""
-        self._generator = self.draws.next(stream=matrix.shard)
-        return super().tamper(matrix, byzantine)
+        """Return a matrix with noise in the Byzantine rows; one generator serves all blocks of a step."""
+        generator = self.draws.next(stream=matrix.shard)
 
-    def forge(self, honest: Tensor, own: Tensor) -> Tensor:
-        """Return noise, drawn on the CPU so that every device gets the same."""
-        return self.std * torch.randn(own.shape, generator=self._generator).to(own)
+        def forge(honest: Tensor, own: Tensor) -> Tensor:
+            # Drawn on the CPU, so that the noise is the same on every device.
+            return self.std * torch.randn(own.shape, generator=generator).to(own)
+
+        return forge_rows(matrix, byzantine, forge)

@@ -1,4 +1,4 @@
-"""All Byzantine workers push against the honest mean."""
+"""IPM: a small step against the honest mean."""
 
 from torch import Tensor
 
@@ -9,10 +9,10 @@ __all__ = ["InnerProductManipulation"]
 
 
 class InnerProductManipulation(VectorAttack):
-    """All Byzantine workers send -epsilon * mean(honest): small enough to pass, and pointing uphill.
+    """All Byzantine workers send -epsilon * mean(honest): small enough to be accepted, and pointing uphill.
 
     Args:
-        epsilon: how far to go, in honest means.
+        epsilon: length, in multiples of the honest mean.
 
     Source: Xie et al., "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation", UAI 2019.
 

@@ -1,4 +1,4 @@
-"""Honest most of the time."""
+"""An attack in some steps only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ __all__ = ["Intermittent"]
 
 
 class Intermittent(Attack):
-    """Another attack in some steps, drawn at random; in all others the Byzantine workers are honest.
+    """Runs another attack in randomly drawn steps; in all others the Byzantine workers are honest.
 
-    All Byzantine workers attack in the same steps. For an attack on data, each batch is drawn for instead. What the
-    attack keeps goes on in the steps in which it is called only: ``StaleGradient`` counts those.
+    All Byzantine workers attack in the same steps; for an attack on data, there is a draw for each batch instead. The
+    state of the attack advances only when it is called: the ``delay`` of ``StaleGradient`` counts attacked steps.
 
     Args:
-        attack: what the Byzantine workers do in the steps that are attacked; an attack on vectors or on data.
-        probability: of a step to be attacked.
+        attack: what the Byzantine workers do in the attacked steps; an attack on vectors or on data.
+        probability: probability that a step is attacked.
         seed: seed of the draws, which are the same on every rank.
 
     Example:
@@ -48,17 +48,17 @@ class Intermittent(Attack):
         return f"probability={self.probability}"
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
-        """Raise :class:`ValueError` when the attack can't be run by these workers."""
+        """Raise :class:`ValueError` if these workers can't run the attack."""
         self.attack.check(num_workers, byzantine)
 
     def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
-        """Tell the attack which rule is in use."""
+        """Pass the rule in use on to the attack."""
         self.attack.bind(aggregator, num_byzantine)
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return what the attack makes of the matrix, or the matrix itself."""
+        """Return the matrix as the attack leaves it in an attacked step, otherwise the matrix itself."""
         return self.attack.tamper(matrix, byzantine) if self.draws.happens(self.probability) else matrix
 
     def poison(self, batch: Any) -> Any:
-        """Return what the attack makes of the batch, or the batch itself."""
+        """Return the poisoned batch if it is attacked, otherwise the batch itself."""
         return self.attack.poison(batch) if self.draws.happens(self.probability) else batch

@@ -1,4 +1,4 @@
-"""Wrong labels."""
+"""Training on wrong labels."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class LabelFlip(DataAttack):
 
     Args:
         num_classes: K.
-        target: where the labels are in a batch: an index of a sequence, or a key of a dictionary.
+        target: where a batch holds its labels: index into a sequence, or key of a dictionary.
 
     Source: Tolpegin et al., "Data Poisoning Attacks Against Federated Learning Systems", ESORICS 2020.
 
@@ -54,7 +54,7 @@ class LabelFlip(DataAttack):
         if isinstance(batch, tuple | list):
             items = list(batch)
             items[int(self.target)] = self._flip(self._labels(batch))
-            # A named tuple takes its fields one by one.
+            # Named tuples are built from positional arguments, not from an iterable.
             return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
         raise TypeError(f"LabelFlip needs a tuple, list or dict as a batch, got {type(batch).__name__}")
 

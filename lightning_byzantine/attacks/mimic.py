@@ -1,10 +1,10 @@
-"""All Byzantine workers copy one honest one."""
+"""Copies of one honest worker."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_byzantine.attacks.attack import VectorAttack
+from lightning_byzantine.attacks.attack import VectorAttack, forge_rows, honest_workers
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_integer_at_least
 
@@ -12,12 +12,12 @@ __all__ = ["Mimic"]
 
 
 class Mimic(VectorAttack):
-    """All Byzantine workers send what one honest worker sends, whose data then count too much.
+    """All Byzantine workers send what one honest worker sends, so that its data get too much weight.
 
-    Nothing in what they send is wrong; it hurts where workers hold different data.
+    Each vector by itself is correct; this does harm where workers hold different data.
 
     Args:
-        worker: index, among all workers, of the honest one to copy. None for the honest worker of lowest index.
+        worker: index of the honest worker to copy, among all workers. None for the honest worker of lowest index.
 
     Source: Karimireddy et al., "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022.
 
@@ -35,14 +35,13 @@ class Mimic(VectorAttack):
         if worker is not None:
             check_integer_at_least("worker", worker, 0)
         self.worker = worker
-        self._index = 0
 
     def extra_repr(self) -> str:
         """Show the argument in ``repr``."""
         return f"worker={self.worker}"
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
-        """Raise :class:`ValueError` when the worker to copy isn't there, or isn't honest."""
+        """Raise :class:`ValueError` if the worker to copy does not exist or is not honest."""
         super().check(num_workers, byzantine)
         if self.worker is None:
             return
@@ -55,10 +54,9 @@ class Mimic(VectorAttack):
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with copies in the Byzantine rows."""
-        honest = [row for row in range(matrix.num_workers) if row not in byzantine]
-        self._index = 0 if self.worker is None else honest.index(self.worker)
-        return super().tamper(matrix, byzantine)
+        copied = 0 if self.worker is None else honest_workers(matrix, byzantine).index(self.worker)
 
-    def forge(self, honest: Tensor, own: Tensor) -> Tensor:
-        """Return the row of the chosen worker, once for each Byzantine worker."""
-        return honest[self._index].expand_as(own)
+        def forge(honest: Tensor, own: Tensor) -> Tensor:
+            return honest[copied].expand_as(own)
+
+        return forge_rows(matrix, byzantine, forge)

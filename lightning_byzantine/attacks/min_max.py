@@ -1,4 +1,4 @@
-"""All Byzantine workers go as far as the honest ones' disagreement hides them."""
+"""As far from the honest mean as honest workers are from each other."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -6,28 +6,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byzantine.attacks.attack import VectorAttack
+from lightning_byzantine.attacks.attack import VectorAttack, forge_rows, honest_workers
 from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["MinMax"]
 
 _PERTURBATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    # One row has no deviation.
+    # The deviation of a single row is NaN.
     "std": lambda honest: -honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(honest[0]),
-    "unit": lambda honest: -honest.mean(dim=0),  # gamma makes up for the norm
+    "unit": lambda honest: -honest.mean(dim=0),  # not normalized: gamma is in units of its length
     "sign": lambda honest: -honest.mean(dim=0).sign(),
 }
 
 
 class MinMax(VectorAttack):
-    """All Byzantine workers send mu + gamma p: from the honest mean mu along p, as far as honest rows are apart.
+    """All Byzantine workers send mu + gamma p, where mu is the honest mean and p a direction.
 
-    gamma is the largest one with max_i ||mu + gamma p - x_i|| <= max_ij ||x_i - x_j|| over honest rows i and j, that is
-    the least of the positive roots, one for each i, of a quadratic equation.
+    gamma is the largest value with max_i ||mu + gamma p - x_i|| <= max_ij ||x_i - x_j|| over honest rows i and j. Each
+    i gives a quadratic equation with one positive root; gamma is the smallest of these.
 
     Args:
-        perturbation: p: "std" for -sigma, the honest rows' deviation in each coordinate; "unit" for -mu / ||mu||;
-            "sign" for -sign(mu).
+        perturbation: p: "std" for -sigma, the standard deviation of the honest rows in each coordinate; "unit" for
+            -mu / ||mu||; "sign" for -sign(mu).
 
     Source: Shejwalkar & Houmansadr, "Manipulating the Byzantine: Optimizing Model Poisoning Attacks and Defenses for
     Federated Learning", NDSS 2021.
@@ -46,40 +46,38 @@ class MinMax(VectorAttack):
         if perturbation not in _PERTURBATIONS:
             raise ValueError(f"perturbation must be one of {', '.join(_PERTURBATIONS)}, got {perturbation!r}")
         self.perturbation = perturbation
-        self._gamma = 0.0
 
     def extra_repr(self) -> str:
         """Show the argument in ``repr``."""
         return f"perturbation={self.perturbation!r}"
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return a matrix with the Byzantine rows forged, after a look at the honest rows' distances."""
-        honest = [row for row in range(matrix.num_workers) if row not in byzantine]
-        self._gamma = self._largest_gamma(matrix.map_blocks(lambda block: block[honest].double()))
-        return super().tamper(matrix, byzantine)
+        """Return a matrix with forged Byzantine rows, by the distances between the honest ones."""
+        perturbation = _PERTURBATIONS[self.perturbation]
+        workers = honest_workers(matrix, byzantine)
+        gamma = _largest_gamma(matrix.map_blocks(lambda block: block[workers].double()), perturbation)
 
-    def forge(self, honest: Tensor, own: Tensor) -> Tensor:
-        """Return mu + gamma p, once for each Byzantine worker."""
-        return (honest.mean(dim=0) + self._gamma * self._direction(honest)).expand_as(own)
+        def forge(honest: Tensor, own: Tensor) -> Tensor:
+            return (honest.mean(dim=0) + gamma * perturbation(honest)).expand_as(own)
 
-    def _direction(self, honest: Tensor) -> Tensor:
-        return _PERTURBATIONS[self.perturbation](honest)
+        return forge_rows(matrix, byzantine, forge)
 
-    def _largest_gamma(self, honest: WorkerMatrix) -> float:
-        """Solve ||mu - x_i||^2 + 2 gamma p.(mu - x_i) + gamma^2 ||p||^2 = diameter^2 for all i; return the least."""
-        diameter = honest.squared_distances().max().sqrt()
-        offsets = honest.map_blocks(lambda rows: rows.mean(dim=0) - rows)
-        direction = honest.map_blocks(lambda rows: self._direction(rows)[None])
-        length = direction.squared_norms().sqrt()
-        if length == 0 or diameter == 0:
-            return 0.0  # no way to go, or no room
-        # A direction as long as the diameter, for the inner products below not to lose digits.
-        scale = (diameter / length).item()
-        forward = [scale * block[0] for block in direction.blocks]
-        backward = [-part for part in forward]
-        products = (offsets.distances(backward).square() - offsets.distances(forward).square()) / 4
-        room = (diameter.square() - offsets.squared_norms()).clamp(min=0)
-        # Of -b + sqrt(b^2 + ac) and c / (b + sqrt(b^2 + ac)), the form that does not subtract.
-        roots = (products.square() + diameter.square() * room).sqrt()
-        gammas = torch.where(products > 0, room / (products + roots), (roots - products) / diameter.square())
-        return scale * gammas.min().item()
+
+def _largest_gamma(honest: WorkerMatrix, perturbation: Callable[[Tensor], Tensor]) -> float:
+    """Return the smallest positive root of ||mu - x_i||^2 + 2 gamma p.(mu - x_i) + gamma^2 ||p||^2 = diameter^2."""
+    diameter = honest.squared_distances().max().sqrt()
+    offsets = honest.map_blocks(lambda rows: rows.mean(dim=0) - rows)
+    direction = honest.map_blocks(lambda rows: perturbation(rows)[None])
+    length = direction.squared_norms().sqrt()
+    if length == 0 or diameter == 0:
+        return 0.0
+    # Scaled to the length of the diameter, so that the inner products below do not lose digits.
+    scale = (diameter / length).item()
+    forward = [scale * block[0] for block in direction.blocks]
+    backward = [-part for part in forward]
+    products = (offsets.distances(backward).square() - offsets.distances(forward).square()) / 4
+    remaining = (diameter.square() - offsets.squared_norms()).clamp(min=0)
+    # Of the equivalent forms -b + sqrt(b^2 + ac) and c / (b + sqrt(b^2 + ac)), the one without cancellation.
+    roots = (products.square() + diameter.square() * remaining).sqrt()
+    gammas = torch.where(products > 0, remaining / (products + roots), (roots - products) / diameter.square())
+    return scale * gammas.min().item()

@@ -1,4 +1,4 @@
-"""Not a number."""
+"""NaN instead of an estimate."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ __all__ = ["NonFinite"]
 
 
 class NonFinite(VectorAttack):
-    """Each Byzantine worker sends NaN in every coordinate, as a GPU that computes garbage does.
+    """Each Byzantine worker sends NaN in every coordinate, like a faulty GPU.
 
     Example:
         >>> NonFinite()(torch.zeros(2, 2), byzantine=[0])

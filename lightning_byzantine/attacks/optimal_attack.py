@@ -1,4 +1,4 @@
-"""What attacks with a line search against the rule in use have in common."""
+"""The base class of attacks that search their strength against the rule in use."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -7,30 +7,32 @@ from copy import deepcopy
 import torch
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.attacks.attack import VectorAttack
+from lightning_byzantine.attacks.attack import VectorAttack, honest_workers
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.utilities.checks import check_integer_at_least
+from lightning_byzantine.utilities.checks import check_finite, check_integer_at_least
 
 __all__ = ["OptimalAttack", "line_search"]
 
-# How much smaller a step gets after a trial that was no better.
+# Factor on the step after a trial that did not improve.
 _RATIO = 0.8
 
 
 class OptimalAttack(VectorAttack):
-    """An attack by a factor that is chosen anew at every step, as the one that does most harm to the rule in use.
+    """An attack with a factor that is chosen anew in every step, to do the most harm to the rule in use.
 
-    Harm is the distance between the mean of the honest rows and what the rule makes of the forged matrix;
-    :func:`line_search` looks for the largest. Each of its trials costs one run of the rule and a copy of the matrix.
-    The rule runs on a copy of itself, so that its draws and its state stay what they were.
+    Harm is the distance between the mean of the honest rows and the rule's result on the forged matrix, maximized by
+    :func:`line_search`. Each trial costs one run of the rule and a copy of the matrix. The trials use a copy of the
+    rule, whose own state and random draws do not change.
+
+    To write one, override :meth:`with_factor`.
 
     Args:
         aggregator: the rule to attack. None for the one in use in training, which is ``Mean`` under stock ``ddp``.
         num_byzantine: the f that the rule is called with. None for the strategy's in training, and for the number of
             Byzantine workers elsewhere.
-        evaluations: how many factors to try in each step.
-        step: how far the first trial is from factor 0.
+        evaluations: number of factors to try in each step.
+        step: the first factor to try after 0.
 
     """
 
@@ -47,16 +49,17 @@ class OptimalAttack(VectorAttack):
         if num_byzantine is not None:
             check_integer_at_least("num_byzantine", num_byzantine, 0)
         check_integer_at_least("evaluations", evaluations, 2)
+        self.check_step(step)
         self.num_byzantine = num_byzantine
         self.evaluations = evaluations
         self.step = step
-        # In lists, where torch finds no submodules: a rule's state is not the attack's to save, nor to load.
+        # In lists, so that torch does not register them as submodules: a rule's state is not part of the attack's.
         self._given = [aggregator]
         self._in_use: list[tuple[Aggregator, int]] = []
 
     @property
     def aggregator(self) -> Aggregator | None:
-        """The rule to attack; None before it is known."""
+        """The rule to attack; None until it is known."""
         return self._given[0] or (self._in_use[0][0] if self._in_use else None)
 
     def extra_repr(self) -> str:
@@ -67,26 +70,32 @@ class OptimalAttack(VectorAttack):
         )
 
     def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
-        """Learn which rule is in use, and the f that it is called with."""
+        """Receive the rule in use and the f that it is called with."""
         self._in_use = [(aggregator, num_byzantine)]
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
-        """Raise :class:`ValueError` when no rule is known, or it can't serve these workers."""
+        """Raise :class:`ValueError` if no rule is known, or the rule does not allow these workers."""
         super().check(num_workers, byzantine)
         if self.aggregator is None:
             raise ValueError(
-                "aggregator must be given where there is no strategy that has one, got aggregator=None. Pass"
+                "aggregator must be given where no strategy provides one, got aggregator=None. Pass"
                 f" {type(self).__name__}(aggregator=...)."
             )
         self.aggregator.check(num_workers, self._bound(byzantine))
 
     @abstractmethod
     def with_factor(self, factor: float) -> VectorAttack:
-        """Return the attack of that factor."""
+        """Return the attack with this factor."""
+
+    def check_step(self, step: float) -> None:
+        """Raise unless ``step`` is a first factor that the attack accepts."""
+        check_finite("step", step)
+        if step == 0:
+            raise ValueError(f"step must not be 0, got {step}")
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
-        """Return a matrix with the Byzantine rows forged by the factor that does most harm."""
-        honest = [row for row in range(matrix.num_workers) if row not in byzantine]
+        """Return a matrix with the Byzantine rows forged with the factor that does the most harm."""
+        honest = honest_workers(matrix, byzantine)
         mean = matrix.map_blocks(lambda block: block[honest].double().mean(dim=0, keepdim=True))
 
         def harm(factor: float) -> float:
@@ -100,7 +109,7 @@ class OptimalAttack(VectorAttack):
         try:
             result = deepcopy(self.aggregator).aggregate(forged, self._bound(byzantine))
         except ByzantineBreakdownError:
-            return -torch.inf  # who stops the training is found out
+            return -torch.inf  # stopping the training would expose the attackers
         return mean.distances(result).item()
 
     def _bound(self, byzantine: Sequence[int]) -> int:
@@ -110,15 +119,15 @@ class OptimalAttack(VectorAttack):
 
 
 def line_search(harm: Callable[[float], float], step: float, evaluations: int) -> float:
-    """Return the factor that did most harm of those that were tried, the one nearest to 0 where several did.
+    """Return the factor that did the most harm of those tried; of several, the one nearest to 0.
 
-    From 0 on, steps double while each does more harm than the last; from then on every step is 0.8 times the one
-    before, and is taken where it does more harm than the best so far.
+    Starting from 0, steps double as long as each does more harm than the last; after that, every step is 0.8 times the
+    previous one, and is taken if it does more harm than the best so far.
 
     Args:
-        harm: maps a factor to what is to become large.
-        step: the first step; the sign is the direction of the search.
-        evaluations: how often to call ``harm``.
+        harm: the function of the factor to maximize.
+        step: the first step; its sign is the direction of the search.
+        evaluations: number of calls of ``harm``.
 
     Source: the search of ByzFL 0.0.11, https://github.com/LPD-EPFL/byzfl, after Allouah et al., "Fixing by Mixing: A
     Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.

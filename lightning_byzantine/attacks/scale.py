@@ -1,4 +1,4 @@
-"""Too much of the truth, or too little."""
+"""A multiple of the own estimate."""
 
 from torch import Tensor
 
@@ -34,5 +34,5 @@ class Scale(VectorAttack):
         return f"factor={self.factor}"
 
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
-        """Return a multiple of what the Byzantine workers computed."""
+        """Return ``factor`` times what the Byzantine workers computed."""
         return self.factor * own

@@ -1,4 +1,4 @@
-"""The opposite of the truth."""
+"""The negative of the own estimate."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ __all__ = ["SignFlip"]
 
 
 class SignFlip(VectorAttack):
-    """Each Byzantine worker i sends -x_i, the opposite of its own estimate.
+    """Each Byzantine worker i sends -x_i, the negative of its own estimate.
 
     Source: Allen-Zhu et al., "Byzantine-Resilient Non-Convex Stochastic Gradient Descent", ICLR 2021.
 
@@ -21,5 +21,5 @@ class SignFlip(VectorAttack):
     """
 
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
-        """Return the opposite of what the Byzantine workers computed."""
+        """Return the negative of what the Byzantine workers computed."""
         return -own

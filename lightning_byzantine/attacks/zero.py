@@ -1,4 +1,4 @@
-"""Nothing."""
+"""Zero instead of an estimate."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ __all__ = ["Zero"]
 
 
 class Zero(VectorAttack):
-    """Each Byzantine worker sends 0 in every coordinate, as one that does not work but wants to look as if it did.
+    """Each Byzantine worker sends 0 in every coordinate, like a worker that pretends to compute.
 
     Example:
         >>> Zero()(torch.ones(2, 2), byzantine=[0])

@@ -165,9 +165,7 @@ def test_mimic_copies_the_first_honest_worker_or_the_one_that_is_named() -> None
     [
         GaussianNoise(),
         BitFlip(probability=0.5),
-        StaleGradient(delay=3),
         Intermittent(GaussianNoise(), probability=0.5),
-        Intermittent(StaleGradient(delay=2), probability=0.5),
     ],
     ids=repr,
 )

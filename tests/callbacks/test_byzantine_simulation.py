@@ -319,10 +319,10 @@ def fit_stale(folder: Path, exchange: str, **arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-def test_old_gradients_go_through_a_checkpoint(three_ranks: RankPool, tmp_path: Path, exchange: str) -> None:
+def test_a_resumed_run_has_no_old_gradients(three_ranks: RankPool, tmp_path: Path, exchange: str) -> None:
     three_ranks.run(fit_stale, tmp_path, exchange)
     kept = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["callbacks"]
-    assert any("StaleGradient" in key and len(state["_extra_state"]) == 3 for key, state in kept.items())
+    assert not any("StaleGradient" in key for key in kept)
     histories = three_ranks.run(fit_stale, tmp_path, exchange, ckpt_path=tmp_path / "step=4.ckpt")
     assert len(histories[0]) == 4 and histories[0].isfinite().all()
     assert all(torch.equal(history, histories[0]) for history in histories)

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,27 +200,6 @@ def test_statistics_of_whole_rows_are_the_same_under_both(three_ranks: RankPool,
     for forged in [*gathered, *sharded]:
         torch.testing.assert_close(torch.cat(forged), expected)
     assert all(torch.equal(torch.cat(forged), torch.cat(sharded[0])) for forged in sharded)
-
-
-def resume_stale_shards(folder: Path) -> list[Tensor]:
-    """Save after two steps, as rank 0 does for all, and resume: return what worker 0 sends in two more steps."""
-    attack, resumed = StaleGradient(delay=1), StaleGradient(delay=1)
-
-    def sent(attack: Attack, step: float) -> Tensor:
-        return tampered_blocks("all_to_all", [torch.full((3, 7), step)], attack)[0]
-
-    sent(attack, 0.0), sent(attack, 1.0)
-    if torch.distributed.get_rank() == 0:
-        torch.save(attack.state_dict(), folder / "state")
-    torch.distributed.barrier()
-    resumed.load_state_dict(torch.load(folder / "state", weights_only=True))
-    return [sent(resumed, 2.0), sent(resumed, 3.0)]
-
-
-def test_all_shards_forget_what_only_one_has_kept(three_ranks: RankPool, tmp_path: Path) -> None:
-    for first, second in three_ranks.run(resume_stale_shards, tmp_path):
-        assert torch.equal(first, torch.full((7,), 2.0))
-        assert torch.equal(second, torch.full((7,), 2.0))
 
 
 def tamper_shards(attack: Attack, length: int) -> Tensor:
