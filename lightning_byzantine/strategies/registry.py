@@ -1,54 +1,14 @@
 """The strategies' names in Lightning's registry."""
 
-import sys
 from collections.abc import Callable
-from itertools import product
-from typing import Any, NoReturn
+from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_byzantine.optim import DoubleMomentumEstimator
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 
 __all__ = ["register_strategies"]
-
-_EXCHANGES: dict[str, dict[str, Any]] = {"": {}, "_sharded": {"exchange": "all_to_all"}}
-_START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
-
-
-def register_strategies() -> None:
-    """Register ``byzantine_ddp`` and its variants, named as Lightning names those of ``ddp``."""
-    kinds = {"": ByzantineDDPStrategy, "_double_momentum": _with_double_momentum, "_shadow": _shadow}
-    descriptions = {
-        "": "with Byzantine-robust aggregation",
-        "_double_momentum": "with Byzantine-robust aggregation of double momentum",
-        "_shadow": "that watches what Byzantine-robust aggregation would do",
-    }
-    for (kind, strategy), (sharded, exchange), (suffix, start_method) in product(
-        kinds.items(), _EXCHANGES.items(), _START_METHODS.items()
-    ):
-        name = f"byzantine_ddp{kind}{sharded}{suffix}"
-        description = f"DDP {descriptions[kind]} and `start_method` '{start_method}'"
-        if sharded:
-            description += ", by `exchange` 'all_to_all'"
-        _register(name, strategy, description, start_method=start_method, **exchange)
-        _register(
-            f"{name}_find_unused_parameters_true",
-            strategy,
-            f"{description}, and `find_unused_parameters` as True",
-            start_method=start_method,
-            find_unused_parameters=True,
-            **exchange,
-        )
-
-
-def _register(name: str, strategy: Callable[..., ByzantineDDPStrategy], description: str, **arguments: Any) -> None:
-    StrategyRegistry.register(name, strategy, description, override=True, **arguments)
-    other_package = sys.modules.get("pytorch_lightning")
-    if other_package is not None:
-        registry = other_package.strategies.StrategyRegistry
-        registry.register(name, _refuse_pytorch_lightning, description, override=True)
 
 
 def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
@@ -58,12 +18,34 @@ def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
     return ByzantineDDPStrategy(estimator=estimator, **arguments)
 
 
-def _shadow(**arguments: Any) -> ByzantineDDPStrategy:
-    return ByzantineDDPStrategy(shadow=True, **arguments)
+_SHARDED = {"exchange": "all_to_all"}
+_VARIANTS: dict[str, tuple[Callable[..., ByzantineDDPStrategy], dict[str, Any]]] = {
+    "sharded": (ByzantineDDPStrategy, _SHARDED),
+    "double_momentum": (_with_double_momentum, {}),
+    "double_momentum_sharded": (_with_double_momentum, _SHARDED),
+    "shadow": (ByzantineDDPStrategy, {"shadow": True}),
+    "shadow_sharded": (ByzantineDDPStrategy, {"shadow": True} | _SHARDED),
+}
 
 
-def _refuse_pytorch_lightning() -> NoReturn:
-    raise MisconfigurationException(
-        "strategy='byzantine_ddp' needs a Trainer of `lightning.pytorch`, got one of `pytorch_lightning`."
-        " Import `lightning.pytorch` everywhere."
-    )
+def register_strategies() -> None:
+    """Register ``byzantine_ddp``, with every ending that Lightning has for ``ddp``, and its variants.
+
+    - ``byzantine_ddp``, ``byzantine_ddp_spawn``, ``byzantine_ddp_fork`` and ``byzantine_ddp_notebook``, each also with
+      ``_find_unused_parameters_false`` or ``_find_unused_parameters_true`` at its end;
+    - ``byzantine_ddp_sharded``: ``exchange="all_to_all"``;
+    - ``byzantine_ddp_double_momentum`` and ``byzantine_ddp_double_momentum_sharded``:
+      ``estimator=DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)``;
+    - ``byzantine_ddp_shadow`` and ``byzantine_ddp_shadow_sharded``: ``shadow=True``.
+
+    Other arguments, such as ``start_method="spawn"`` for a variant, are given to :class:`ByzantineDDPStrategy` itself.
+    """
+    for name, entry in list(StrategyRegistry.items()):
+        if entry["strategy"] is DDPStrategy:
+            _register(f"byzantine_{name}", ByzantineDDPStrategy, entry["description"], **entry["init_params"])
+    for name, (strategy, arguments) in _VARIANTS.items():
+        _register(f"byzantine_ddp_{name}", strategy, f"DDP strategy, {name.replace('_', ' ')}", **arguments)
+
+
+def _register(name: str, strategy: Callable[..., ByzantineDDPStrategy], description: str, **arguments: Any) -> None:
+    StrategyRegistry.register(name, strategy, f"Byzantine-robust {description}", override=True, **arguments)
