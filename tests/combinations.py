@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from rank_pool import RankPool
 from torch import Tensor, nn
 from training import Regression, fit
 
@@ -126,6 +129,12 @@ def fit_combination(name: str, optimizer: str, strategy: Callable[..., Any], **a
     model, strategy_arguments, trainer_arguments = COMBINATIONS[name]
     torch.manual_seed(3)
     return fit(strategy(**strategy_arguments, **arguments), model(optimizer), **trainer_arguments)
+
+
+@cache
+def stock_history(ranks: RankPool, name: str, optimizer: str) -> Tensor:
+    """Return what stock DDP makes of a combination, which many tests compare with."""
+    return ranks.run(fit_combination, name, optimizer, DDPStrategy)[0]
 
 
 RULES: list[Aggregator] = [

@@ -1,4 +1,4 @@
-"""Real processes joined by gloo, kept over many tests: importing Lightning costs seconds in each of them."""
+"""Real processes joined by gloo, kept over many tests, and forked from one that has imported what takes seconds."""
 
 import multiprocessing
 import os
@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 120.0
+
+# Nothing of this repository: where it is imported from is for each process to find out.
+PRELOADED = ["lightning.pytorch", "torch.distributed", "torch.testing", "torchmetrics", "torch._dynamo"]
 
 
 class RankPool:
@@ -56,7 +59,8 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         rendezvous = tempfile.mktemp(dir=self._folder.name)
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()

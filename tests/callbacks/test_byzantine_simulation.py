@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from pairs import pairwise
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -59,15 +60,15 @@ def fit_attacked(strategy: type[DDPStrategy], attack: Attack, workers: list[int]
     return fit(strategy(**arguments), Regression(), callbacks=[ByzantineSimulation(attack, workers)])
 
 
-@pytest.mark.parametrize("byzantine", [0, 2])
-@pytest.mark.parametrize("attack", VECTOR_ATTACKS, ids=repr)
-def test_every_attack_is_the_same_on_all_ranks(three_ranks: RankPool, attack: Attack, byzantine: int) -> None:
-    for strategy in (ByzantineDDPStrategy, DDPStrategy):
-        histories = three_ranks.run(fit_attacked, strategy, attack, [byzantine])
-        for history in histories[1:]:
-            torch.testing.assert_close(history, histories[0], rtol=0, atol=0, equal_nan=True)
-        if strategy is ByzantineDDPStrategy:
-            assert histories[0].isfinite().all()
+@pairwise(attack=VECTOR_ATTACKS, byzantine=[0, 2], strategy=[ByzantineDDPStrategy, DDPStrategy])
+def test_every_attack_is_the_same_on_all_ranks(
+    three_ranks: RankPool, attack: Attack, byzantine: int, strategy: type[DDPStrategy]
+) -> None:
+    first, *others = three_ranks.run(fit_attacked, strategy, attack, [byzantine])
+    for history in others:
+        torch.testing.assert_close(history, first, rtol=0, atol=0, equal_nan=True)
+    if strategy is ByzantineDDPStrategy:
+        assert first.isfinite().all()
 
 
 def test_stock_ddp_feels_the_attack_as_its_formula_says(three_ranks: RankPool) -> None:

@@ -4,9 +4,9 @@ from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import recursions
 import torch
+from pairs import pairwise
 from rank_pool import RankPool
 from recursions import STEPS, Noisy, recursion
 from torch import Tensor
@@ -71,20 +71,18 @@ def train_both_ways(
     return {"x": torch.stack(steps.x), "w": torch.stack(steps.w), "d": torch.stack(steps.d)}, expected
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"worker_norm": 0.5},
-        {"clip": 0.1},
-        {"step_lr": True},
-        {"settings": {"beta": 0.3, "gamma": 0.4, "weighted": False}},
-    ],
-    ids=str,
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"worker_norm": 0.5},
+    {"clip": 0.1},
+    {"step_lr": True},
+    {"settings": {"beta": 0.3, "gamma": 0.4, "weighted": False}},
+]
+
+
+@pairwise(
+    options=OPTIONS, accumulate=[1, 2, 3], by_hand=[False, True], rule=list(RULES), ranks=[2, 3], indirect=["ranks"]
 )
-@pytest.mark.parametrize("by_hand", [False, True], ids=["by flag", "by hand"])
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-@pytest.mark.parametrize("rule", RULES)
 def test_follows_the_formulas(
     ranks: RankPool, rule: str, accumulate: int, by_hand: bool, options: dict[str, Any]
 ) -> None:
