@@ -14,10 +14,10 @@ FLOORS = [
     {"attacks", "aggregation", "monitoring"},
     {"strategies"},
     {"callbacks"},
-    {"__init__", "__main__", "cli"},
+    {"__init__", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-KNOW_LIGHTNING = {"strategies", "callbacks", "__init__", "__main__", "cli"}
+KNOW_LIGHTNING = {"strategies", "callbacks", "__init__", "__main__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

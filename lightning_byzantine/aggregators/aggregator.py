@@ -113,7 +113,7 @@ class Aggregator(nn.Module, ABC):
         check_vectors(vectors)
         matrix = WorkerMatrix([vectors])
         if self.uses_previous:
-            matrix.previous = self.last_aggregate.blocks_for(vectors)
+            matrix = matrix.with_previous(self.last_aggregate.blocks_for(vectors))
         aggregate = self.aggregate(matrix, num_byzantine)[0]
         if self.uses_previous:
             self.last_aggregate.keep(aggregate)

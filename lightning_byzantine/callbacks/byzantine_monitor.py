@@ -18,7 +18,8 @@ from typing_extensions import override
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.errors import ByzantineSuspectError
 from lightning_byzantine.exchange.identities import Identity, gather_identities
-from lightning_byzantine.monitoring.evidence import Evidence, Suspect
+from lightning_byzantine.monitoring.evidence import Evidence
+from lightning_byzantine.monitoring.suspect import Suspect
 from lightning_byzantine.monitoring.heat_map import heat_map
 from lightning_byzantine.monitoring.suspicion import Suspicion
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy

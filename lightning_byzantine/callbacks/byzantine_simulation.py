@@ -10,15 +10,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_byzantine.aggregation.aggregation import PlainMean
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook
+from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregators import Mean
 from lightning_byzantine.attacks import Attack
-from lightning_byzantine.exchange.exchange import AllGather, Exchange
-from lightning_byzantine.matrix import Names, WorkerMatrix
+from lightning_byzantine.exchange import make_exchange
+from lightning_byzantine.exchange.tampered_exchange import TamperedExchange
+from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 
 __all__ = ["ByzantineSimulation"]
@@ -91,8 +93,8 @@ class ByzantineSimulation(pl.Callback):
             return
         strategy = trainer.strategy
         if isinstance(strategy, ByzantineDDPStrategy):
-            assert strategy.hook is not None  # made in setup, just before
-            strategy.hook.exchange = _TamperedExchange(strategy.hook.exchange, self.attack, self.workers)
+            assert strategy.engine is not None  # made in setup, just before
+            strategy.engine.exchange = TamperedExchange(strategy.engine.exchange, self._tamper)
             return
         assert isinstance(strategy, DDPStrategy)
         if strategy._ddp_comm_hook is not None:
@@ -101,8 +103,9 @@ class ByzantineSimulation(pl.Callback):
                 f" `ddp_comm_hook` of its own: {strategy._ddp_comm_hook!r}"
             )
         assert isinstance(strategy.model, DistributedDataParallel)
-        exchange = _TamperedExchange(AllGather(strategy.world_size), self.attack, self.workers)
-        AggregationHook(pl_module, exchange, _plain_mean).register(strategy.model)
+        exchange = TamperedExchange(make_exchange("all_gather", strategy.world_size), self._tamper)
+        engine = AggregationEngine(dict(pl_module.named_parameters()), PlainMean(), exchange)
+        AggregationHook(engine, pl_module).register(strategy.model)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -128,6 +131,9 @@ class ByzantineSimulation(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.attack.load_state_dict(state_dict)
 
+    def _tamper(self, matrix: WorkerMatrix) -> WorkerMatrix:
+        return self.attack.tamper(matrix, self.workers)
+
     def _poison_batches(self, trainer: pl.Trainer) -> None:
         strategy, honest = trainer.strategy, trainer.strategy.batch_to_device
         assert isinstance(strategy, DDPStrategy)
@@ -143,27 +149,6 @@ class ByzantineSimulation(pl.Callback):
         strategy.__dict__["batch_to_device"] = batch_to_device
 
 
-class _TamperedExchange:
-    """An exchange in which some workers lie."""
-
-    def __init__(self, exchange: Exchange, attack: Attack, workers: Sequence[int]) -> None:
-        self._exchange = exchange
-        self._attack = attack
-        self._workers = workers
-
-    def room(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
-        return self._exchange.room(num_rows, num_columns, like)
-
-    def start(self, rows: Tensor, names: Names = ()) -> None:
-        self._exchange.start(rows, names)
-
-    def finish(self, previous: list[Tensor] | None = None) -> WorkerMatrix:
-        return self._attack.tamper(self._exchange.finish(previous), self._workers)
-
-    def collect(self, parts: list[Tensor]) -> list[Tensor]:
-        return self._exchange.collect(parts)
-
-
 def _num_workers(strategy: DDPStrategy) -> int:
     return strategy.num_workers if isinstance(strategy, ByzantineDDPStrategy) else int(strategy.world_size)
 
@@ -173,8 +158,3 @@ def _next_worker(strategy: DDPStrategy) -> int:
         return int(strategy.global_rank)
     assert strategy.window is not None
     return strategy.global_rank * strategy.workers_per_process + strategy.window.next_worker
-
-
-def _plain_mean(matrix: WorkerMatrix) -> list[Tensor]:
-    # Not the rule Mean, which would drop what stock DDP lets through.
-    return matrix.materialize(matrix.mean())

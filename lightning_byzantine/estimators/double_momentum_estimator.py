@@ -1,14 +1,13 @@
 """What a worker sends under double momentum."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_byzantine.estimators.estimator import Estimator, keep
+from lightning_byzantine.estimators.estimator import Estimator
 from lightning_byzantine.estimators.schedule import Schedule
 
 __all__ = ["DoubleMomentumEstimator"]
@@ -28,7 +27,7 @@ class DoubleMomentumEstimator(Estimator):
     :class:`~lightning_byzantine.optim.DoubleMomentum`, which takes the steps and counts them.
 
     :meth:`commit` only accepts d_t: it becomes the worker's state with :meth:`advance`, when the optimizer has taken
-    the step, for a gradient scaler may still skip it.
+    the step, for a gradient scaler may still skip it. Until then, what was sent must not be overwritten.
 
     Costs a second forward and backward pass a step; per worker, one parameter-sized buffer for d, and another for g~
     while a step is under way.
@@ -51,9 +50,11 @@ class DoubleMomentumEstimator(Estimator):
     Example:
         >>> estimator, sent = DoubleMomentumEstimator(beta=0.5), torch.empty(1)
         >>> estimator.estimate("weight", torch.tensor([2.0]), out=sent)
+        >>> estimator.commit({"weight": sent})
         >>> estimator.advance()
         >>> estimator.begin({"weight": torch.tensor([1.0])})
-        >>> estimator.estimate("weight", torch.tensor([3.0]), out=torch.empty(1))
+        >>> estimator.estimate("weight", torch.tensor([3.0]), out=sent)
+        >>> estimator.commit({"weight": sent})
         >>> estimator.advance()
         >>> estimator.worker_state()
         {'weight': tensor([3.5000])}
@@ -71,6 +72,7 @@ class DoubleMomentumEstimator(Estimator):
         weighted: bool = True,
         schedule: Literal["paper", "code"] = "paper",
     ) -> None:
+        super().__init__()
         self.schedule = Schedule(beta, gamma, min_beta, min_gamma, weighted, schedule)
         self.reset()
 
@@ -87,10 +89,10 @@ class DoubleMomentumEstimator(Estimator):
 
     def reset(self) -> None:
         """Forget all estimates; the next step is t = 1."""
+        super().reset()
         self.step = 1
         self.aggregated = False
-        self._estimates: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
-        self._pending: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._accepted: dict[int, Mapping[str, Tensor]] = {}
         self._previous: Sequence[dict[str, Tensor]] | None = None
 
     def begin(self, *previous: dict[str, Tensor]) -> None:
@@ -102,7 +104,7 @@ class DoubleMomentumEstimator(Estimator):
 
         """
         self._previous = previous or None
-        self._pending.clear()
+        self._accepted.clear()
         self.aggregated = False
 
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
@@ -115,14 +117,10 @@ class DoubleMomentumEstimator(Estimator):
             )
         previous = None if self._previous is None else self._previous[worker].get(name)
         _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)
-        self._pending[worker][name] = out
 
-    def commit(self, worker: int = 0) -> None:
+    def commit(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
         """Accept d_t, for :meth:`advance`."""
-
-    def discard(self, worker: int = 0) -> None:
-        """Keep d_{t-1}."""
-        self._pending.pop(worker, None)
+        self._accepted[worker] = sent
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write d^_t into ``out``: the optimizer steps by it."""
@@ -131,25 +129,18 @@ class DoubleMomentumEstimator(Estimator):
 
     def advance(self) -> None:
         """Make d_t every worker's state, now that the optimizer has taken the step."""
-        for worker, estimates in self._pending.items():
-            keep(estimates, self._estimates[worker])
+        for worker, sent in self._accepted.items():
+            super().commit(sent, worker)
         self.step += 1
         self.begin()
-
-    def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
-        """Return d_t."""
-        return dict(self._estimates[worker])
 
     def shared_state(self) -> dict[str, Tensor]:
         """Return the next t."""
         return {"step": torch.tensor(self.step)}
 
-    def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
-        """Continue from d_t and t."""
-        self.reset()
-        for worker, state in enumerate(workers):
-            keep(state, self._estimates[worker])
-        self.step = int(shared["step"])
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from t."""
+        self.step = int(state["step"])
 
 
 def _correct(

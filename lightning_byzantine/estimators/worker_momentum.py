@@ -1,15 +1,14 @@
 """The momentum of a worker's gradients."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_byzantine.estimators.estimator import Estimator, keep
+from lightning_byzantine.estimators.estimator import Estimator, copy_into
 from lightning_byzantine.utilities.checks import check_number
 
-__all__ = ["WorkerMomentum"]
+__all__ = ["WorkerMomentum", "momentum"]
 
 
 class WorkerMomentum(Estimator):
@@ -36,22 +35,23 @@ class WorkerMomentum(Estimator):
     ICML 2024 (arXiv 2405.14759).
 
     Example:
-        >>> momentum, sent, gradient = WorkerMomentum(beta=0.9), torch.empty(1), torch.empty(1)
-        >>> momentum.estimate("weight", torch.tensor([2.0]), out=sent)
-        >>> momentum.commit()
-        >>> momentum.gradient("weight", aggregate=sent, out=gradient)
+        >>> estimator, sent, gradient = WorkerMomentum(beta=0.9), torch.empty(1), torch.empty(1)
+        >>> estimator.estimate("weight", torch.tensor([2.0]), out=sent)
+        >>> estimator.commit({"weight": sent})
+        >>> estimator.gradient("weight", aggregate=sent, out=gradient)
         >>> sent, gradient
         (tensor([0.2000]), tensor([2.]))
 
     """
 
     def __init__(self, beta: float = 0.9, transparent: bool = True) -> None:
+        super().__init__()
         check_number("beta", beta)
         if not 0 <= beta < 1:
             raise ValueError(f"beta must satisfy 0 <= beta < 1, got {beta}")
         self.beta = beta
         self.transparent = transparent
-        self.reset()
+        self._aggregate: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         """Show the arguments."""
@@ -64,22 +64,12 @@ class WorkerMomentum(Estimator):
 
     def reset(self) -> None:
         """Forget all momentum."""
-        self._momentum: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
-        self._pending: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
-        self._aggregate: dict[str, Tensor] = {}
+        super().reset()
+        self._aggregate.clear()
 
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write v_t into ``out``."""
-        _momentum(self._momentum[worker].get(name), gradient, self.beta, self.transparent, out)
-        self._pending[worker][name] = out
-
-    def commit(self, worker: int = 0) -> None:
-        """Make v_t the momentum."""
-        keep(self._pending.pop(worker, {}), self._momentum[worker])
-
-    def discard(self, worker: int = 0) -> None:
-        """Keep v_{t-1}."""
-        self._pending.pop(worker, None)
+        momentum(self._estimates[worker].get(name), gradient, self.beta, out, from_zero=self.transparent)
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write g^_t, or v^_t when not transparent, into ``out``."""
@@ -87,26 +77,28 @@ class WorkerMomentum(Estimator):
             out.copy_(aggregate)
             return
         _undo_momentum(self._aggregate.get(name), aggregate, self.beta, out)
-        keep({name: aggregate}, self._aggregate)
-
-    def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
-        """Return v_t."""
-        return dict(self._momentum[worker])
+        copy_into(self._aggregate, {name: aggregate})
 
     def shared_state(self) -> dict[str, Tensor]:
         """Return v^_t; empty when not transparent."""
         return dict(self._aggregate)
 
-    def load_state(self, workers: Sequence[dict[str, Tensor]], shared: dict[str, Tensor]) -> None:
-        """Continue from v_t and v^_t."""
-        self.reset()
-        for worker, state in enumerate(workers):
-            keep(state, self._momentum[worker])
-        keep(shared, self._aggregate)
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from v^_t."""
+        copy_into(self._aggregate, state)
 
 
-def _momentum(previous: Tensor | None, gradient: Tensor, beta: float, from_zero: bool, out: Tensor) -> None:
-    # v_t = beta v_{t-1} + (1 - beta) g_t, and v_1 = (1 - beta) g_1 from zero or g_1 from the gradient
+def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor, from_zero: bool = True) -> None:
+    """Write v_t = beta v_{t-1} + (1 - beta) g_t.
+
+    Args:
+        previous: v_{t-1}; None in the first step.
+        gradient: g_t, in the dtype of ``out``.
+        beta: momentum factor.
+        out: where to.
+        from_zero: whether v_0 = 0, or else v_1 = g_1.
+
+    """
     if previous is None:
         torch.mul(gradient, 1 - beta if from_zero else 1.0, out=out)
     else:

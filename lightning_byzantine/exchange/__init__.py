@@ -1,1 +1,25 @@
-"""What ranks send each other."""
+"""What ranks send each other: gradients, buffers, metrics, and signs of life."""
+
+from collections.abc import Callable
+
+from lightning_byzantine.exchange.all_gather import AllGather
+from lightning_byzantine.exchange.all_to_all import AllToAll
+from lightning_byzantine.exchange.exchange import Exchange
+from lightning_byzantine.exchange.single_rank import SingleRank
+from lightning_byzantine.utilities.checks import check_choice
+
+__all__ = ["EXCHANGES", "AllGather", "AllToAll", "Exchange", "SingleRank", "make_exchange"]
+
+EXCHANGES: dict[str, Callable[[int], Exchange]] = {"all_gather": AllGather, "all_to_all": AllToAll}
+
+
+def make_exchange(name: str, num_ranks: int) -> Exchange:
+    """Return an exchange among all ranks, which needs a process group unless there is one rank only.
+
+    Args:
+        name: "all_gather" or "all_to_all".
+        num_ranks: number of processes.
+
+    """
+    check_choice("exchange", name, EXCHANGES)
+    return SingleRank() if num_ranks == 1 else EXCHANGES[name](num_ranks)

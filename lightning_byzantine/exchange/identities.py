@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_byzantine.exchange.exchange import gather
+from lightning_byzantine.exchange.collectives import gather
 
 __all__ = ["Identity", "gather_identities"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
-from lightning_byzantine.exchange.exchange import gather_rows
+from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.votes import majority, median, outvoted
 
 __all__ = ["RobustBuffers"]

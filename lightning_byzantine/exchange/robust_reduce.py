@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_byzantine.exchange.exchange import gather_rows
+from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.votes import median, order_statistic, outvoted
 
 __all__ = ["robust_reduce"]

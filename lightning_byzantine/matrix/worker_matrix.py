@@ -113,6 +113,12 @@ class WorkerMatrix:
         """Return a matrix of other values in the same columns."""
         return self._seen_by(RowView.of_all(Blocks(blocks, self._view.blocks.complete)))
 
+    def with_previous(self, previous: list[Tensor] | None) -> "WorkerMatrix":
+        """Return the same rows, knowing what was aggregated in the step before."""
+        matrix = copy(self)
+        matrix.previous = previous
+        return matrix
+
     def completed_by(self, wrap: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> "WorkerMatrix":
         """Return the same blocks with another way to sum a statistic over all ranks.
 

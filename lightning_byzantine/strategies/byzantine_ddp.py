@@ -1,77 +1,43 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorker
 from lightning_byzantine.aggregation.breakdown import Breakdown
-from lightning_byzantine.aggregation.ddp_hook import AggregationHook
-from lightning_byzantine.aggregation.shadow import Shadow
-from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian
-from lightning_byzantine.aggregators.report import Report
-from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.aggregation.engine import AggregationEngine
+from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
+from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
+from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Report
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
-from lightning_byzantine.estimators.estimator import keep
-from lightning_byzantine.exchange.exchange import AllGather, AllToAll, Exchange
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.estimators.estimator import copy_into
+from lightning_byzantine.exchange import EXCHANGES, make_exchange
 from lightning_byzantine.optim import DoubleMomentum
-from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
-from lightning_byzantine.strategies.fault_tolerant_ddp import FaultTolerantDDP
+from lightning_byzantine.strategies.aggregating_ddp import AggregatingDDP
+from lightning_byzantine.strategies.detours import refuse_detours
+from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedirection, _optimizer_to_device
+from lightning_byzantine.strategies.loss_scale import loss_scale
 from lightning_byzantine.strategies.second_pass.redirection import PreviousPointRedirection
 from lightning_byzantine.strategies.second_pass.wrapping import find_or_wrap
 from lightning_byzantine.strategies.worker_states import WorkerStates
-from lightning_byzantine.utilities.checks import (
-    check_choice,
-    check_integer_at_least,
-    check_positive,
-    check_worker_indices,
-)
+from lightning_byzantine.utilities.checks import check_choice, check_positive
 
 __all__ = ["ByzantineDDPStrategy"]
 
 _CHECKPOINT_KEY = "byzantine_ddp"
 
-_EXCHANGES: dict[str, Callable[[int], Exchange]] = {"all_gather": AllGather, "all_to_all": AllToAll}
 
-# Arguments of DDPStrategy and DistributedDataParallel by which gradients would go around the aggregation.
-_REFUSED = (
-    "ddp_comm_hook",
-    "ddp_comm_state",
-    "ddp_comm_wrapper",
-    "delay_all_reduce_named_params",
-    "device_mesh",
-    "mixed_precision",
-    "model_averaging_period",
-    "param_to_hook_all_reduce",
-    "process_group",
-    "skip_all_reduce_unused_params",
-)
-
-
-# Counting bits takes longer than all else that observers are told, and a fault in a chip stays.
-_BITS_EVERY_N_STEPS = 10
-
-
-class ByzantineDDPStrategy(FaultTolerantDDP):
+class ByzantineDDPStrategy(AggregatingDDP):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
     Every rank is one worker, or several; see ``workers_per_process``. It sends an estimate of the gradient, receives
@@ -139,13 +105,10 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name in _REFUSED:
-            if kwargs.get(name):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} aggregates all gradients of all ranks in DDP's only communication hook, so"
-                    f" it can't take `{name}`, got {name}={kwargs[name]!r}. Leave it out, or use `strategy='ddp'`."
-                )
-        super().__init__(**kwargs)
+        refuse_detours(kwargs)
+        super().__init__(
+            workers_per_process=workers_per_process, breakdown=Breakdown(on_breakdown, max_skips), **kwargs
+        )
         self.aggregator = CTMA(NNM(GeometricMedian())) if aggregator is None else aggregator
         if not isinstance(self.aggregator, Aggregator):
             raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
@@ -154,30 +117,16 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         self.estimator = WorkerMomentum() if estimator == "auto" else estimator
         if max_worker_grad_norm is not None:
             check_positive("max_worker_grad_norm", max_worker_grad_norm)
-        check_choice("exchange", exchange, _EXCHANGES)
-        check_integer_at_least("workers_per_process", workers_per_process, 1)
+        check_choice("exchange", exchange, EXCHANGES)
         self.exchange = exchange
-        self.workers_per_process = workers_per_process
         self.shadow = shadow
         self._check_shadow()
-        self.breakdown = Breakdown(on_breakdown, max_skips)
-        self.quarantined: frozenset[int] = frozenset()
-        self._observers: dict[int, Callable[[Report], None]] = OrderedDict()
         self.restart_estimator = restart_estimator
-        self.hook: AggregationHook | None = None
-        self.window: AccumulationWindow | None = None
         self._num_byzantine = num_byzantine
-        self._previous: dict[str, Tensor] = {}
-        self._aggregations: Counter[frozenset[str | None]] = Counter()
-        self._unknown_to_ddp: dict[str, nn.Parameter] = {}
-        self._given_estimator = self.estimator if estimator != "auto" else estimator
         self._max_worker_grad_norm = max_worker_grad_norm
-
-    @property
-    @override
-    def num_workers(self) -> int:
-        """Number of workers, m: all processes' together."""
-        return self.world_size * self.workers_per_process
+        self._asked_for_estimator = self.estimator if estimator != "auto" else estimator
+        self._quarantine = Quarantine()
+        self._previous: dict[str, Tensor] = {}
 
     @property
     def num_byzantine(self) -> int:
@@ -185,15 +134,15 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         return (self.num_workers - 1) // 2 if self._num_byzantine is None else self._num_byzantine
 
     @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped in the whole run, by ``on_breakdown="skip"``."""
-        return self.breakdown.skipped
+    def quarantined(self) -> frozenset[int]:
+        """Indices of the workers whose rows are dropped in every step; see :meth:`quarantine`."""
+        return self._quarantine.workers
 
     def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
         """Have a function called with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
 
-        It is called during backward, on every rank. The unlikely bits are reported in every tenth aggregation of the
-        same parameters.
+        It is called during backward, on every rank. Unlikely bits are looked for in every tenth aggregation of the same
+        parameters.
 
         Args:
             observer: takes the report.
@@ -202,9 +151,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             A handle, whose ``remove()`` ends it.
 
         """
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+        return self._observers.add(observer)
 
     def quarantine(self, workers: Iterable[int]) -> None:
         """Drop the rows of these workers from the next step on, beside those that are dropped already.
@@ -221,10 +168,7 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
         """
         if self.shadow:
             raise MisconfigurationException("Shadow mode trains as stock DDP does, and so can't quarantine workers.")
-        quarantined = self.quarantined | set(workers)
-        check_worker_indices("workers", quarantined, self.num_workers)
-        self.aggregator.check(self.num_workers - len(quarantined), max(0, self.num_byzantine - len(quarantined)))
-        self.quarantined = frozenset(quarantined)
+        self._quarantine.add(workers, self.aggregator, self.num_workers, self.num_byzantine)
 
     @override
     def set_world_ranks(self) -> None:
@@ -238,121 +182,37 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             )
 
     @override
-    def setup(self, trainer: Trainer) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.window = AccumulationWindow(trainer, self.workers_per_process)
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.num_workers == 2:
-            rank_zero_warn(
-                "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
-                " f=0 with 2 workers. Use 3 workers or more."
-            )
-
-    @override
-    def _register_ddp_hooks(self) -> None:
-        # Lightning registers hooks on CUDA only. Ours waits for the optimizers, in setup_optimizers; what DDP has just
-        # left out is known now.
-        assert self.lightning_module is not None
-        self._unknown_to_ddp = {
-            name: parameter
-            for name, parameter in self.lightning_module.named_parameters()
-            if not parameter.requires_grad
-        }
-
-    @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        self._set_up_estimator()
+        self._set_up_estimator(trainer)
         self._check_shadow()
-        assert isinstance(self.model, DistributedDataParallel)
-        assert self.lightning_module is not None
-        alone = self.num_workers == 1 and (self.estimator is None or self.estimator.transparent)
         if self.estimator is not None:
             self.estimator.reset()
         self._previous.clear()
-        aggregate: Callable[[WorkerMatrix], list[Tensor]] = self._aggregate
-        if alone:
-            aggregate = _only_row
-        elif self.shadow:
-            beta = 0.0 if self.estimator is None else self.estimator.memory
-            aggregate = partial(self._watch, Shadow(self.aggregator, beta))
-        self.hook = AggregationHook(
-            self.lightning_module,
-            exchange=_EXCHANGES[self.exchange](self.world_size),
-            aggregate=aggregate,
-            estimator=None if alone or self.shadow else self.estimator,
-            loss_scale=self._loss_scale,
-            max_norm=self._max_worker_grad_norm,
-            num_local_workers=self.workers_per_process,
-            previous=self._previous if self.aggregator.uses_previous and not self.shadow else None,
-            tolerates=self._tolerates,
+        self.aggregate_by(
+            AggregationEngine(
+                dict(trainer.lightning_module.named_parameters()),
+                self._aggregation(),
+                make_exchange(self.exchange, self.world_size),
+                self.estimator,
+                max_norm=self._max_worker_grad_norm,
+                num_local_workers=self.workers_per_process,
+                previous=self._previous,
+                loss_scale=partial(loss_scale, self.precision_plugin),
+                breakdown=self._breakdown,
+                on_skip=self.skip_step,
+            )
         )
-        self.hook.register(self.model)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        for name, parameter in self._unknown_to_ddp.items():
-            if parameter.requires_grad:
-                raise MisconfigurationException(
-                    f"The parameter {name!r} was frozen when DDP was set up, so its gradient would go around the"
-                    " aggregation now. Freeze in `on_train_start`, and have find_unused_parameters=True."
-                )
-        return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.workers_per_process == 1:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        assert self.hook is not None
-        assert self.window is not None
-        assert isinstance(self.model, DistributedDataParallel)
-        gradients = self.hook.gradients
-        if self.window.position == 0:
-            gradients.clear()
-        gradients.worker = self.window.worker
-        if self.model.find_unused_parameters and self.model.require_backward_grad_sync:
-            gradients.define()
-        # Lightning divides by the number of batches of all workers together.
-        loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
-        if not self.model.require_backward_grad_sync:
-            gradients.take()
-        return loss
-
-    @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: pl.LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        def step(guarded: Callable[[], Any]) -> Any:
-            return super(ByzantineDDPStrategy, self).optimizer_step(optimizer, guarded, model, **kwargs)
-
-        assert self.window is not None
-        if self.window.is_complete:
-            return self.breakdown.step(optimizer, step, closure)
-        rank_zero_warn(
-            f"The epoch has ended after {self.window.position + 1} of workers_per_process={self.workers_per_process}"
-            " batches, which are left out, since some workers have none. `limit_train_batches` can end it earlier."
-        )
-        with self.block_backward_sync():
-            return closure()
 
     @override
     def teardown(self) -> None:
         # As Lightning does with optimizers: what is kept for a checkpoint after fit need not stay on the device.
-        if self.window is not None:
-            self.window.restore()
-            self.window = None
         if self.estimator is not None:
-            workers = [_to_cpu(state) for state in self._worker_states()]
-            self.estimator.load_state(workers, _to_cpu(self.estimator.shared_state()))
+            self.estimator.to(torch.device("cpu"))
         for optimizer in self.optimizers:
             if isinstance(optimizer, DoubleMomentum):
                 _optimizer_to_device(optimizer.base, torch.device("cpu"))
                 optimizer.take_back()
-        self.hook = None
         self._forward_redirection = _DDPForwardRedirection()
         super().teardown()
 
@@ -368,16 +228,16 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
     def load_shared_state(self, state: dict[str, Any]) -> None:
         super().load_shared_state(state)
         if self.estimator is not None:
-            self.estimator.load_state(self._worker_states(), state["estimator"])
+            self.estimator.load_shared_state(state["estimator"])
         self.aggregator.load_state_dict(state["aggregator"])
-        keep(state["previous"], self._previous)
+        copy_into(self._previous, state["previous"])
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         # Not for weights only, nor in the process from which other start methods have spawned the ranks.
         if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
             state = self._states().save(alone=self._is_interrupted())
-            state |= {"quarantined": sorted(self.quarantined), "skipped": self.breakdown.skipped}
+            state |= {"quarantined": sorted(self.quarantined), "skipped": self._breakdown.skipped}
             checkpoint[_CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -396,24 +256,30 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             )
         super().load_optimizer_state_dict(checkpoint)
 
-    def _set_up_estimator(self) -> None:
-        """Have double momentum on both sides or on none: what workers send, and how the optimizer steps."""
-        assert self.lightning_module is not None
-        given = self._given_estimator
-        self.estimator = WorkerMomentum() if given == "auto" else given
-        optimizer = find_or_wrap(self.lightning_module, self.optimizers, given, self.precision_plugin)
-        if optimizer is not None:
-            self.optimizers = [optimizer]
-            self.estimator = optimizer.estimator
-            optimizer.receives_estimates = True
-            assert self.window is not None
-            self._forward_redirection = PreviousPointRedirection(
-                optimizer, self._max_worker_grad_norm, self._loss_scale, self.window
-            )
+    def _aggregation(self) -> Aggregation:
+        """Return what is to be made of the workers' vectors."""
+        is_transparent = self.estimator is None or self.estimator.transparent
+        if self.num_workers == 1 and is_transparent:
+            return SingleWorker()
+        if self.shadow:
+            beta = 0.0 if self.estimator is None else self.estimator.memory
+            return ShadowAggregation(self.aggregator, self.num_byzantine, beta, self._observers)
+        return RobustAggregation(self.aggregator, self.num_byzantine, self._quarantine, self._observers)
 
-    def _worker_states(self) -> list[dict[str, Tensor]]:
-        assert self.estimator is not None
-        return [self.estimator.worker_state(worker) for worker in range(self.workers_per_process)]
+    def _set_up_estimator(self, trainer: Trainer) -> None:
+        """Have double momentum on both sides or on none: what workers send, and how the optimizer steps."""
+        asked_for = self._asked_for_estimator
+        self.estimator = WorkerMomentum() if asked_for == "auto" else asked_for
+        optimizer = find_or_wrap(trainer.lightning_module, self.optimizers, asked_for, self.precision_plugin)
+        if optimizer is None:
+            return
+        self.optimizers = [optimizer]
+        self.estimator = optimizer.estimator
+        optimizer.receives_estimates = True
+        assert self.window is not None
+        self._forward_redirection = PreviousPointRedirection(
+            optimizer, self._max_worker_grad_norm, partial(loss_scale, self.precision_plugin), self.window
+        )
 
     def _check_shadow(self) -> None:
         if self.shadow and not isinstance(self.estimator, WorkerMomentum | None):
@@ -422,63 +288,8 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
                 f" estimator={self.estimator!r}. Use WorkerMomentum() or None."
             )
 
-    def _aggregate(self, matrix: WorkerMatrix) -> list[Tensor]:
-        if self._is_turn_of_bits(matrix):
-            pass
-        workers = torch.tensor([index for index in range(matrix.num_workers) if index not in self.quarantined])
-        trusted = matrix.select(workers) if self.quarantined else matrix
-        num_byzantine = max(0, self.num_byzantine - len(self.quarantined))
-        try:
-            decision = self.aggregator.decide(trusted, num_byzantine)
-        except ByzantineBreakdownError as error:
-            dropped = error.workers
-            self._tell(lambda: Report.of_breakdown(dropped, matrix.num_workers))
-            if self.breakdown.policy == "propagate" and self._loss_scale() is None:
-                return trusted.materialize(trusted.mean())
-            raise
-        self.breakdown.succeeded()
-        self._tell(
-            lambda: (
-                decision.report().among(workers, matrix.num_workers, measurable=True)
-                if self.quarantined
-                else decision.report()
-            )
-        )
-        return decision.values()
-
-    def _tolerates(self, error: ByzantineBreakdownError) -> bool:
-        tolerated = self.breakdown.tolerates(error, self.optimizers)
-        if tolerated:
-            assert self.lightning_module is not None
-            trainer = self.lightning_module.trainer
-            for logger in trainer.loggers:
-                logger.log_metrics({"byzantine/skipped_steps": self.breakdown.skipped}, step=trainer.global_step)
-        return tolerated
-
-    def _watch(self, shadow: Shadow, matrix: WorkerMatrix) -> list[Tensor]:
-        self._tell(lambda: shadow.report(matrix, self.num_byzantine, self._is_turn_of_bits(matrix)))
-        # Not the rule Mean, which would drop what stock DDP lets through.
-        return matrix.materialize(matrix.mean())
-
-    def _is_turn_of_bits(self, matrix: WorkerMatrix) -> bool:
-        if not self._observers:
-            return False
-        # Not the Trainer's step: of networks that take turns, it might only ever meet one.
-        parameters = frozenset(chain.from_iterable(matrix.layout or ()))
-        self._aggregations[parameters] += 1
-        return self._aggregations[parameters] % _BITS_EVERY_N_STEPS == 1
-
-    def _tell(self, report: Callable[[], Report]) -> None:
-        if self._observers:
-            made, outvoted = report(), self._take_outvoted()
-            if outvoted is not None:
-                outvoted[list(self.quarantined)] = False  # nothing is held against them any more
-                made = replace(made, outvoted=outvoted)
-            for observer in self._observers.values():
-                observer(made)
-
     def _load_quarantine(self, state: dict[str, Any]) -> None:
-        self.breakdown.skipped = state.get("skipped", 0)
+        self._breakdown.skipped = state.get("skipped", 0)
         quarantined = state.get("quarantined", [])
         if quarantined and state["num_workers"] != self.num_workers:
             rank_zero_warn(
@@ -489,12 +300,6 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, where shadow mode has nobody.")
         elif quarantined:
             self.quarantine(quarantined)
-
-    def _loss_scale(self) -> float | None:
-        plugin = self.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.is_enabled():
-            return float(plugin.scaler.get_scale())
-        return None
 
     def _states(self) -> WorkerStates:
         assert self.lightning_module is not None
@@ -508,11 +313,3 @@ class ByzantineDDPStrategy(FaultTolerantDDP):
             self.workers_per_process,
             self.root_device,
         )
-
-
-def _to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in state.items()}
-
-
-def _only_row(matrix: WorkerMatrix) -> list[Tensor]:
-    return [block[0] for block in matrix.blocks]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_byzantine.errors import InconsistentRanksError
-from lightning_byzantine.exchange.exchange import gather
+from lightning_byzantine.exchange.collectives import gather
 from lightning_byzantine.exchange.fingerprint import fingerprints, leaves, with_leaves
 
 __all__ = ["ConsistencyCheck"]

@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.exchange.exchange import gather_rows
+from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.heartbeat import Heartbeat
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
@@ -71,8 +72,8 @@ class FaultTolerantDDP(DDPStrategy):
         self._check_every_n_steps = check_consistency_every_n_steps
         self._on_inconsistency = on_inconsistency
         self._on_worker_error = on_worker_error
+        self._observers = Observers()
         self._buffers: RobustBuffers | None = None
-        self._outvoted: Tensor | None = None
         self._consistency: ConsistencyCheck | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -142,7 +143,7 @@ class FaultTolerantDDP(DDPStrategy):
         super().configure_ddp()
         if self._robust_buffers and self.world_size > 1:
             assert isinstance(self.model, DistributedDataParallel)
-            self._buffers = RobustBuffers(self.model, self._watched(gather_rows), self._notice)
+            self._buffers = RobustBuffers(self.model, self._watched(gather_rows), self._observers.note_outvoted)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -174,7 +175,7 @@ class FaultTolerantDDP(DDPStrategy):
         if by_name and self._robust_metrics and self.world_size > 1:
             # Ranks may be fewer than workers.
             most = min(self.num_byzantine, (self.world_size - 1) // 2)
-            return self._watched(robust_reduce)(tensor, reduce_op, most, self._notice)
+            return self._watched(robust_reduce)(tensor, reduce_op, most, self._observers.note_outvoted)
         return self._watched(super().reduce)(tensor, group, reduce_op)
 
     @override
@@ -212,19 +213,9 @@ class FaultTolerantDDP(DDPStrategy):
     def teardown(self) -> None:
         if self._heartbeat is not None:
             self._heartbeat.stop()
-        self._heartbeat = self._buffers = self._consistency = self._outvoted = None
+        self._heartbeat = self._buffers = self._consistency = None
+        self._observers.forget_outvoted()
         super().teardown()
-
-    def _notice(self, outvoted: Tensor) -> None:
-        # On their device until somebody asks: a GPU would have to be waited for.
-        self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted.to(self._outvoted.device)
-
-    def _take_outvoted(self) -> Tensor | None:
-        """Return the workers of those ranks that were outvoted since the last call, [m] bool; None if nobody was."""
-        outvoted, self._outvoted = None if self._outvoted is None else self._outvoted.cpu(), None
-        if outvoted is None or not outvoted.any():
-            return None
-        return outvoted.repeat_interleave(self.num_workers // self.world_size)
 
     def _start_heartbeat(self) -> Heartbeat:
         assert self._timeout is not None

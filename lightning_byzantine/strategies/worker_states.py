@@ -7,8 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_byzantine.aggregators import Aggregator
-from lightning_byzantine.estimators.estimator import Estimator, keep
-from lightning_byzantine.exchange.exchange import gather, gather_to_first
+from lightning_byzantine.estimators.estimator import Estimator, copy_into
+from lightning_byzantine.exchange.collectives import gather, gather_to_first
 
 __all__ = ["WorkerStates"]
 
@@ -82,7 +82,7 @@ class WorkerStates:
         self._check("estimator", state["estimator"], repr(self._estimator))
         self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self._aggregator.state_dict()))
         self._aggregator.load_state_dict(state["aggregator"])
-        keep(self._to_device(state["previous"]), self._previous)
+        copy_into(self._previous, self._to_device(state["previous"]))
         if self._estimator is None:
             return
         if len(state["workers"]) != num_workers:

@@ -42,7 +42,7 @@ from lightning_byzantine.attacks import (
     StaleGradient,
 )
 from lightning_byzantine.callbacks import ByzantineSimulation
-from lightning_byzantine.exchange.exchange import AllGather, AllToAll
+from lightning_byzantine.exchange import AllGather, AllToAll
 
 EXCHANGES = {"all_gather": AllGather, "all_to_all": AllToAll}
 

@@ -1,0 +1,207 @@
+"""What happens to the workers' gradients in one step, whoever computed them and whoever takes the step."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
+from lightning_byzantine.aggregation.breakdown import Breakdown
+from lightning_byzantine.aggregation.gradient_block import GradientBlock
+from lightning_byzantine.aggregation.gradients import clipping_factor, unscaled
+from lightning_byzantine.aggregation.local_gradients import LocalGradients
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.estimators import Estimator
+from lightning_byzantine.estimators.estimator import copy_into
+from lightning_byzantine.exchange import Exchange
+from lightning_byzantine.matrix import WorkerMatrix
+
+__all__ = ["AggregationEngine"]
+
+
+class AggregationEngine:
+    """Clips, estimates, exchanges and aggregates the gradients of one step after the other.
+
+    A step is one :meth:`send` for every block of the gradient, as soon as it is known, and then :meth:`aggregate`. The
+    rule runs once on the whole matrix: block by block it would be another algorithm, that may follow another worker in
+    each block. It knows neither DDP nor Lightning, whose hook is one way to use it.
+
+    Args:
+        parameters: all parameters, by name.
+        aggregation: what is made of the workers' vectors.
+        exchange: brings them together.
+        estimator: what a worker sends, where the aggregation takes estimates; None for the raw gradient.
+        max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
+            then before all blocks are there, for only then is the norm known.
+        num_local_workers: how many workers this process acts as, k.
+        previous: where to keep what was aggregated last, by parameter name, for a rule that starts from it.
+        loss_scale: returns the factor that the loss was multiplied by, None without a gradient scaler.
+        breakdown: what to do when more workers are provably bad than may be Byzantine.
+        on_skip: called when a step is to be skipped for that reason, with the error.
+
+    Attributes:
+        exchange: as given.
+        estimator: as given.
+        local: keeps the local workers' gradients apart.
+        previous: what was aggregated last; empty for rules that don't start from it.
+
+    Example:
+        >>> from lightning_byzantine.aggregation.aggregation import SingleWorker
+        >>> from lightning_byzantine.exchange import SingleRank
+        >>> engine = AggregationEngine({"weight": nn.Parameter(torch.zeros(2))}, SingleWorker(), SingleRank())
+        >>> block = GradientBlock.of({"weight": torch.ones(2)})
+        >>> engine.send(block)
+        >>> engine.aggregate()
+        >>> block.buffer
+        tensor([1., 1.])
+
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        aggregation: Aggregation,
+        exchange: Exchange,
+        estimator: Estimator | None = None,
+        max_norm: float | None = None,
+        num_local_workers: int = 1,
+        previous: dict[str, Tensor] | None = None,
+        loss_scale: Callable[[], float | None] = lambda: None,
+        breakdown: Breakdown | None = None,
+        on_skip: Callable[[ByzantineBreakdownError], None] = lambda error: None,
+    ) -> None:
+        self.exchange = exchange
+        self.estimator = estimator
+        self.local = LocalGradients(parameters, num_local_workers)
+        self.previous = {} if previous is None else previous
+        self._aggregation = aggregation
+        self._sends = estimator if aggregation.takes_estimates else None
+        self._max_norm = max_norm
+        self._loss_scale = loss_scale
+        self._breakdown = Breakdown() if breakdown is None else breakdown
+        self._on_skip = on_skip
+        self._scale: float | None = None
+        self._blocks: list[GradientBlock] = []
+
+    @torch.no_grad()
+    def send(self, block: GradientBlock) -> None:
+        """Begin to send one block of this process's gradients."""
+        if not self._blocks:
+            self._scale = self._loss_scale()  # once a step, since a GPU has to be waited for
+        self._blocks.append(block)
+        if self._max_norm is None:
+            self._send(block)
+
+    @torch.no_grad()
+    def aggregate(self) -> None:
+        """End the step: write the aggregated gradient into the buffers of all blocks.
+
+        Raises:
+            ByzantineBreakdownError: if more workers are provably bad than may be Byzantine, and the policy is not to
+                go on. Under a gradient scaler, gradients are NaN instead.
+
+        """
+        blocks, self._blocks = self._blocks, []
+        if self._max_norm is not None:
+            factors = self._clipping_factors(blocks, self._max_norm)
+            for block in blocks:
+                self._send(block, factors)
+        aggregated = self._aggregated(self._matrix(blocks))
+        if aggregated is None:
+            for block in blocks:
+                block.buffer.fill_(torch.nan)
+        else:
+            wholes = self.exchange.collect(aggregated.parts)
+            self._commit(blocks, aggregated.dropped)
+            for block, whole in zip(blocks, wholes, strict=True):
+                self._write_gradient(block, whole)
+        self.local.clear()
+
+    def _clipping_factors(self, blocks: list[GradientBlock], max_norm: float) -> list[Tensor]:
+        parts = {name: part for block in blocks for name, part in block.by_name(block.buffer).items()}
+        # By name, for the last digit not to depend on how DDP made its buckets.
+        return [
+            clipping_factor(
+                [unscaled(self.local.of(worker, name, parts[name]), self._scale) for name in sorted(parts)], max_norm
+            )
+            for worker in range(self.local.num_workers)
+        ]
+
+    def _send(self, block: GradientBlock, factors: list[Tensor] | None = None) -> None:
+        as_it_came = self._sends is None and factors is None and self._scale is None
+        if as_it_came and self.local.num_workers == 1:
+            block.sent = block.buffer[None]
+        else:
+            block.sent = self._rows(block, factors)
+        self.exchange.start(block.sent, block.names)
+
+    def _rows(self, block: GradientBlock, factors: list[Tensor] | None) -> Tensor:
+        like = block.buffer[:0].to(torch.promote_types(block.buffer.dtype, torch.float32))
+        rows = self.exchange.allocate(self.local.num_workers, block.buffer.numel(), like)
+        for name, arrived, part in block.parts(block.buffer, rows):
+            if name is None:
+                part.zero_()
+                continue
+            for worker, out in enumerate(part):
+                # Momentum mixes steps, and lengths that rules are told are of gradients: no loss scale that changes.
+                gradient = unscaled(self.local.of(worker, name, arrived), self._scale)
+                if factors is not None:
+                    gradient = gradient * factors[worker]
+                if self._sends is None:
+                    out.copy_(gradient)
+                else:
+                    self._sends.estimate(name, gradient, out, worker)
+        return rows
+
+    def _matrix(self, blocks: list[GradientBlock]) -> WorkerMatrix:
+        matrix = self.exchange.finish()
+        if not self.previous:
+            return matrix
+        wholes = []
+        for block in blocks:
+            whole = block.sent.new_zeros(block.sent.shape[1])
+            for name, part in block.by_name(whole).items():
+                if name in self.previous:
+                    part.copy_(self.previous[name])
+            wholes.append(whole)
+        return matrix.with_previous(self.exchange.own_columns(wholes))
+
+    def _aggregated(self, matrix: WorkerMatrix) -> Aggregated | None:
+        """Return what came of the aggregation; None where it broke down, and the run goes on without this step."""
+        try:
+            aggregated = self._aggregation.aggregate(matrix)
+        except ByzantineBreakdownError as error:
+            # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
+            if self._scale is not None:
+                return None
+            if self._breakdown.propagates:
+                mean = self._aggregation.mean(matrix)
+                return Aggregated(mean.parts, [*mean.dropped, *error.workers])
+            if not self._breakdown.skips():
+                raise
+            self._on_skip(error)
+            return None
+        self._breakdown.succeeded()
+        return aggregated
+
+    def _commit(self, blocks: Iterable[GradientBlock], dropped: list[int]) -> None:
+        if self._sends is None:
+            return
+        first = self.exchange.rank * self.local.num_workers
+        for worker in range(self.local.num_workers):
+            # What everybody else has dropped must not stay in a worker's own state either.
+            if first + worker not in dropped:
+                sent = {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
+                self._sends.commit(sent, worker)
+
+    def _write_gradient(self, block: GradientBlock, whole: Tensor) -> None:
+        if self._aggregation.uses_previous:
+            copy_into(self.previous, block.by_name(whole))
+        # Into the block's own buffer, as DDP's all-reduce does, which saves a copy.
+        for name, part, target in block.parts(whole, block.buffer):
+            if name is None or self._sends is None:
+                target.copy_(part)
+            else:
+                self._sends.gradient(name, part, target)
+        if self._scale is not None:
+            block.buffer.mul_(self._scale)

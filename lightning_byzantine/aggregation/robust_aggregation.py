@@ -1,0 +1,75 @@
+"""The aggregation by a robust rule."""
+
+from dataclasses import replace
+
+from lightning_byzantine.aggregation.aggregation import Aggregated
+from lightning_byzantine.aggregation.bit_count import BitCount
+from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregators import Aggregator, Report
+from lightning_byzantine.aggregators.decision import Decision
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.matrix import WorkerMatrix
+
+__all__ = ["RobustAggregation"]
+
+
+class RobustAggregation:
+    """Applies a rule to the rows of all workers that are not in quarantine, and tells observers what it found out.
+
+    Args:
+        aggregator: the rule.
+        num_byzantine: f; it falls by one for each worker in quarantine.
+        quarantine: whose rows are dropped in any case.
+        observers: who gets the reports.
+
+    Example:
+        >>> from lightning_byzantine.aggregators import CoordinateWiseMedian
+        >>> quarantine = Quarantine()
+        >>> quarantine.add([2], CoordinateWiseMedian(), num_workers=4, num_byzantine=1)
+        >>> robust = RobustAggregation(CoordinateWiseMedian(), 1, quarantine, Observers())
+        >>> robust.aggregate(WorkerMatrix([torch.tensor([[1.0], [2.0], [50.0], [6.0]])]))
+        Aggregated(parts=[tensor([2.])], dropped=[2])
+
+    """
+
+    takes_estimates = True
+
+    def __init__(
+        self, aggregator: Aggregator, num_byzantine: int, quarantine: Quarantine, observers: Observers
+    ) -> None:
+        self.uses_previous = aggregator.uses_previous
+        self._aggregator = aggregator
+        self._num_byzantine = num_byzantine
+        self._quarantine = quarantine
+        self._observers = observers
+
+    def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
+        """Return the rule's result.
+
+        Raises:
+            ByzantineBreakdownError: if more rows are non-finite, or overflow, than may be Byzantine.
+
+        """
+        bits = BitCount(matrix) if self._observers.want_bits_of(matrix) else None
+        counted = matrix if bits is None else matrix.completed_by(bits.along_with)
+        num_byzantine = max(0, self._num_byzantine - len(self._quarantine.workers))
+        try:
+            decision = self._aggregator.decide(self._quarantine.without(counted), num_byzantine)
+        except ByzantineBreakdownError as error:
+            report = Report.of_breakdown(error.workers, matrix.num_workers)
+            self._observers.tell(lambda: report, cleared=self._quarantine.workers)
+            raise
+        self._observers.tell(lambda: self._report(decision, bits, matrix.num_workers), self._quarantine.workers)
+        return Aggregated(decision.values(), [*decision.dropped, *sorted(self._quarantine.workers)])
+
+    def mean(self, matrix: WorkerMatrix) -> Aggregated:
+        """Return the mean of the rows that are not in quarantine."""
+        trusted = self._quarantine.without(matrix)
+        return Aggregated(trusted.materialize(trusted.mean()), sorted(self._quarantine.workers))
+
+    def _report(self, decision: Decision, bits: BitCount | None, num_workers: int) -> Report:
+        report = decision.report()
+        if self._quarantine.workers:
+            report = report.among(decision.offered.workers, num_workers, measurable=True)
+        return report if bits is None else replace(report, unlikely=bits.unlikely(decision.seen.workers))

@@ -1,0 +1,105 @@
+"""What a rule would have done, beside a training by the plain mean."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_byzantine.aggregation.aggregation import Aggregated, PlainMean
+from lightning_byzantine.aggregation.bit_count import BitCount
+from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregators import Aggregator, Report
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.estimators.worker_momentum import momentum
+from lightning_byzantine.matrix import Names, WorkerMatrix
+
+__all__ = ["ShadowAggregation"]
+
+
+class ShadowAggregation(PlainMean):
+    """Returns the mean, and applies a rule to the momentum of the gradients that workers sent, for its report alone.
+
+    Workers send raw gradients, so that their mean is that of stock DDP to the bit, and every rank keeps the momentum of
+    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. A rule that starts from what
+    it returned last starts from what it would have returned. All this begins afresh when a run is resumed, and when DDP
+    rebuilds its buckets after the first step.
+
+    Args:
+        aggregator: the rule.
+        num_byzantine: f.
+        beta: momentum factor; 0 for raw gradients.
+        observers: who gets the reports.
+
+    Example:
+        >>> from lightning_byzantine.aggregators import Krum
+        >>> observers = Observers()
+        >>> handle = observers.add(lambda report: print(report.trimmed))
+        >>> shadow = ShadowAggregation(Krum(), num_byzantine=1, beta=0.9, observers=observers)
+        >>> shadow.aggregate(WorkerMatrix([torch.tensor([[1.0], [1.5], [9.0], [2.5]])]))
+        tensor([ True, False,  True,  True])
+        Aggregated(parts=[tensor([3.5000])], dropped=[])
+
+    """
+
+    def __init__(self, aggregator: Aggregator, num_byzantine: int, beta: float, observers: Observers) -> None:
+        self._aggregator = aggregator
+        self._num_byzantine = num_byzantine
+        self._beta = beta
+        self._observers = observers
+        self._layout: tuple[Names, ...] | None = None
+        self._shapes: list[torch.Size] = []
+        self._momentum: list[Tensor] = []
+        self._next: list[Tensor] = []
+        self._previous: list[Tensor] | None = None
+
+    def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
+        """Return the mean, and tell observers what the rule finds out about the workers."""
+        self._observers.tell(lambda: self._report(matrix))
+        return self.mean(matrix)
+
+    def _report(self, matrix: WorkerMatrix) -> Report:
+        self._restart_if_new(matrix)
+        # Of the gradients: momentum has bits of its own.
+        bits = BitCount(matrix) if self._observers.want_bits_of(matrix) else None
+        sent = matrix if self._beta == 0 else matrix.with_blocks(self._moved(matrix))
+        sent = sent.with_previous(self._previous)
+        if bits is not None:
+            sent = sent.completed_by(bits.along_with)
+        try:
+            decision = self._aggregator.decide(sent, self._num_byzantine)
+        except ByzantineBreakdownError as error:
+            report = Report.of_breakdown(error.workers, matrix.num_workers)
+        else:
+            report = decision.report()
+            if bits is not None:
+                report = replace(report, unlikely=bits.unlikely(decision.seen.workers))
+            if self._aggregator.uses_previous:
+                self._previous = decision.values()
+        if self._beta > 0:
+            self._commit(report.measurable)
+        return report
+
+    def _restart_if_new(self, matrix: WorkerMatrix) -> None:
+        shapes = [block.shape for block in matrix.blocks]
+        if matrix.layout == self._layout and shapes == self._shapes:
+            return
+        self._layout, self._shapes, self._previous = matrix.layout, shapes, None
+        if self._beta > 0:
+            self._momentum = [_momentum_like(block) for block in matrix.blocks]
+            self._next = [torch.empty_like(block) for block in self._momentum]
+
+    def _moved(self, matrix: WorkerMatrix) -> list[Tensor]:
+        for before, after, block in zip(self._momentum, self._next, matrix.blocks, strict=True):
+            momentum(before, block.to(before.dtype), self._beta, out=after)
+        return self._next
+
+    def _commit(self, measurable: Tensor) -> None:
+        # What can't be measured never enters a worker's momentum.
+        for row in (~measurable).nonzero().flatten().tolist():
+            for before, after in zip(self._momentum, self._next, strict=True):
+                after[row] = before[row]
+        self._momentum, self._next = self._next, self._momentum
+
+
+def _momentum_like(block: Tensor) -> Tensor:
+    return torch.zeros_like(block, dtype=torch.promote_types(block.dtype, torch.float32))

@@ -1,0 +1,158 @@
+"""DDP whose gradients go through an aggregation engine."""
+
+from abc import ABC
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_byzantine.aggregation.breakdown import Breakdown
+from lightning_byzantine.aggregation.ddp_hook import AggregationHook
+from lightning_byzantine.aggregation.engine import AggregationEngine
+from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
+from lightning_byzantine.strategies.fault_tolerant_ddp import FaultTolerantDDP
+from lightning_byzantine.strategies.skipped_steps import SkippedSteps
+from lightning_byzantine.utilities.checks import check_integer_at_least
+
+__all__ = ["AggregatingDDP"]
+
+
+class AggregatingDDP(FaultTolerantDDP, ABC):
+    """DDP in which every process acts as one worker or several, and an engine aggregates their gradients.
+
+    Which engine is its subclass's business, which hands it over by :meth:`aggregate_by` before training starts.
+
+    Args:
+        workers_per_process: how many workers each process acts as, k.
+        breakdown: what to do when more workers are provably bad than may be Byzantine.
+        **kwargs: arguments of FaultTolerantDDP.
+
+    Attributes:
+        engine: what aggregates, during ``fit``.
+        window: which worker a batch belongs to, during ``fit``.
+
+    """
+
+    def __init__(self, workers_per_process: int, breakdown: Breakdown, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_integer_at_least("workers_per_process", workers_per_process, 1)
+        self.workers_per_process = workers_per_process
+        self.engine: AggregationEngine | None = None
+        self.window: AccumulationWindow | None = None
+        self._breakdown = breakdown
+        self._skipped_steps: SkippedSteps | None = None
+        self._unknown_to_ddp: dict[str, nn.Parameter] = {}
+
+    @property
+    @override
+    def num_workers(self) -> int:
+        """Number of workers, m: all processes' together."""
+        return self.world_size * self.workers_per_process
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped in the whole run, by ``on_breakdown="skip"``."""
+        return self._breakdown.skipped
+
+    def aggregate_by(self, engine: AggregationEngine) -> None:
+        """Have an engine aggregate the gradients of this ``fit``."""
+        assert isinstance(self.model, DistributedDataParallel)
+        assert self.lightning_module is not None
+        self.engine = engine
+        AggregationHook(engine, self.lightning_module).register(self.model)
+
+    def skip_step(self, error: ByzantineBreakdownError) -> None:
+        """Leave out the optimizer's step that is under way, and say so."""
+        assert self._skipped_steps is not None
+        self._skipped_steps.skip(error)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.window = AccumulationWindow(trainer, self.workers_per_process)
+            self._skipped_steps = SkippedSteps(trainer, self._breakdown)
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self.num_workers == 2:
+            rank_zero_warn(
+                "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
+                " f=0 with 2 workers. Use 3 workers or more."
+            )
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on CUDA only. Ours waits for the optimizers, in setup_optimizers; what DDP has just
+        # left out is known now.
+        assert self.lightning_module is not None
+        self._unknown_to_ddp = {
+            name: parameter
+            for name, parameter in self.lightning_module.named_parameters()
+            if not parameter.requires_grad
+        }
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        for name, parameter in self._unknown_to_ddp.items():
+            if parameter.requires_grad:
+                raise MisconfigurationException(
+                    f"The parameter {name!r} was frozen when DDP was set up, so its gradient would go around the"
+                    " aggregation now. Freeze in `on_train_start`, and have find_unused_parameters=True."
+                )
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.workers_per_process == 1:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        assert self.engine is not None
+        assert self.window is not None
+        assert isinstance(self.model, DistributedDataParallel)
+        gradients = self.engine.local
+        if self.window.position == 0:
+            gradients.clear()
+        gradients.worker = self.window.worker
+        if self.model.find_unused_parameters and self.model.require_backward_grad_sync:
+            gradients.define()
+        # Lightning divides by the number of batches of all workers together.
+        loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
+        if not self.model.require_backward_grad_sync:
+            gradients.take()
+        return loss
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        def step(guarded: Callable[[], Any]) -> Any:
+            return super(AggregatingDDP, self).optimizer_step(optimizer, guarded, model, **kwargs)
+
+        assert self.window is not None
+        assert self._skipped_steps is not None
+        if self.window.is_complete:
+            return self._skipped_steps.step(optimizer, step, closure)
+        rank_zero_warn(
+            f"The epoch has ended after {self.window.position + 1} of workers_per_process={self.workers_per_process}"
+            " batches, which are left out, since some workers have none. `limit_train_batches` can end it earlier."
+        )
+        with self.block_backward_sync():
+            return closure()
+
+    @override
+    def teardown(self) -> None:
+        if self.window is not None:
+            self.window.restore()
+        self.engine = self.window = self._skipped_steps = None
+        super().teardown()

@@ -1,0 +1,70 @@
+"""Optimizer steps that are left out, since their gradients could not be aggregated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_byzantine.aggregation.breakdown import Breakdown
+from lightning_byzantine.errors import ByzantineBreakdownError
+
+__all__ = ["SkippedSteps"]
+
+
+class SkippedSteps:
+    """Leaves out the next step of each optimizer: neither parameters nor the optimizer's state move.
+
+    Of each, since with several optimizers nobody knows here which gradients belong to whose next step.
+
+    Args:
+        trainer: whose loggers are told.
+        breakdown: counts the skips.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer, breakdown: Breakdown) -> None:
+        self._trainer = trainer
+        self._breakdown = breakdown
+        self._to_skip: set[int] = set()
+
+    def skip(self, error: ByzantineBreakdownError) -> None:
+        """Leave out the step that is under way, and say so."""
+        self._to_skip = {id(optimizer) for optimizer in self._trainer.strategy.optimizers}
+        rank_zero_warn(
+            f"{error}. Skipped the optimizer's step, the {self._breakdown.skipped}th in this run; the run ends after"
+            f" {self._breakdown.max_skips} in a row (`max_skips`)."
+        )
+        for logger in self._trainer.loggers:
+            logger.log_metrics({"byzantine/skipped_steps": self._breakdown.skipped}, step=self._trainer.global_step)
+
+    def step(self, optimizer: Optimizer, step: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
+        """Take an optimizer's step, unless the aggregation broke down, in its closure or before.
+
+        Args:
+            optimizer: whose step it is.
+            step: takes the step, given a closure.
+            closure: computes the gradients, and returns the loss.
+
+        """
+
+        def guarded() -> Any:
+            loss = closure()
+            if id(optimizer) in self._to_skip:
+                self._to_skip.remove(id(optimizer))
+                raise _SkipStepError(loss)
+            return loss
+
+        try:
+            return step(guarded)
+        except _SkipStepError as skip:
+            return skip.loss
+
+
+class _SkipStepError(Exception):
+    """Leaves an optimizer's step after the closure and before anything has moved: neither parameters nor state."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
