@@ -1,8 +1,44 @@
-"""Private names of Lightning that the strategies can't do without, each with its reason."""
+"""Private names of Lightning that the strategies and callbacks need, each with its reason."""
 
-# The forward of DDP runs the training step through it, and is where the second pass of double momentum belongs.
-# Optimizers' states go to the CPU with it when a run ends, as Lightning does with those it knows.
+from typing import Any
+
+import lightning.pytorch as pl
+
+# Tell local paths from URLs of remote file systems in the same way as Lightning's own checkpoints do.
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+
+# Moves the states of optimizers to the CPU when a run ends, as Lightning does with the optimizers that it knows.
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
+
+# The type of paths in the signature of CheckpointIO, which the overrides have to repeat.
+from lightning.fabric.utilities.types import _PATH
+
+# Base class of asynchronous checkpoints, which have another CheckpointIO inside that can be replaced.
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+# Runs the training step within DDP's forward: the place for the second pass of double momentum.
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 
-__all__ = ["_DDPForwardRedirection", "_optimizer_to_device"]
+__all__ = [
+    "_PATH",
+    "_DDPForwardRedirection",
+    "_WrappingCheckpointIO",
+    "_is_local_file_protocol",
+    "_optimizer_to_device",
+    "get_filesystem",
+    "results_of",
+    "skips_backward",
+]
+
+
+def results_of(trainer: pl.Trainer) -> Any:
+    """Return the collection in which ``self.log`` keeps values during a step; None outside of loops.
+
+    It shows which values are synchronized within the step, and takes what modules log through a kept ``self.log``.
+    """
+    return trainer._results
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Return whether the current epoch has no backward, as the last one of Lightning's StochasticWeightAveraging."""
+    return bool(trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward)
