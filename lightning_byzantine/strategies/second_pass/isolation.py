@@ -1,4 +1,4 @@
-"""Runs a training step so that nobody notices."""
+"""A training step without side effects."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,57 +12,58 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_byzantine.strategies.lightning_internals import results_of
 from lightning_byzantine.strategies.second_pass.snapshot import Snapshot
+from lightning_byzantine.utilities.replacing import replaced
 from lightning_byzantine.utilities.rng import replayed_rng
 
-__all__ = ["unnoticed"]
+__all__ = ["isolated"]
 
 
 @contextmanager
-def unnoticed(module: pl.LightningModule, batch: Any) -> Iterator[None]:
-    """Undo at the end what a training step does beside computing its loss.
+def isolated(module: pl.LightningModule, batch: Any) -> Iterator[None]:
+    """Undo at the end everything that a training step does besides computing its loss.
 
-    Random numbers, what the module and its submodules hold (buffers, metrics, attributes), logging and printing, and
-    containers in the batch.
+    That is: random numbers, the state of the module and its submodules (buffers, metrics, attributes), and containers
+    in the batch. Logging and printing do nothing within the block.
 
     Args:
-        module: the module that takes the step.
-        batch: what the step gets; its tensors must not be written to.
+        module: the module that runs the step.
+        batch: the arguments of the step; their tensors must not be written to.
 
     Raises:
         MisconfigurationException: if the step writes to a tensor of its batch, or to a trainable parameter, by one of
-            torch's own in-place operations.
+            torch's in-place operations.
 
     """
     trainer = module.trainer
-    own, handed_in, loggers = Snapshot(module), Snapshot(batch, copy_tensors=False), trainer.loggers
+    own, handed_in = Snapshot(module), Snapshot(batch, copy_tensors=False)
     if own.iterators:
         rank_zero_warn(
             f"The module holds an iterator, a {type(own.iterators[0]).__name__}. Double momentum runs `training_step`"
-            " twice a batch, and what it draws from an iterator is not the same twice. Draw in `on_train_batch_start`."
+            " twice a batch, and an iterator does not return the same item twice. Use it in `on_train_batch_start`."
         )
     with ExitStack() as stack:
         stack.enter_context(replayed_rng(module.device))
         stack.callback(own.restore)
         stack.callback(handed_in.restore)
-        stack.callback(setattr, trainer, "loggers", loggers)
-        trainer.loggers = [_SilentLogger(logger) for logger in loggers]
-        # For those who have kept hold of `self.log` itself.
-        results = trainer._results
-        if results is not None:
-            results.log = _nothing
-            stack.callback(vars(results).pop, "log")
+        stack.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
+        # For modules that keep a reference to `self.log`, which is replaced below.
+        if (results := results_of(trainer)) is not None:
+            stack.enter_context(replaced(results, log=_nothing))
         for part in own.modules:
             if isinstance(part, pl.LightningModule):
-                vars(part).update(log=_nothing, print=_nothing, all_gather=_warning(part.all_gather))
+                all_gather = _warning(part.all_gather)
+                stack.enter_context(replaced(part, log=_nothing, print=_nothing, all_gather=all_gather))
             elif isinstance(part, Metric):
-                part.distributed_available_fn = _never
+                stack.enter_context(replaced(part, distributed_available_fn=_never))
         yield
         if handed_in.changed:
             raise MisconfigurationException(
                 "Double momentum runs `training_step` twice on each batch, but this one writes to a tensor of its batch"
-                f" in place, of shape {tuple(handed_in.changed[0].shape)}. Write to a copy, such as `x = x + noise`"
-                " instead of `x += noise`."
+                f" in place, of shape {tuple(handed_in.changed[0].shape)}. Write `x = x + noise` instead of"
+                " `x += noise`, for example."
             )
         if any(isinstance(tensor, nn.Parameter) for tensor in own.changed):
             raise MisconfigurationException(
@@ -72,7 +73,7 @@ def unnoticed(module: pl.LightningModule, batch: Any) -> Iterator[None]:
 
 
 class _SilentLogger(DummyLogger):
-    """Knows where its logger logs to, and logs nothing."""
+    """Has the name and directories of another logger, and logs nothing."""
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class _SilentLogger(DummyLogger):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for what logs or prints."""
+    """Do nothing, whatever the arguments."""
 
 
 def _never() -> bool:

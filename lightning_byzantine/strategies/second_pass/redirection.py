@@ -1,12 +1,12 @@
-"""The second pass of double momentum: the training step at the previous query point, which nobody notices."""
+"""The training step at the previous query point, before each ordinary one."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -14,23 +14,25 @@ from typing_extensions import override
 from lightning_byzantine.aggregation.gradients import clipping_factor, flattened, unscaled
 from lightning_byzantine.optim import DoubleMomentum
 from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
-from lightning_byzantine.strategies.second_pass.isolation import unnoticed
+from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedirection, skips_backward
+from lightning_byzantine.strategies.second_pass.isolation import isolated
+from lightning_byzantine.utilities.replacing import replaced
 
 __all__ = ["PreviousPointRedirection"]
 
 
 class PreviousPointRedirection(_DDPForwardRedirection):
-    """Runs ``training_step`` at x_{t-1} first, for the gradient g~_t alone, and then as Lightning would.
+    """Runs ``training_step`` at x_{t-1} first, for the gradient g~_t alone, and then as Lightning does.
 
-    It happens within DDP's forward: DDP has sent its buffers to all ranks by then, and not yet prepared its backward.
-    With ``accumulate_grad_batches``, gradients are summed over the batches of one optimizer step, for each worker that
-    this process acts as.
+    Both run within DDP's forward, after DDP has synchronized buffers and before it prepares its backward. With
+    ``accumulate_grad_batches``, gradients are summed over the batches of one optimizer step, for each worker that this
+    process acts as.
 
     Args:
-        optimizer: what knows x_{t-1}.
+        optimizer: holds x_{t-1}, and its estimator takes g~_t.
         max_norm: clips g~_t to this norm; None for no clipping.
-        loss_scale: returns the factor that the loss is multiplied by, None without a gradient scaler.
-        window: the batches of the optimizer step that is under way.
+        loss_scale: returns the factor on the loss; None without a gradient scaler.
+        window: which batches belong to the current optimizer step.
 
     """
 
@@ -56,28 +58,19 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Lightning's Stochastic Weight Averaging has epochs without backward.
-        loop = original_module.trainer.fit_loop.epoch_loop.automatic_optimization
-        if method_name != "training_step" or loop._skip_backward:
+        if method_name != "training_step" or skips_backward(original_module.trainer):
             return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
-        training_step, patched = original_module.training_step, vars(original_module)
-        own = {name: patched[name] for name in ("training_step",) if name in patched}  # the user's patch, as of compile
-
-        def restore() -> None:
-            patched.pop("training_step", None)
-            patched.update(own)
+        training_step, replacement = original_module.training_step, ExitStack()
 
         def both_passes(*args: Any, **kwargs: Any) -> Any:
-            restore()
+            replacement.close()  # so that the module is as its user made it when its step runs
             assert isinstance(wrapper_module, DistributedDataParallel)
             self._collect(original_module, training_step, args, kwargs, wrapper_module.require_backward_grad_sync)
             return training_step(*args, **kwargs)
 
-        patched["training_step"] = both_passes
-        try:
+        with replacement:
+            replacement.enter_context(replaced(original_module, training_step=both_passes))
             return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
-        finally:
-            restore()
 
     def _collect(
         self,
@@ -89,9 +82,9 @@ class PreviousPointRedirection(_DDPForwardRedirection):
     ) -> None:
         if self._window.position == 0:
             self._sums = [{} for _ in range(self._window.num_local_workers)]
-        # At the same steps on all ranks, for a training step may have collectives of its own.
+        # In the same steps on all ranks, because a training step may contain collectives.
         if self._optimizer.estimator.step > 1:
-            with unnoticed(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
+            with isolated(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
                 gradients = self._gradients(module, training_step(*args, **kwargs))
             total = self._sums[self._window.worker]
             for name, gradient in gradients.items():
@@ -106,13 +99,13 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         return {name: gradient * factor for name, gradient in gradients.items()}
 
     def _gradients(self, module: pl.LightningModule, output: Any) -> dict[str, Tensor]:
-        """Return the flat gradients of what the training step returned, without the loss scale."""
+        """Return the gradients of the training step's loss, flat and without the loss scale."""
         loss = output["loss"] if isinstance(output, Mapping) else output
         if loss is None:
-            return {}  # Lightning has something to say about it when it gets the same
+            return {}  # Lightning warns of it, or raises, after the ordinary pass
         scale = self._loss_scale()
         parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        # Backward runs without autocast in the ordinary pass.
+        # As in the ordinary pass, where backward runs outside of autocast.
         with torch.autocast(module.device.type, enabled=False):
             loss = loss / self._window.batches_of_a_worker * (1.0 if scale is None else scale)
             gradients = _gradients_of(loss, list(parameters.values()))
@@ -131,7 +124,7 @@ def _gradients_of(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None
         if "use_reentrant" not in str(error):
             raise
         reason = error
-    # torch says so only if something before the checkpoint needs a gradient as well, and returns None otherwise.
+    # torch raises only if an input of the checkpoint needs a gradient; otherwise it returns None.
     if reason is not None or (any(gradient is None for gradient in gradients) and _has_reentrant_checkpoint(loss)):
         raise MisconfigurationException(
             "Double momentum can't compute gradients through `torch.utils.checkpoint` with use_reentrant=True. Use"

@@ -1,4 +1,4 @@
-"""What code may change in the objects it can reach, and how to undo it."""
+"""The state of all objects that code can reach from one of them, and how to restore it."""
 
 import random
 import sys
@@ -12,12 +12,14 @@ import numpy as np  # comes with torchmetrics
 import torch
 from torch import Tensor, nn
 
+from lightning_byzantine.utilities.torch_internals import version_of
+
 __all__ = ["Snapshot"]
 
 _ATOMS = frozenset({bool, bytes, complex, float, int, str, type(None), torch.device, torch.dtype, torch.Size})
 
-# Their objects belong to the machinery around a model, and reach far beyond it.
-_MACHINERY = sys.stdlib_module_names | {
+# Attributes of these packages' objects are left alone: they belong to the framework, and lead far beyond the model.
+_FRAMEWORK = sys.stdlib_module_names | {
     "lightning",
     "lightning_byzantine",
     "lightning_fabric",
@@ -26,24 +28,25 @@ _MACHINERY = sys.stdlib_module_names | {
     "torch",
 }
 
-# Hooks and the like, which a module registers in its constructor, and many of them.
+# Hooks and similar dictionaries that each module has, and that a training step does not change.
 _HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
 
 class Snapshot:
-    """Remembers modules, containers, tensors and generators, and all that is reachable from them through one another.
+    """Remembers the state of an object and of all objects that it refers to, directly or not.
 
-    Goes through modules (with torchmetrics' metrics), lists, dicts, sets, deques, tuples, tensors, numpy arrays, random
-    generators, and the attributes of other objects but those of torch, Lightning and Python's library. Objects keep
-    their identity: :meth:`restore` puts back what they hold. Trainable parameters are not copied.
+    Covers modules (torchmetrics' metrics included), lists, dicts, sets, deques, tuples, tensors, numpy arrays, random
+    generators, and the attributes of other objects, except those of torch, Lightning and Python's standard library.
+    :meth:`restore` restores their contents; the objects stay the same. Trainable parameters are not copied.
 
     Args:
         root: where to start.
-        copy_tensors: whether tensors and arrays can be restored; otherwise, :attr:`changed` tells only.
+        copy_tensors: whether to copy tensors and arrays, so that they can be restored. Without copies, :attr:`changed`
+            still reports writes to them.
 
     Attributes:
-        modules: those that were met.
-        iterators: those that were met, which nobody can put back.
+        modules: all modules that were found.
+        iterators: all iterators that were found; they can't be restored.
 
     Example:
         >>> state = {"losses": [1.0], "count": torch.zeros(1)}
@@ -63,19 +66,19 @@ class Snapshot:
         self._undo: list[Callable[[], Any]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._arrays: list[tuple[np.ndarray, bytes]] = []
-        self._seen: dict[int, Any] = {}  # keeps what it has seen alive, for ids to stay unique
+        self._seen: dict[int, Any] = {}  # holds references, because the id of a deleted object can be used again
         pending = [root]
         while pending:
             pending.extend(value for value in self._visit(pending.pop()) if type(value) not in _ATOMS)
 
     @property
     def changed(self) -> list[Tensor | np.ndarray]:
-        """Tensors, parameters included, and arrays that were written to since; arrays if they are not restored."""
-        tensors = [tensor for tensor, version in self._versions if tensor._version != version]
+        """Tensors and parameters that were written to since then; without ``copy_tensors`` arrays as well."""
+        tensors = [tensor for tensor, version in self._versions if version_of(tensor) != version]
         return [*tensors, *(array for array, content in self._arrays if array.tobytes() != content)]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything that was remembered."""
         for undo in self._undo:
             undo()
 
@@ -96,24 +99,17 @@ class Snapshot:
             return self._visit_collection(value)
         if self._visit_leaf(value):
             return ()
-        known = type(value).__module__.partition(".")[0] in _MACHINERY
-        if (
-            hasattr(value, "__dict__")
-            and not isinstance(value, type)
-            and (not known or isinstance(value, SimpleNamespace))
-        ):
-            return self._visit_dict(vars(value))
-        return ()
+        return self._visit_dict(vars(value)) if _has_own_state(value) else ()
 
     def _visit_tensor(self, tensor: Tensor) -> Iterable[Any]:
-        if tensor.is_inference():  # keeps no version, and can't be written to outside of inference mode
+        if tensor.is_inference():  # has no version, and can't be written to outside of inference mode
             return ()
-        self._versions.append((tensor, tensor._version))
+        self._versions.append((tensor, version_of(tensor)))
         if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
             self._undo.append(partial(_set_gradient, tensor, tensor.requires_grad, tensor.grad))
         is_trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-        # Whatever their versions say: batch normalisation, and all that goes through `.data`, leaves none. Nobody can
-        # write to an expanded tensor.
+        # Versions do not tell which tensors to restore: writes by batch normalization and through `.data` don't count.
+        # Expanded tensors can't be written to.
         if self._copy_tensors and not is_trainable and not _is_expanded(tensor):
             self._undo.append(partial(tensor.detach().copy_, tensor.detach().clone()))
         return ()
@@ -164,6 +160,13 @@ class Snapshot:
         else:
             return False
         return True
+
+
+def _has_own_state(value: Any) -> bool:
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    return package not in _FRAMEWORK or isinstance(value, SimpleNamespace)
 
 
 def _set_gradient(tensor: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Puts a module's optimizer under double momentum."""
+"""Wraps a module's optimizer in double momentum."""
 
 from inspect import signature
 
@@ -20,32 +20,32 @@ __all__ = ["find_or_wrap"]
 def find_or_wrap(
     module: pl.LightningModule, optimizers: list[Optimizer], estimator: Estimator | str | None, precision: Precision
 ) -> DoubleMomentum | None:
-    """Return the module's optimizer as double momentum has it, or None where nobody asks for double momentum.
+    """Return the module's optimizer, wrapped in :class:`DoubleMomentum`; None if double momentum is not used.
 
-    One that ``configure_optimizers`` has wrapped already is left alone.
+    An optimizer that ``configure_optimizers`` has wrapped already is returned as it is.
 
     Args:
-        module: the module that is trained.
-        optimizers: what ``configure_optimizers`` returned.
-        estimator: what the strategy was given; "auto" for nothing in particular.
-        precision: the Trainer's.
+        module: the module to train.
+        optimizers: the result of ``configure_optimizers``.
+        estimator: the strategy's argument.
+        precision: the Trainer's precision plugin.
 
     Raises:
         MisconfigurationException: if the strategy was given another estimator than the optimizer needs, or if the
-            module has no optimizer, optimizes manually, fetches its own batches, or has a ``backward`` of its own.
+            module has no optimizer, optimizes manually, fetches its own batches, or overrides ``backward``.
 
     """
     wrapped = [optimizer for optimizer in optimizers if isinstance(optimizer, DoubleMomentum)]
     if wrapped and estimator != "auto" and not isinstance(estimator, DoubleMomentumEstimator):
         raise MisconfigurationException(
             "A worker sends one estimate only, but `configure_optimizers` returned DoubleMomentum and the strategy has"
-            f" estimator={estimator!r}. Leave out one of them."
+            f" estimator={estimator!r}. Remove one of them."
         )
     own = wrapped[0].estimator if wrapped else estimator
     if not isinstance(own, DoubleMomentumEstimator):
         return None
     _check(module, precision, own.schedule)
-    # One, since that is all that automatic optimization has.
+    # Only the first one: automatic optimization has no more.
     if wrapped:
         if isinstance(estimator, DoubleMomentumEstimator) and repr(estimator) != repr(own):
             rank_zero_info(f"Kept the optimizer's own {own!r} instead of the strategy's {estimator!r}.")
@@ -54,21 +54,15 @@ def find_or_wrap(
         raise MisconfigurationException("Double momentum needs an optimizer, got none from `configure_optimizers`.")
     base = optimizers[0]
     optimizer = DoubleMomentum.around(base, own)
-    # Schedulers are bound to the base already, and LearningRateMonitor would log it and its wrapper each on its own.
-    # This is where it looks for what is wrapped; LightningOptimizer has a property of that name, which goes first.
+    # Schedulers refer to the base already, and LearningRateMonitor would log the base and its wrapper if it did not
+    # find the base by this name. LightningOptimizer has a property of that name, which takes precedence.
     optimizer.optimizer = base  # type: ignore[attr-defined]
     rank_zero_info(f"Wrapped {type(base).__name__} in DoubleMomentum, for {own!r}.")
     return optimizer
 
 
 def _check(module: pl.LightningModule, precision: Precision, schedule: Schedule) -> None:
-    """Refuse modules whose gradient at a second point can't be had, and warn of what costs more there.
-
-    Raises:
-        MisconfigurationException: if the module optimizes manually, fetches its own batches, or has a ``backward`` of
-            its own.
-
-    """
+    """Refuse modules whose gradient at a second point can't be computed; warn of what costs time or precision there."""
     if not module.automatic_optimization:
         raise MisconfigurationException(
             "Double momentum needs automatic optimization, got automatic_optimization=False. Use"
@@ -81,8 +75,8 @@ def _check(module: pl.LightningModule, precision: Precision, schedule: Schedule)
         )
     if is_overridden("backward", module):
         raise MisconfigurationException(
-            "Double momentum takes the gradient of what `training_step` returns, got a"
-            f" `{type(module).__name__}.backward` of its own. Use `strategy='byzantine_ddp'`, or put it into the loss."
+            "Double momentum takes the gradient of the loss that `training_step` returns, got a module that overrides"
+            f" `{type(module).__name__}.backward`. Use `strategy='byzantine_ddp'`, or make it part of the loss."
         )
     if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
         rank_zero_warn("SyncBatchNorm communicates twice a step under double momentum.")
