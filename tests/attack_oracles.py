@@ -16,6 +16,8 @@ def honest_mean(rows: Rows) -> np.ndarray:
 
 
 def deviation(rows: Rows, ddof: int) -> np.ndarray:
+    if len(rows) == 1:
+        return np.zeros_like(rows[0])
     result = []
     for values, mean in zip(zip(*rows, strict=True), honest_mean(rows), strict=True):
         result.append((sum((value - mean) ** 2 for value in values) / (len(rows) - ddof)) ** 0.5)
@@ -35,7 +37,7 @@ def min_max(rows: Rows, perturbation: str) -> np.ndarray:
     mean = honest_mean(rows)
     norm = np.linalg.norm(mean)
     direction = {
-        "std": -deviation(rows, 1) if len(rows) > 1 else 0 * mean,
+        "std": -deviation(rows, 1),
         "unit": -mean / norm if norm else 0 * mean,
         "sign": -np.sign(mean),
     }[perturbation]

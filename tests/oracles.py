@@ -42,7 +42,10 @@ def geometric_median(rows: Rows, f: int) -> np.ndarray:
         distances = [max(np.linalg.norm(row - point), 1e-12 * scale) for row in rows]
         if scale == 0:
             break
+        before = point
         point = sum(row / d for row, d in zip(rows, distances, strict=True)) / sum(1 / d for d in distances)
+        if np.linalg.norm(point - before) <= 1e-16 * scale:
+            break
     return min(best, point, key=cost)
 
 

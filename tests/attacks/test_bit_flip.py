@@ -1,6 +1,8 @@
 import attack_oracles
+import numpy as np
 import pytest
 import torch
+from cases import AttackCase, AttackOracle, Exempt
 from torch import Tensor
 from vectors import rows
 
@@ -9,6 +11,34 @@ from lightning_byzantine.attacks import (
 )
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def flipped(bit: int) -> AttackOracle:
+    return lambda honest, own: [
+        np.array([attack_oracles.flip_bit(each, bit, "float64") for each in row]) for row in own
+    ]
+
+
+BY_CHANCE = Exempt(["oracle"], because="it is chance which bits are flipped")
+BY_BLOCKS = Exempt(["cuts", "shards"], because="it is drawn for each block and each shard")
+OWN_UNITS = Exempt(["scaling"], because="what a bit means depends on the number")
+ANYTHING = Exempt(["finite"], because="the bits of the exponent can make any number")
+CASES = [
+    AttackCase(BitFlip(bit=15), flipped(15), [OWN_UNITS, ANYTHING]),
+    AttackCase(BitFlip(), None, [BY_CHANCE, BY_BLOCKS, OWN_UNITS, ANYTHING], name="BitFlip, random"),
+    AttackCase(
+        BitFlip(bit=2, fraction=0.5),
+        None,
+        [BY_CHANCE, BY_BLOCKS, OWN_UNITS, ANYTHING],
+        name="BitFlip, half of the values",
+    ),
+    AttackCase(
+        BitFlip(probability=0.5),
+        None,
+        [BY_CHANCE, BY_BLOCKS, OWN_UNITS, ANYTHING, Exempt(["change"], because="it spares some steps")],
+        name="BitFlip, half of the steps",
+    ),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,17 +1,38 @@
 import pytest
 import torch
+from cases import AttackCase, DataAttackCase, Exempt
 from vectors import rows
 
 from lightning_byzantine.aggregators import (
     Krum,
 )
 from lightning_byzantine.attacks import (
+    GaussianNoise,
     Intermittent,
     LabelFlip,
     Mimic,
     OptimalALittleIsEnough,
     SignFlip,
 )
+
+CASES = [
+    AttackCase(Intermittent(SignFlip(), probability=1.0), lambda honest, own: [-row for row in own]),
+    AttackCase(
+        Intermittent(GaussianNoise(), probability=0.5),
+        None,
+        [
+            Exempt(["oracle"], because="it is noise"),
+            Exempt(["change"], because="it spares some steps"),
+            Exempt(["cuts", "shards"], because="each block and each shard has noise of its own"),
+            Exempt(["scaling"], because="its length is in the units of the rows"),
+        ],
+    ),
+    DataAttackCase(
+        Intermittent(LabelFlip(num_classes=10), probability=1.0),
+        batch=(torch.zeros(3), torch.tensor([0, 1, 9])),
+        poisoned=(torch.zeros(3), torch.tensor([9, 8, 0])),
+    ),
+]
 
 
 def test_intermittent_attacks_some_steps_and_leaves_others_alone() -> None:

@@ -1,6 +1,7 @@
 import attack_oracles
 import pytest
 import torch
+from cases import AttackCase
 from hypothesis import given
 from hypothesis import strategies as st
 from vectors import honest_rows, rows
@@ -10,6 +11,16 @@ from lightning_byzantine.attacks import (
 )
 
 PERTURBATIONS = ["std", "unit", "sign"]
+
+
+CASES = [
+    AttackCase(
+        MinMax(perturbation),
+        lambda honest, own, perturbation=perturbation: [attack_oracles.min_max(honest, perturbation)] * len(own),
+        name=f"MinMax, {perturbation}",
+    )
+    for perturbation in PERTURBATIONS
+]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

@@ -4,6 +4,7 @@ import attack_oracles
 import oracles
 import pytest
 import torch
+from cases import AttackCase, AttackOracle
 from vectors import honest_rows, rows
 
 from lightning_byzantine.aggregators import (
@@ -35,6 +36,32 @@ RULES: dict[str, tuple[Aggregator, oracles.Oracle]] = {
         oracles.ctma(oracles.nnm(oracles.coordinate_wise_median)),
     ),
 }
+
+
+def searched(rule: oracles.Oracle, forge: attack_oracles.Forge, evaluations: int) -> AttackOracle:
+    return lambda honest, own: [attack_oracles.optimal(honest, len(own), rule, forge, 1.0, evaluations)] * len(own)
+
+
+CASES = [
+    AttackCase(
+        OptimalALittleIsEnough(RULES["ctma(nnm(median))"][0], evaluations=4),
+        searched(RULES["ctma(nnm(median))"][1], attack_oracles.a_little_is_enough, 4),
+    ),
+    AttackCase(
+        OptimalALittleIsEnough(CoordinateWiseMedian(), num_byzantine=0),
+        searched(oracles.coordinate_wise_median, attack_oracles.a_little_is_enough, 20),
+        name="OptimalALittleIsEnough on the median",
+    ),
+    AttackCase(
+        OptimalInnerProductManipulation(CoordinateWiseMedian(), num_byzantine=3, evaluations=5),
+        searched(oracles.coordinate_wise_median, attack_oracles.inner_product_manipulation, 5),
+    ),
+    AttackCase(
+        OptimalInnerProductManipulation(CoordinateWiseMedian(), num_byzantine=0),
+        searched(oracles.coordinate_wise_median, attack_oracles.inner_product_manipulation, 20),
+        name="OptimalInnerProductManipulation, 20 trials",
+    ),
+]
 
 
 @pytest.mark.parametrize("evaluations", [2, 20])
