@@ -24,6 +24,7 @@ class RobustAggregation:
         observers: who gets the reports.
 
     Example:
+        >>> import torch
         >>> from lightning_byzantine.aggregators import CoordinateWiseMedian
         >>> quarantine = Quarantine()
         >>> quarantine.add([2], CoordinateWiseMedian(), num_workers=4, num_byzantine=1)

@@ -24,6 +24,7 @@ class Gram:
         errors: [m, m] float64, 0 where all digits of float64 are right.
 
     Example:
+        >>> import torch
         >>> gram = Gram(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 2))
         >>> gram.squared_distances()
         (tensor([[0., 5.],
@@ -137,6 +138,7 @@ def most_central_row(distances: Tensor) -> int:
         distances: [m, m], squared or not.
 
     Example:
+        >>> import torch
         >>> most_central_row(torch.tensor([[0.0, 9.0, 8.0], [9.0, 0.0, 1.0], [8.0, 1.0, 0.0]]))
         1
 

@@ -169,7 +169,7 @@ def test_a_gradient_scaler_goes_first(three_ranks: RankPool, policy: str) -> Non
 
 
 def test_misuse_is_named() -> None:
-    with pytest.raises(ValueError, match="on_breakdown must be 'raise', 'skip' or 'propagate', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_breakdown must be one of raise, skip, propagate, got 'ignore'"):
         ByzantineDDPStrategy(on_breakdown="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_skips must be at least 1, got 0"):
         ByzantineDDPStrategy(max_skips=0)

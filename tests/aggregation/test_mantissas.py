@@ -5,7 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_byzantine.aggregation.mantissas import count_bits, unlikely_bits
-from lightning_byzantine.aggregators import CTMA, Aggregator, CoordinateWiseMedian, Krum, Mean
+from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
+from lightning_byzantine.aggregators import CTMA, Aggregator, CoordinateWiseMedian, Krum, Mean, Report
 from lightning_byzantine.matrix import WorkerMatrix
 
 
@@ -74,6 +77,14 @@ def test_few_values_tell_nothing() -> None:
     assert unlikely((1e-6 * values(3)).half()) is None  # subnormal
 
 
+def report_of(rule: Aggregator, matrix: WorkerMatrix, num_byzantine: int, quarantine: Quarantine) -> Report:
+    reports: list[Report] = []
+    observers = Observers()
+    observers.add(reports.append)
+    RobustAggregation(rule, num_byzantine, quarantine, observers).aggregate(matrix)
+    return reports[0]
+
+
 @pytest.mark.parametrize("rule", [Mean(), CoordinateWiseMedian(), Krum(), CTMA(CoordinateWiseMedian())], ids=str)
 @pytest.mark.parametrize("dropped", [None, 1])
 def test_every_rule_reports_it_when_asked(rule: Aggregator, dropped: int | None) -> None:
@@ -82,14 +93,11 @@ def test_every_rule_reports_it_when_asked(rule: Aggregator, dropped: int | None)
     f = 0 if isinstance(rule, Mean) else 2
     if dropped is not None and f > 0:
         rows[dropped, 7] = torch.inf
-    for asked in (False, True):
-        matrix = WorkerMatrix([rows[:, :100], rows[:, 100:]])
-        if asked:
-            matrix.watch_bits()
-        found = rule.decide(matrix, f).report().unlikely
-        assert found is None if not asked else found is not None and found.nonzero().flatten().tolist() == [3]
-        whole = WorkerMatrix([rows])
-        if asked:
-            whole.watch_bits()
-            part = rule.decide(whole.select(torch.tensor([1, 2, 3, 4])), min(f, 1)).report().unlikely
-            assert part is not None and part.tolist() == [False, False, True, False]
+    matrix = WorkerMatrix([rows[:, :100], rows[:, 100:]])
+    assert rule.decide(matrix, f).report().unlikely is None
+    found = report_of(rule, matrix, f, Quarantine()).unlikely
+    assert found is not None and found.nonzero().flatten().tolist() == [3]
+    quarantine = Quarantine()
+    quarantine.add([0], rule, 5, f)
+    found = report_of(rule, WorkerMatrix([rows]), f, quarantine).unlikely
+    assert found is not None and found.tolist() == [False, False, False, True, False]

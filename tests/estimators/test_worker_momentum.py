@@ -14,7 +14,7 @@ def run(estimators: list[WorkerMomentum], gradients: Tensor) -> list[Tensor]:
         sent = [torch.empty_like(gradient) for gradient in step]
         for estimator, gradient, out in zip(estimators, step, sent, strict=True):
             estimator.estimate("weight", gradient, out)
-            estimator.commit()
+            estimator.commit({"weight": out})
         aggregate = torch.stack(sent).mean(0)
         gradient = torch.empty_like(aggregate)
         for estimator in estimators:
@@ -40,15 +40,12 @@ def test_momentum_follows_the_recursion_of_the_paper() -> None:
         torch.testing.assert_close(received[step], expected)
 
 
-def test_a_discarded_step_leaves_the_state_as_it_was() -> None:
-    momentum = WorkerMomentum()
-    momentum.estimate("weight", torch.ones(2), torch.empty(2))
-    momentum.commit()
+def test_a_step_that_is_not_committed_leaves_the_state_as_it_was() -> None:
+    momentum, sent = WorkerMomentum(), torch.empty(2)
+    momentum.estimate("weight", torch.ones(2), sent)
+    momentum.commit({"weight": sent})
     before = {name: value.clone() for name, value in momentum.worker_state().items()}
-    momentum.estimate("weight", torch.full((2,), torch.nan), torch.empty(2))
-    momentum.discard()
-    assert torch.equal(momentum.worker_state()["weight"], before["weight"])
-    momentum.commit()
+    momentum.estimate("weight", torch.full((2,), torch.nan), sent)
     assert torch.equal(momentum.worker_state()["weight"], before["weight"])
 
 

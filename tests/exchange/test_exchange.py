@@ -42,14 +42,12 @@ from lightning_byzantine.attacks import (
     StaleGradient,
 )
 from lightning_byzantine.callbacks import ByzantineSimulation
-from lightning_byzantine.exchange import AllGather, AllToAll
-
-EXCHANGES = {"all_gather": AllGather, "all_to_all": AllToAll}
+from lightning_byzantine.exchange import EXCHANGES, AllToAll, make_exchange
 
 
 def exchange_blocks(name: str, blocks: list[list[Tensor]], rule: Aggregator, num_byzantine: int) -> list[Tensor]:
     """Start this rank's row of every block, aggregate twice, return the second result."""
-    exchange = EXCHANGES[name](torch.distributed.get_world_size())
+    exchange = make_exchange(name, torch.distributed.get_world_size())
     for _ in range(2):
         for block in blocks:
             exchange.start(block[torch.distributed.get_rank()].clone()[None])
@@ -185,7 +183,7 @@ def test_attacks_are_the_same_under_both(three_ranks: RankPool, attack: Attack, 
 
 def tampered_blocks(name: str, blocks: list[list[Tensor]], attack: Attack) -> list[Tensor]:
     """Return the whole row that worker 0 is given."""
-    exchange = EXCHANGES[name](torch.distributed.get_world_size())
+    exchange = make_exchange(name, torch.distributed.get_world_size())
     for block in blocks:
         exchange.start(block[torch.distributed.get_rank()].clone()[None])
     matrix = attack.tamper(exchange.finish(), [0])

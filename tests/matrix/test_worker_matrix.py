@@ -61,8 +61,7 @@ def test_a_scaled_matrix_is_the_matrix_of_the_scaled_rows(dtype: torch.dtype) ->
 
 
 def test_what_was_aggregated_before_is_known_to_all_views() -> None:
-    matrix = WorkerMatrix(blocks(rows()))
-    matrix.previous = [torch.zeros(7), torch.zeros(1), torch.zeros(22)]
+    matrix = WorkerMatrix(blocks(rows())).with_previous([torch.zeros(7), torch.zeros(1), torch.zeros(22)])
     views = [matrix.select(torch.tensor([0, 2])), matrix.mix(affine(3, 6, seed=0)), matrix.scale(torch.ones(6))]
     for view in [*views, matrix.map_blocks(torch.neg)]:
         assert view.previous is matrix.previous
@@ -185,3 +184,12 @@ def test_a_coordinate_comes_out_the_same_wherever_columns_are_cut() -> None:
     whole = values([70_001])
     for cuts in ([1, 70_000], [13, 50_017, 19_971], [64, 69_937], [35_000, 35_001]):
         assert torch.equal(values(cuts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_from_a_point_of_some_rows_are_from_that_point(dtype: torch.dtype) -> None:
+    vectors = rows().to(dtype)
+    some = torch.tensor([0, 2, 3])
+    matrix = WorkerMatrix(blocks(vectors))
+    center = matrix.select(some).coordinatewise(lambda chunk: chunk.sum(0))
+    torch.testing.assert_close(matrix.distances(center), (vectors - vectors[some].sum(0)).double().norm(dim=1))

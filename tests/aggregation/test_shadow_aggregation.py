@@ -13,7 +13,8 @@ from torch import Tensor
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
-from lightning_byzantine.aggregation.shadow import Shadow
+from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, CenteredClipping, CoordinateWiseMedian
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.attacks import NonFinite, SignFlip
@@ -56,17 +57,26 @@ def test_reports_what_the_rule_would_have_done(three_ranks: RankPool) -> None:
             torch.testing.assert_close(report.distances, own.distances, rtol=1e-5, atol=1e-9)
 
 
+def report_of(shadow: ShadowAggregation, observers: Observers, matrix: WorkerMatrix) -> Report:
+    reports: list[Report] = []
+    handle = observers.add(reports.append)
+    shadow.aggregate(matrix)
+    handle.remove()
+    return reports[0]
+
+
 def test_sees_momentum_of_what_could_be_measured() -> None:
     generator = torch.Generator().manual_seed(0)
-    shadow, rule = Shadow(CTMA(NNM(CoordinateWiseMedian())), beta=0.9), CTMA(NNM(CoordinateWiseMedian()))
+    observers, rule = Observers(), CTMA(NNM(CoordinateWiseMedian()))
+    shadow = ShadowAggregation(CTMA(NNM(CoordinateWiseMedian())), 2, beta=0.9, observers=observers)
     momentum = torch.zeros(5, 30)
     for step in range(6):
         gradients = torch.randn(5, 30, generator=generator)
         if step == 3:
             gradients[4, 7] = torch.nan
-        sent = 0.9 * momentum + 0.1 * gradients
+        sent = torch.lerp(gradients, momentum, 0.9)
         expected = rule.decide(WorkerMatrix([sent]), 2).report()
-        report = shadow.report(WorkerMatrix([gradients[:, :10], gradients[:, 10:]]), 2)
+        report = report_of(shadow, observers, WorkerMatrix([gradients[:, :10], gradients[:, 10:]]))
         torch.testing.assert_close(report.distances, expected.distances, equal_nan=True)
         assert torch.equal(report.trimmed, expected.trimmed)
         finite = sent.isfinite().all(1)
@@ -76,21 +86,20 @@ def test_sees_momentum_of_what_could_be_measured() -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_a_rule_starts_from_what_it_would_have_returned(beta: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    shadow, rule = Shadow(CTMA(CenteredClipping(tau=2.0)), beta), CTMA(CenteredClipping(tau=2.0))
+    observers, rule = Observers(), CTMA(CenteredClipping(tau=2.0))
+    shadow = ShadowAggregation(CTMA(CenteredClipping(tau=2.0)), 2, beta, observers)
     momentum = torch.zeros(5, 30)
     for _ in range(4):
         gradients = 3 + torch.randn(5, 30, generator=generator)
         momentum = beta * momentum + (1 - beta) * gradients
         expected = rule.decide(with_previous(rule, momentum), 2)
-        report = shadow.report(WorkerMatrix([gradients[:, :10], gradients[:, 10:]]), 2)
+        report = report_of(shadow, observers, WorkerMatrix([gradients[:, :10], gradients[:, 10:]]))
         torch.testing.assert_close(report.distances, expected.report().distances, rtol=1e-4, atol=1e-6)
         rule.last_aggregate.keep(torch.cat(expected.values()))
 
 
 def with_previous(rule: Aggregator, rows: Tensor) -> WorkerMatrix:
-    matrix = WorkerMatrix([rows])
-    matrix.previous = rule.last_aggregate.blocks_for(rows)
-    return matrix
+    return WorkerMatrix([rows]).with_previous(rule.last_aggregate.blocks_for(rows))
 
 
 def resume_with_quarantine(folder: Path) -> list[str]:

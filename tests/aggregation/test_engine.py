@@ -1,0 +1,138 @@
+"""The engine, driven as DDP's hook drives it, but with neither DDP nor Lightning."""
+
+import pytest
+import torch
+from rank_pool import RankPool
+from torch import Tensor, nn
+
+from lightning_byzantine import ByzantineBreakdownError
+from lightning_byzantine.aggregation.breakdown import Breakdown
+from lightning_byzantine.aggregation.engine import AggregationEngine
+from lightning_byzantine.aggregation.gradient_block import GradientBlock
+from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
+from lightning_byzantine.aggregators import Aggregator, CenteredClipping, CoordinateWiseMedian, Krum, Mean, Report
+from lightning_byzantine.estimators import WorkerMomentum
+from lightning_byzantine.exchange import make_exchange
+
+SIZES = {"weight": 6, "bias": 3, "scale": 1}
+STEPS = 4
+
+
+def gradients(seed: int, steps: int = STEPS) -> Tensor:
+    """Return all workers' gradients, [steps, m, d]."""
+    return torch.randn(steps, 3, sum(SIZES.values()), generator=torch.Generator().manual_seed(seed))
+
+
+def drive(
+    rule: Aggregator,
+    exchange: str = "all_gather",
+    estimator: WorkerMomentum | None = None,
+    faulty: tuple[int, int] | None = None,
+    quarantined: tuple[int, ...] = (),
+    policy: str = "raise",
+    max_norm: float | None = None,
+) -> tuple[Tensor, list[list[bool]], list[str]]:
+    """Return what the optimizer receives, [steps, d], who was trimmed in each step, and the errors of skipped steps."""
+    num_ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    observers, quarantine, skipped = Observers(), Quarantine(), []
+    if quarantined:
+        quarantine.add(quarantined, rule, num_ranks, 1)
+    reports: list[Report] = []
+    observers.add(reports.append)
+    engine = AggregationEngine(
+        {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()},
+        RobustAggregation(rule, 1, quarantine, observers),
+        make_exchange(exchange, num_ranks),
+        estimator,
+        max_norm=max_norm,
+        breakdown=Breakdown(policy),
+        on_skip=lambda error: skipped.append(str(error)),
+    )
+    received = []
+    for step, workers in enumerate(gradients(seed=0)):
+        own = workers[rank].clone()
+        if faulty == (step, rank) or (faulty is not None and faulty == (step, -1) and rank > 0):
+            own[2] = torch.nan
+        weight, bias, scale = own.split(list(SIZES.values()))
+        blocks = [GradientBlock.of({"weight": weight}), GradientBlock.of({"bias": bias, "scale": scale})]
+        for block in blocks:
+            engine.send(block)
+        engine.aggregate()
+        received.append(torch.cat([block.buffer for block in blocks]))
+    return torch.stack(received), [report.trimmed.tolist() for report in reports], skipped
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_the_mean_under_transparent_momentum_is_the_mean(three_ranks: RankPool, exchange: str) -> None:
+    for received, *_ in three_ranks.run(drive, Mean(), exchange, WorkerMomentum()):
+        torch.testing.assert_close(received, gradients(seed=0).mean(1))
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("rule", [CoordinateWiseMedian(), Krum()], ids=repr)
+def test_the_rule_sees_whole_vectors(three_ranks: RankPool, rule: Aggregator, exchange: str) -> None:
+    expected = torch.stack([rule(vectors, num_byzantine=1) for vectors in gradients(seed=0)])
+    for received, *_ in three_ranks.run(drive, rule, exchange):
+        torch.testing.assert_close(received, expected)
+
+
+def test_workers_are_clipped_each_on_its_own(three_ranks: RankPool) -> None:
+    vectors = gradients(seed=0)
+    expected = (vectors * (1.0 / vectors.norm(dim=2, keepdim=True)).clamp(max=1)).mean(1)
+    for received, *_ in three_ranks.run(drive, Mean(), max_norm=1.0):
+        torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_a_rule_starts_from_what_was_aggregated_last(three_ranks: RankPool, exchange: str) -> None:
+    rule = CenteredClipping(tau=0.5)
+    expected = torch.stack([rule(vectors, num_byzantine=1) for vectors in gradients(seed=0)])
+    for received, *_ in three_ranks.run(drive, CenteredClipping(tau=0.5), exchange):
+        torch.testing.assert_close(received, expected)
+
+
+def test_a_worker_that_sends_nan_is_dropped_and_keeps_its_momentum(three_ranks: RankPool) -> None:
+    vectors = gradients(seed=0)
+    momentum, expected = torch.zeros(3, vectors.shape[2]), []
+    for step, workers in enumerate(vectors):
+        sent = 0.9 * momentum + 0.1 * workers
+        usable = torch.tensor([0, 1] if step == 1 else [0, 1, 2])
+        expected.append(CoordinateWiseMedian()(sent[usable], num_byzantine=0 if step == 1 else 1))
+        momentum[usable] = sent[usable]
+    estimator = WorkerMomentum(transparent=True)
+    for received, trimmed, _ in three_ranks.run(drive, CoordinateWiseMedian(), "all_gather", estimator, faulty=(1, 2)):
+        for step, aggregate in enumerate(expected):
+            before = expected[step - 1] if step else torch.zeros_like(aggregate)
+            torch.testing.assert_close(received[step], (aggregate - 0.9 * before) / 0.1, rtol=1e-4, atol=1e-5)
+        assert trimmed[1] == [False, False, True]
+
+
+def test_quarantine_drops_rows_before_the_rule(three_ranks: RankPool) -> None:
+    expected = gradients(seed=0)[:, [0, 2]].mean(1)
+    for received, trimmed, _ in three_ranks.run(drive, Mean(), quarantined=(1,)):
+        torch.testing.assert_close(received, expected)
+        assert trimmed[0] == [False, True, False]
+
+
+def test_a_skipped_step_is_nan_and_says_why(three_ranks: RankPool) -> None:
+    for received, _, skipped in three_ranks.run(drive, CoordinateWiseMedian(), faulty=(1, -1), policy="skip"):
+        assert received[1].isnan().all() and received[[0, 2, 3]].isfinite().all()
+        assert skipped == ["2 of 3 workers sent a non-finite or overflowing vector (workers 1, 2), but num_byzantine=1"]
+
+
+def error_of_drive() -> list[int]:
+    with pytest.raises(ByzantineBreakdownError) as caught:
+        drive(CoordinateWiseMedian(), faulty=(1, -1))
+    return caught.value.workers
+
+
+def test_a_breakdown_names_the_workers_on_all_ranks(three_ranks: RankPool) -> None:
+    assert three_ranks.run(error_of_drive) == [[1, 2]] * 3
+
+
+def test_plain_mean_takes_over_where_breakdowns_propagate(three_ranks: RankPool) -> None:
+    for received, *_ in three_ranks.run(drive, CoordinateWiseMedian(), faulty=(1, -1), policy="propagate"):
+        assert received[1, 2].isnan()
+        torch.testing.assert_close(received[1, 3:], gradients(seed=0)[1, :, 3:].mean(0))
