@@ -1,4 +1,4 @@
-"""Nested states: what they are made of, and digests by which ranks compare them."""
+"""The leaves of nested states, and digests by which ranks compare them."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -13,10 +13,10 @@ _NUMBERS = {bool: torch.int64, int: torch.int64, float: torch.float64}
 
 
 def leaves(state: Any) -> list[Tensor]:
-    """Return the tensors and numbers of a nested state, numbers as tensors [].
+    """Return the tensors and numbers of a nested state, the numbers as tensors of shape [].
 
     Args:
-        state: dicts, which are taken in the order of their keys, lists and tuples, to any depth.
+        state: dicts (read in sorted order of their keys), lists and tuples, nested to any depth.
 
     Example:
         >>> leaves({"step": 3, "groups": [{"lr": 0.5, "name": "first"}]})
@@ -27,11 +27,11 @@ def leaves(state: Any) -> list[Tensor]:
 
 
 def with_leaves(state: Any, values: Iterator[Tensor]) -> Any:
-    """Return the state with other values in the place of its :func:`leaves`, in that order.
+    """Return the state with its :func:`leaves` replaced by other values.
 
     Args:
         state: as for :func:`leaves`.
-        values: as many as there are leaves, of their shapes.
+        values: one for each leaf, of its shape, in the order of :func:`leaves`.
 
     Example:
         >>> with_leaves({"step": 3, "groups": [{"lr": 0.5, "name": "first"}]}, iter(torch.tensor([0.25, 4])))
@@ -48,9 +48,9 @@ def with_leaves(state: Any, values: Iterator[Tensor]) -> Any:
 
 
 def fingerprints(state: Any) -> tuple[bytes, bytes]:
-    """Return two digests of 32 bytes: of how a state is built, and of its values, bit by bit.
+    """Return two digests of 32 bytes: of the structure of a state, and of its values, bit by bit.
 
-    Objects other than tensors, numbers, strings and None count by their type only, as their text may hold addresses.
+    Of objects other than tensors, numbers, strings and None, only the type counts: a ``repr`` may contain addresses.
 
     Args:
         state: as for :func:`leaves`.
@@ -72,7 +72,7 @@ def fingerprints(state: Any) -> tuple[bytes, bytes]:
 
 
 def _walk(state: Any, place: str) -> Iterator[tuple[str, Tensor | str]]:
-    """Yield each leaf, a tensor or a description, with where it stands."""
+    """Yield the path of each leaf, with the tensor or a description of the object."""
     if isinstance(state, dict):
         for key in sorted(state, key=str):
             yield from _walk(state[key], f"{place}/{key}")

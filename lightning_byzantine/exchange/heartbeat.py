@@ -1,4 +1,4 @@
-"""Signs of life, by which ranks find out who is missing when a collective fails."""
+"""Heartbeats, by which ranks find out which of them is missing when a collective fails."""
 
 import os
 import time
@@ -7,31 +7,30 @@ from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
 
-from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed's are typed
-
 from lightning_byzantine.errors import ByzantineBreakdownError, WorkerLostError
+from lightning_byzantine.exchange.torch_internals import PrefixStore, Store
 
 __all__ = ["Heartbeat"]
 
 _PERIOD = 0.5  # seconds
-_PATIENCE = 3.0  # seconds without a beat, after which a rank counts as missing
+_PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as missing
 
 
 class Heartbeat:
-    """Tells the other ranks, through the process group's store, that this one lives and how far it has come.
+    """Tells the other ranks, through the process group's store, that this one is alive and which collective it is in.
 
-    A thread beats twice a second: it goes on while the rank computes, and stops when the process is killed or stopped.
-    What a rank says of itself is believed, as it serves for a message only.
+    A thread sends a heartbeat twice a second. It continues while the rank computes, and ends when the process is killed
+    or stopped. The reports of other ranks are not verified, because they only serve for the error message.
 
     Args:
-        store: what all ranks can reach.
-        name: of this run, the same on all ranks, and another one for every run: a store may outlive a restart.
+        store: a store that all ranks can reach.
+        name: the run's name, the same on all ranks but unique to the run: a store can survive a restart.
         rank: this rank.
         num_ranks: number of ranks.
-        timeout: after which collectives fail.
+        timeout: the timeout of collectives.
 
     Attributes:
-        lost: why the run can't go on, once that was found out.
+        lost: the error that ended the run, once it is known.
 
     Example:
         >>> from torch.distributed import HashStore
@@ -45,7 +44,7 @@ class Heartbeat:
 
     def __init__(self, store: Store, name: str, rank: int, num_ranks: int, timeout: timedelta) -> None:
         self.lost: WorkerLostError | None = None
-        # A client of its own, since somebody else's may wait for hours.
+        # A separate client, because another thread can block a shared one for as long as its timeout.
         self._store = PrefixStore(f"lightning_byzantine/{name}", store.clone())  # type: ignore[attr-defined]
         self._rank = rank
         self._num_ranks = num_ranks
@@ -55,19 +54,18 @@ class Heartbeat:
         self._thread = Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Start sending heartbeats."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop to beat."""
+        """Stop sending heartbeats."""
         self._stopped.set()
-        # A thread that is left in the middle of a beat would abort Python at its end. One that waits for a store which
-        # does not answer has to be left.
+        # Wait for a heartbeat in progress, which would abort Python at exit, but not for a store that does not answer.
         self._thread.join(_PATIENCE)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Wrap a collective, to have it say who is missing when it fails.
+        """Wrap a collective, so that its error names the missing ranks if it fails.
 
         Raises:
             WorkerLostError: if the block raises a RuntimeError, as failed collectives do, and ranks are missing.
@@ -94,21 +92,21 @@ class Heartbeat:
                 self._store.add(f"beats/{self._rank}", 1)
                 published = reached
         except RuntimeError:
-            return  # nobody is left to beat for
+            return  # the store is gone
 
     def _find_lost(self, timed_out: bool) -> WorkerLostError | None:
-        # Not in this thread: a store in a stopped process answers no more, and has no timeout for that.
+        # In another thread, because the store of a stopped process does not answer, and calls have no timeout.
         found: list[WorkerLostError | None] = []
-        thread = Thread(target=lambda: found.append(self._look_around(timed_out)), daemon=True)
+        thread = Thread(target=lambda: found.append(self._find_and_wait(timed_out)), daemon=True)
         thread.start()
         thread.join(4 * _PATIENCE)
         return found[0] if found else _without_store()
 
-    def _look_around(self, timed_out: bool) -> WorkerLostError | None:
+    def _find_and_wait(self, timed_out: bool) -> WorkerLostError | None:
         try:
             lost = self._judge(timed_out)
             if lost is not None:
-                self._store.add(f"looked/{self._rank}", 1)
+                self._store.add(f"judged/{self._rank}", 1)
                 if self._rank == 0:
                     self._wait_for({*range(1, self._num_ranks)} - {*lost.ranks})
         except RuntimeError:
@@ -118,7 +116,7 @@ class Heartbeat:
     def _judge(self, timed_out: bool) -> WorkerLostError | None:
         before = self._read("beats")
         time.sleep(_PATIENCE)
-        # Who comes first may be gone when others look around, though it is not the one who was missing.
+        # The rank that found out first may have ended since then, so its result takes precedence.
         if self._store.check(["lost"]):
             ranks, _, reason = self._store.get("lost").decode().partition(":")
             return WorkerLostError([int(rank) for rank in ranks.split(",") if rank.isdecimal()], reason)
@@ -127,7 +125,7 @@ class Heartbeat:
         behind = [rank for rank, reached in enumerate(self._read("reached")) if reached < self._collectives]
         if silent:
             lost = WorkerLostError(
-                silent, f"no sign of life for {_PATIENCE:g} s. The process has ended, was stopped, or is cut off."
+                silent, f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
             )
         elif timed_out and behind and self._rank not in behind:
             lost = WorkerLostError(
@@ -139,20 +137,20 @@ class Heartbeat:
         return lost
 
     def _wait_for(self, others: set[int]) -> None:
-        """Stay until they have looked around as well: with this process the store may end."""
+        """Wait until the others have found out as well: the store may end with this process."""
         deadline = time.monotonic() + 2 * _PATIENCE
         while time.monotonic() < deadline:
-            looked = self._read("looked")
-            if all(looked[rank] for rank in others):
+            judged = self._read("judged")
+            if all(judged[rank] for rank in others):
                 return
             time.sleep(_PERIOD / 5)
 
     def _read(self, what: str) -> list[int]:
-        # To add nothing is to read without waiting for a key that is not there.
+        # Adding 0 reads a counter without waiting for a missing key.
         return [self._store.add(f"{what}/{rank}", 0) for rank in range(self._num_ranks)]
 
 
 def _without_store() -> WorkerLostError:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return WorkerLostError([], "the torchrun of the first node, which ranks find each other by, does not answer.")
-    return WorkerLostError([0], "it does not answer, and the others find each other by its store.")
+        return WorkerLostError([], "the torchrun of the first node, which hosts the ranks' store, does not answer.")
+    return WorkerLostError([0], "it does not answer, and it hosts the store that all ranks need.")

@@ -15,11 +15,11 @@ _LENGTH = 256
 
 @dataclass(frozen=True)
 class Identity:
-    """Where a process runs.
+    """The machine and device that a process runs on.
 
     Args:
-        host: the host's name.
-        device: the device, for an accelerator with its name and UUID.
+        host: host name.
+        device: the device; on CUDA with name and UUID.
 
     """
 
@@ -30,8 +30,8 @@ class Identity:
 def gather_identities(device: torch.device) -> list[Identity]:
     """Return every rank's identity, on every rank; one collective.
 
-    What other ranks say of themselves is their word: it is cut to 256 bytes, and nothing in it but printable characters
-    comes through.
+    Ranks report their own, which can't be verified. Each report is cut to 256 bytes, and characters that are not
+    printable are removed.
 
     Args:
         device: where this rank trains.

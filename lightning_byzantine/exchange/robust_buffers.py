@@ -1,4 +1,4 @@
-"""Buffers, such as the statistics of BatchNorm, as most ranks have them."""
+"""Buffers, such as the statistics of BatchNorm, by a vote of all ranks."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -6,9 +6,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from lightning_byzantine.exchange.collectives import gather_rows
+from lightning_byzantine.exchange.torch_internals import _BufferCommHookLocation
 from lightning_byzantine.exchange.votes import majority, median, outvoted
 
 __all__ = ["RobustBuffers"]
@@ -17,19 +17,19 @@ _MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class RobustBuffers:
-    """Replaces every rank's buffers by a vote of all ranks, where DDP would replace them by rank 0's.
+    """Replaces the buffers by a vote of all ranks, where DDP would replace them by those of rank 0.
 
-    Floating-point ones become the median of every coordinate, others the most frequent value. Ranks vote as they are,
-    so that fewer than m / 2 faulty ones can't move a value out of the range of the others. What all ranks agree on
-    stays as it is, bit for bit.
+    Floating-point buffers become the median of every coordinate, others the most frequent value. All ranks have the
+    same weight, so that fewer than m / 2 faulty ones can't move a value out of the range of the others. A value that
+    all ranks agree on stays the same, bit for bit.
 
-    It happens when DDP would broadcast, at the start of a forward after one that computed gradients: not within
+    This happens when DDP would broadcast: at the start of a forward after one that computed gradients, not within
     accumulation, and not at all with DDP's ``broadcast_buffers=False``.
 
     Args:
         model: DDP around the module.
-        gather: returns every rank's flat tensor as [m, n].
-        notice: called with whose values are not finite where most are, [m] bool.
+        gather: returns the flat tensors of all ranks as [m, n].
+        notice: called with the ranks whose values are not finite where the majority is, [m] bool.
 
     """
 
@@ -45,13 +45,13 @@ class RobustBuffers:
         model._register_buffer_comm_hook(self, _hook, _BufferCommHookLocation.PRE_FORWARD)
 
     def synchronize(self) -> None:
-        """Do now what happens before a forward, for somebody who is about to look at the buffers."""
+        """Vote now instead of before the next forward, so that buffers can be read, as for a checkpoint."""
         if self._model.forward_sync_buffers:
             self._model._sync_buffers()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def vote(self, buffers: list[Tensor]) -> None:
-        """Overwrite the buffers by what most ranks have.
+        """Overwrite the buffers with the result of the vote.
 
         Args:
             buffers: of any shapes and dtypes, the same on all ranks.
@@ -59,7 +59,7 @@ class RobustBuffers:
         """
         if not buffers:
             return
-        # In one exchange of bytes, whatever the dtypes.
+        # As bytes, so that buffers of all dtypes go in one exchange.
         parts = [torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers]
         parts.sort(key=lambda part: str(part.dtype))
         groups = [list(group) for _, group in groupby(parts, key=lambda part: part.dtype)]
@@ -67,7 +67,7 @@ class RobustBuffers:
         received = self._gather(torch.cat([flat.view(torch.uint8) for flat in flats]))
         sizes = [flat.numel() * flat.element_size() for flat in flats]
         for group, flat, columns in zip(groups, flats, torch.split(received, sizes, dim=1), strict=True):
-            # A copy, aligned as the dtype demands.
+            # A copy, because a view as another dtype needs aligned memory.
             reports = columns.clone(memory_format=torch.contiguous_format).view(flat.dtype)
             if flat.dtype in _MEASURED:
                 voted = median(reports)

@@ -1,4 +1,4 @@
-"""Logged values, reduced over ranks so that a minority does not decide."""
+"""Logged values, reduced over ranks so that a minority can't decide the result."""
 
 from collections.abc import Callable
 
@@ -25,21 +25,21 @@ def robust_reduce(
         max         the (f + 1)-th largest
         min         the (f + 1)-th smallest
 
-    Each lies between what two ranks report that are not among the f faulty ones.
+    Up to the factor m, each lies between the reports of two ranks that are not among the f faulty ones.
 
     Args:
         tensor: [..], this rank's value.
         reduce_op: one of the above.
         num_byzantine: f.
-        notice: called with whose value is not finite though most are, [m] bool.
+        notice: called with the ranks whose value is not finite where the majority is, [m] bool.
 
     Raises:
-        ValueError: if the reduction is another one.
+        ValueError: if the reduction is not one of these.
 
     """
     if reduce_op not in ("mean", "avg", "sum", "max", "min"):
         raise ValueError(f"reduce_op must be mean, avg, sum, max or min under robust_metrics=True, got {reduce_op!r}")
-    # Counts, such as those of a batch's samples, are whole only after all has been computed.
+    # In float64 for integers as well: the median of counts, such as numbers of samples, can be a fraction.
     reports = gather_rows(tensor.detach().flatten().double())
     notice(outvoted(reports))
     if reduce_op == "max":

@@ -1,4 +1,4 @@
-"""What most of several reports say, for values that a rank reports beside its gradient."""
+"""Robust summaries of one value that every rank reports, such as a buffer or a logged number."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ _SORTABLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def median(reports: Tensor) -> Tensor:
     """Return the median of every coordinate; for even m the mean of the middle two. NaN counts as the largest value.
 
-    With f < m / 2 wrong reports, of NaN and infinities too, each coordinate lies between two of the others. Where all
-    reports agree, it is what they say, bit for bit.
+    With f < m / 2 wrong reports, NaN and infinities included, each coordinate lies between those of two correct ones.
+    If all reports agree, the result is the same, bit for bit.
 
     Args:
         reports: [m, ..], of a floating-point dtype.
@@ -27,12 +27,13 @@ def median(reports: Tensor) -> Tensor:
     """
     ordered = _ordered(reports)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-    # Halved first, for the sum not to overflow; the halves of the smallest numbers would be lost.
+    # Halved before adding, so that the sum can't overflow; equal values are returned as they are, because half of a
+    # subnormal number may be rounded.
     return torch.where(low == high, low, low / 2 + high / 2).to(reports.dtype)
 
 
 def order_statistic(reports: Tensor, rank: int) -> Tensor:
-    """Return what would stand at ``rank`` if every coordinate was sorted. NaN counts as the largest value.
+    """Return the value at position ``rank`` of each sorted coordinate. NaN counts as the largest value.
 
     Args:
         reports: [m, ..], of a floating-point dtype.
@@ -50,7 +51,7 @@ def order_statistic(reports: Tensor, rank: int) -> Tensor:
 
 
 def majority(reports: Tensor) -> Tensor:
-    """Return the most frequent value of every coordinate; of equally frequent ones, the smallest.
+    """Return the most frequent value of every coordinate; the smallest of several equally frequent ones.
 
     Args:
         reports: [m, ..], of any dtype; values are compared bit by bit.
@@ -67,7 +68,7 @@ def majority(reports: Tensor) -> Tensor:
     ordered = values.sort(dim=0).values
     winner = ordered[0]
     for count in range(2, len(ordered) + 1):
-        # A value stands `count` times in a row where the first and the last of so many are the same.
+        # In sorted order, a value is repeated `count` times where the first and the last of `count` values are equal.
         repeated = ordered[: len(ordered) - count + 1] == ordered[count - 1 :]
         first = repeated.to(torch.uint8).argmax(dim=0, keepdim=True)
         winner = torch.where(repeated.any(dim=0), ordered.gather(0, first)[0], winner)
@@ -75,7 +76,7 @@ def majority(reports: Tensor) -> Tensor:
 
 
 def outvoted(reports: Tensor) -> Tensor:
-    """Return whose report is not finite where most are: [m] bool.
+    """Return which reports are not finite in a coordinate where the majority is finite: [m] bool.
 
     Args:
         reports: [m, ..], of a floating-point dtype.

@@ -1,4 +1,4 @@
-"""Which worker a batch belongs to, where one process acts as several."""
+"""Which worker a batch belongs to, if one process acts as several."""
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -8,15 +8,15 @@ __all__ = ["AccumulationWindow"]
 
 
 class AccumulationWindow:
-    """The batches of one optimizer step, as Lightning counts them: number j is worker j mod k's.
+    """The batches of one optimizer step: batch j belongs to worker j mod k.
 
     Args:
-        trainer: the Trainer. Its ``accumulate_grad_batches`` becomes k where it is 1; see :meth:`restore`.
-        num_local_workers: how many workers this process acts as, k.
+        trainer: the Trainer. If its ``accumulate_grad_batches`` is 1, it becomes k until :meth:`restore`.
+        num_local_workers: number of workers that this process acts as, k.
 
     Raises:
-        MisconfigurationException: if ``accumulate_grad_batches`` is neither 1 nor a multiple of k, or a callback is to
-            change it, or if the module optimizes manually, where Lightning knows no windows.
+        MisconfigurationException: if ``accumulate_grad_batches`` is neither 1 nor a multiple of k, a callback changes
+            it, or the module optimizes manually, so that it does not apply.
 
     """
 
@@ -33,8 +33,8 @@ class AccumulationWindow:
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException(
-                f"workers_per_process={num_local_workers} has windows of the same size in all epochs, got a"
-                " GradientAccumulationScheduler. Leave it out."
+                f"workers_per_process={num_local_workers} needs the same accumulate_grad_batches in all epochs, got a"
+                " GradientAccumulationScheduler. Remove it."
             )
         if self._given == 1:
             trainer.accumulate_grad_batches = num_local_workers
@@ -45,37 +45,37 @@ class AccumulationWindow:
             )
 
     def restore(self) -> None:
-        """Give the Trainer back the ``accumulate_grad_batches`` it had."""
+        """Reset the Trainer's ``accumulate_grad_batches`` to what it was."""
         self._trainer.accumulate_grad_batches = self._given
 
     @property
     def position(self) -> int:
-        """The current batch's number in the window, from 0."""
+        """Index of the current batch in the window, from 0."""
         return self._position_of(self._num_started - 1)
 
     @property
     def worker(self) -> int:
-        """Whose batch the current one is, in [0, k)."""
+        """The worker that the current batch belongs to, in [0, k)."""
         return self.position % self.num_local_workers
 
     @property
     def next_worker(self) -> int:
-        """Whose batch the one that is on its way to the device is, in [0, k)."""
+        """The worker that the next batch, which is being moved to the device, belongs to, in [0, k)."""
         return self._position_of(self._num_started) % self.num_local_workers
 
     @property
     def is_complete(self) -> bool:
-        """Whether every worker has had a batch; the end of an epoch may cut a window short."""
+        """Whether every worker has had a batch; the last window of an epoch may be shorter."""
         return self.position + 1 >= self.num_local_workers
 
     @property
     def batches_of_a_worker(self) -> int:
-        """By how many the mean over the batches of one worker divides."""
+        """Number of batches that each worker averages its gradient over."""
         return self._trainer.accumulate_grad_batches // self.num_local_workers
 
     @property
     def _num_started(self) -> int:
-        # Of this epoch; Lightning counts a batch when it has arrived on the device.
+        # In this epoch. Lightning counts a batch once it is on the device.
         return self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _position_of(self, batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are written completely or not at all."""
 
 import os
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
-from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
+
+from lightning_byzantine.strategies.lightning_internals import _PATH, _is_local_file_protocol, get_filesystem
 
 __all__ = ["AtomicCheckpointIO"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, but the good file stays until the new one is on the disk.
+    """Saves checkpoints so that the old file stays until the new one is on the disk.
 
-    Lightning writes to the system's folder for temporary files and moves from there, which is a copy where that folder
-    is on another file system; who dies then leaves a torso in the place of the checkpoint. Here the new file is written
-    next to the old one, flushed to the disk, and renamed. Remote file systems are left to Lightning.
+    Lightning writes to the system's temporary folder and moves the file from there. If that folder is on another file
+    system, moving is copying, and a process that dies meanwhile leaves an incomplete checkpoint. Here the new file is
+    written next to the old one, flushed to the disk, and renamed. Remote file systems are left to Lightning.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -36,8 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(get_filesystem(path)._strip_protocol(str(path)))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Always the same name, so that what a killed process leaves gets overwritten, and none that looks like one of a
-        # checkpoint to who searches for the last one.
+        # Always the same name, so that the next checkpoint overwrites the file of a killed process; hidden and with
+        # another suffix, so that a search for the last checkpoint does not find it.
         partial = target.with_name(f".{target.name}.partial")
         with partial.open("wb") as file:
             torch.save(checkpoint, file)
@@ -46,6 +46,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial.replace(target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or the rename may get lost with the power
+            os.fsync(folder)  # otherwise a power failure can undo the rename
         finally:
             os.close(folder)

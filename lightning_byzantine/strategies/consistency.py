@@ -1,4 +1,4 @@
-"""Whether all ranks still hold the same state."""
+"""A check that all ranks still hold the same state."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,17 +17,17 @@ __all__ = ["ConsistencyCheck"]
 
 
 class ConsistencyCheck:
-    """Compares a fingerprint of what should be the same on all ranks, every so many steps.
+    """Compares fingerprints of the state that should be the same on all ranks, every few steps.
 
-    Parameters of ranks drift apart where one computes updates wrongly, by bad memory or another version of a library.
-    The state that more than half of the ranks hold counts as the right one. A rank reports its own fingerprint, so this
-    finds faults, not lies.
+    Ranks diverge if one of them computes updates wrongly, because of faulty memory or another version of a library. The
+    state that more than half of the ranks hold counts as correct. Each rank computes its own fingerprint, so this finds
+    faults, but not ranks that lie.
 
     Args:
-        every_n_steps: how many optimizer steps lie between two checks.
-        on_inconsistency: "raise", or "restore" to give the others the state of most.
+        every_n_steps: number of optimizer steps between two checks.
+        on_inconsistency: "raise", or "restore" to copy the state of the majority to the other ranks.
         state: returns this rank's state, nested dicts and lists of tensors and numbers.
-        load: puts such a state back.
+        load: loads such a state.
         device: where this rank trains.
 
     """
@@ -48,11 +48,12 @@ class ConsistencyCheck:
         self._steps = 0
 
     def after_step(self) -> None:
-        """Count a step, and compare when it is time.
+        """Count a step, and compare after every ``every_n_steps``.
 
         Raises:
-            InconsistentRanksError: if ranks differ and nothing is to be restored, or can't be: if no state is that of
-                more than half, or the states do not have the same shapes.
+            InconsistentRanksError: if ranks differ under "raise"; under "restore" if they can't be restored, because
+                no majority has the same state, the states do not have the same shapes, or the rank to copy from sent
+                another state than the one it reported.
 
         """
         self._steps += 1
@@ -77,12 +78,12 @@ class ConsistencyCheck:
         if dist.get_rank() in minority:
             restored = with_leaves(state, iter(values))
             if b"".join(fingerprints(restored)) != most:
-                raise InconsistentRanksError([reports.index(most)], len(reports), self._steps)  # sent something else
+                raise InconsistentRanksError([reports.index(most)], len(reports), self._steps)
             self._load(restored)
-        rank_zero_warn(f"{error}. They were given those of rank {reports.index(most)}.")
+        rank_zero_warn(f"{error}. They were replaced by those of rank {reports.index(most)}.")
 
     def _receive(self, values: list[Tensor], source: int) -> list[Tensor]:
-        # Tensors only, as everywhere: a pickled object could run code.
+        # Tensors only: unpickling an object from another rank could run its code.
         copies = [value.detach().to(self._device, copy=True).contiguous() for value in values]
         for value in copies:
             dist.broadcast(value, src=source)

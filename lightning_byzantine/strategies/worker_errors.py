@@ -1,4 +1,4 @@
-"""Errors in a rank's own training step, which cost that rank its vote and nobody else anything."""
+"""Exceptions in one rank's training step, which exclude its gradient instead of ending the run."""
 
 import traceback
 import warnings
@@ -11,36 +11,39 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_byzantine.strategies.lightning_internals import results_of
+from lightning_byzantine.utilities.replacing import replaced
+
 __all__ = ["WorkerErrors"]
 
 
 class WorkerErrors:
-    """Turns what ``training_step`` raises into a loss whose gradient is not finite, and so into a row that is dropped.
+    """Replaces the loss of a failed ``training_step`` by one with a non-finite gradient, whose row is then dropped.
 
-    The rank goes on to backward, as all others wait for it there.
+    So the rank continues with backward, where all others wait for it.
 
     Args:
-        module: the module that is trained.
+        module: the module to train.
 
     Attributes:
-        count: how many steps have failed on this rank.
-        last: what went wrong last, and where.
+        count: number of failed steps on this rank.
+        last: the last error, and where it was raised.
 
     Raises:
-        MisconfigurationException: if the module optimizes manually, or a training step has collectives, in which the
-            others would wait for a rank that has failed before it came to them.
+        MisconfigurationException: if the module optimizes manually, or its training step contains collectives, in
+            which the other ranks would wait for one that failed before.
 
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
         if not module.automatic_optimization:
             raise MisconfigurationException(
-                "on_worker_error='exclude' gives a failed `training_step` another loss, which needs automatic"
+                "on_worker_error='exclude' replaces the loss of a failed `training_step`, which needs automatic"
                 " optimization, got automatic_optimization=False. Use on_worker_error='raise'."
             )
         if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
             raise MisconfigurationException(
-                "SyncBatchNorm communicates within `training_step`, where others would wait for a failed rank. Use"
+                "SyncBatchNorm communicates within `training_step`, where other ranks would wait for a failed one. Use"
                 " BatchNorm, or on_worker_error='raise'."
             )
         self.count = 0
@@ -49,9 +52,8 @@ class WorkerErrors:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Have the module's training step give a non-finite loss within this block, instead of raising."""
-        patched, training_step = vars(self._module), self._module.training_step
-        own = {name: patched[name] for name in ("training_step",) if name in patched}  # the user's patch, as of compile
+        """Let the module's training step return a non-finite loss within the block, instead of raising."""
+        training_step = self._module.training_step
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -64,12 +66,8 @@ class WorkerErrors:
             self._check_logged()
             return output
 
-        patched["training_step"] = guarded
-        try:
+        with replaced(self._module, training_step=guarded):
             yield
-        finally:
-            patched.pop("training_step", None)
-            patched.update(own)
 
     def _report(self, error: Exception) -> None:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -83,16 +81,15 @@ class WorkerErrors:
         )
 
     def _check_logged(self) -> None:
-        results = self._module.trainer._results
-        for metric in (results or {}).values():
+        for metric in (results_of(self._module.trainer) or {}).values():
             if metric.meta.fx == "training_step" and metric.meta.sync.should:
                 raise MisconfigurationException(
-                    f"self.log({metric.meta.name!r}, sync_dist=True) in `training_step` communicates, and others would"
-                    " wait there for a failed rank. Log it without sync_dist, or use on_worker_error='raise'."
+                    f"self.log({metric.meta.name!r}, sync_dist=True) in `training_step` communicates, and other ranks"
+                    " would wait there for a failed one. Log it without sync_dist, or use on_worker_error='raise'."
                 )
 
 
 def _non_finite_loss(module: nn.Module) -> Tensor:
-    # Of all parameters, for DDP to wait for no gradient in vain.
+    # Depends on all parameters, because DDP waits for the gradient of each.
     sums = [parameter.float().sum() for parameter in module.parameters() if parameter.requires_grad]
     return torch.stack(sums).sum() * torch.nan

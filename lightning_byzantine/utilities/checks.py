@@ -1,4 +1,4 @@
-"""Checks of user input that more than one module needs."""
+"""Checks of arguments."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def check_num_byzantine(num_byzantine: int, num_workers: int) -> None:
-    """Raise unless 0 <= f < m / 2: beyond that the Byzantine workers are the majority.
+    """Raise unless 0 <= f < m / 2: with more, honest workers would not be the majority.
 
     Example:
         >>> check_num_byzantine(4, num_workers=8)
@@ -60,7 +60,7 @@ def check_vectors(vectors: Tensor) -> None:
 
 
 def check_worker_indices(name: str, workers: Iterable[int], num_workers: int) -> None:
-    """Raise unless ``workers`` are one or more different indices in [0, m) that leave at least one worker out.
+    """Raise unless ``workers`` are one or more different indices in [0, m), but not all of them.
 
     Example:
         >>> check_worker_indices("workers", [1, 7], num_workers=5)

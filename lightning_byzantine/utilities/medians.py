@@ -1,4 +1,4 @@
-"""Medians of a few numbers, one for each worker, of which some are not known."""
+"""Medians of a few numbers, one for each worker, some of which are unknown."""
 
 from collections.abc import Iterable
 from math import nan
@@ -6,17 +6,17 @@ from statistics import median
 
 __all__ = ["known_median", "multiples"]
 
-# Lists of floats, since one tensor operation takes longer than all of this for the few workers that there are.
+# On lists of floats: for this few workers, a single tensor operation would take longer.
 
 
 def known_median(values: Iterable[float]) -> float:
     """Return the median of the values that are not NaN; of an even number, the mean of the middle two.
 
     Args:
-        values: any number; NaN where unknown.
+        values: any number of values; NaN where unknown.
 
     Returns:
-        NaN if none are known.
+        the median; NaN if no value is known.
 
     Example:
         >>> known_median([4.0, float("nan"), 1.0])
@@ -28,7 +28,7 @@ def known_median(values: Iterable[float]) -> float:
 
 
 def multiples(values: list[float]) -> list[float]:
-    """Return the values as multiples of the median of those that are known; all are NaN where that is 0.
+    """Return the values as multiples of the median of the known ones; all NaN if that is 0.
 
     Example:
         >>> multiples([1.0, 2.0, 8.0])

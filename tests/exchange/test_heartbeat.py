@@ -61,7 +61,7 @@ def test_names_who_is_late_when_time_has_run_out(start: Start) -> None:
         fail(first, after=0.5)
 
 
-def test_the_first_rank_which_may_hold_the_store_stays_until_all_have_looked_around(start: Start) -> None:
+def test_the_first_rank_which_may_host_the_store_waits_until_all_have_found_out(start: Start) -> None:
     first, second, third = start(HashStore())
     third.stop()
     with ThreadPoolExecutor() as pool:

@@ -39,7 +39,7 @@ MESSAGES = {
     "kill:1": "Lost rank 1: no sign of life for 3 s",
     "kill:0": "Lost rank 0: ",
     "stop:2": "Lost rank 2: no sign of life for 3 s",
-    "stop:0": "Lost rank 0: it does not answer, and the others find each other by its store",
+    "stop:0": "Lost rank 0: it does not answer, and it hosts the store that all ranks need",
     "hang:1": "Lost rank 1: alive, but the others waited for it for more than the timeout of 10 s",
 }
 
