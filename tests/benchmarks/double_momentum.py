@@ -1,4 +1,4 @@
-"""What double momentum costs on the example's network: ``python tests/benchmarks/double_momentum.py``.
+"""What double momentum costs on the example's network.
 
 Two gloo ranks train the network of ``examples/digits.py`` on images of 28 x 28 pixels, by turns with each estimator.
 The time of a step is the median over all turns, batches of the first steps left out; copies count all tensors that the
@@ -6,21 +6,15 @@ optimizer and the estimator keep, in units of the parameters.
 """
 
 import argparse
-import csv
-import logging
-import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
-
 import lightning.pytorch as pl
+import torch
 from digits import DigitClassifier
-from rank_pool import RankPool
+from harness import Table, be_quiet, ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from training import trainer
@@ -49,7 +43,7 @@ class Clock(pl.Callback):
 
 def measure(name: str, batch_size: int, steps: int) -> tuple[list[float], float]:
     """Return seconds a step, and how many copies of the parameters are kept beside them."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet()
     pl.seed_everything(1, verbose=False)
     images = torch.randn(batch_size * (steps + WARM_UP) * torch.distributed.get_world_size(), 1, 28, 28)
     data = TensorDataset(images, torch.randint(10, (len(images),)))
@@ -74,34 +68,24 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, list) else []
 
 
-def main() -> None:
-    """Print the table, and write it to a file if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=60, help="of one turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    pool = RankPool(arguments.ranks)
+
+
+def run(arguments: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
     copies = {}
-    for _ in range(arguments.turns):
-        for name in ESTIMATORS:
-            times, copies[name] = pool.run(measure, name, arguments.batch_size, arguments.steps)[0]
-            seconds[name] += times
-    pool.close()
-    reference = median(seconds["None"])
-    rows = [(name, median(seconds[name]) / reference, copies[name]) for name in ESTIMATORS]
-    print(f"\nOne step without estimator: {1e3 * reference:.1f} ms\n")
-    print("| estimator | time of a step | copies of the parameters |")
-    print("|---|---|---|")
-    for name, ratio, kept in rows:
-        print(f"| `{name}` | {ratio:.2f} | {kept:.0f} |")
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([("estimator", "time_ratio", "copies"), *rows])
-
-
-if __name__ == "__main__":
-    main()
+    with ranks(arguments.ranks) as pool:
+        for _ in range(arguments.turns):
+            for name in ESTIMATORS:
+                times, copies[name] = pool.run(measure, name, arguments.batch_size, arguments.steps)[0]
+                seconds[name] += times
+    columns = {"estimator": "`{}`", "time of a step": "{:.2f}", "copies of the parameters": "{:.0f}", "ms": "{:.1f}"}
+    table = Table(columns, arguments.csv)
+    for name in ESTIMATORS:
+        taken = median(seconds[name])
+        table.add(name, taken / median(seconds["None"]), copies[name], 1e3 * taken)

@@ -1,4 +1,4 @@
-"""What each fault of one worker costs, and how soon it is named: ``python tests/benchmarks/faults.py``.
+"""What each fault of one worker costs, and how soon it is named.
 
 Five gloo processes train the example's network on its digits, and one of them, rank 0 or another, is faulty from the
 first step on (``NaN once``, ``SIGKILL`` and ``SIGSTOP``: in step 20 only).
@@ -19,9 +19,7 @@ false alarms.
 """
 
 import argparse
-import csv
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -29,21 +27,20 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)] + [str(Path(__file__).parents[2] / "examples")]
-
 import lightning.pytorch as pl
-import rank_pool
 import torch
 from digits import DigitClassifier, DigitData
+from harness import Table, be_quiet, ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from partitions import IID
+from rank_pool import RankPool
 from torch import Tensor
 
 import lightning_byzantine  # noqa: F401  # registers the strategies
@@ -166,8 +163,7 @@ class Watch(pl.Callback):
 
 def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False, **arguments: Any) -> Run:
     """Train as one rank of all; return the run with its results."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet()
     pl.seed_everything(run.seed, verbose=False)
     entry, began = StrategyRegistry[run.strategy], time.monotonic()
     if options["ranks"] > 1 and run.fault != "NaN in the metric":  # which is logged by all ranks together
@@ -242,7 +238,7 @@ def lose(run: Run, options: dict[str, Any], folder: Path) -> None:
         run.named_after = 0
 
 
-def one_run(pool: rank_pool.RankPool, run: Run, options: dict[str, Any]) -> Run:
+def one_run(pool: RankPool, run: Run, options: dict[str, Any]) -> Run:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if run.fault in LOST:
@@ -253,8 +249,50 @@ def one_run(pool: rank_pool.RankPool, run: Run, options: dict[str, Any]) -> Run:
     return result
 
 
-def table(runs: list[Run]) -> None:
-    print("| strategy | fault | accuracy | against clean | named after | others named |\n|---|---|---|---|---|---|")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--strategies", nargs="+", default=["byzantine_ddp"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[0, 3], help="which one is faulty")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--clean-steps", type=int, help="only this: eight workers without a fault for so many steps")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.clean_steps:
+        run_clean(arguments)
+        return
+    options = {"ranks": NUM_RANKS, "steps": arguments.steps, "batch_size": arguments.batch_size}
+    runs: list[Run] = []
+    single = Table({field.name: "{}" for field in fields(Run)}, arguments.csv)
+    with ranks(NUM_RANKS) as pool:
+        for strategy in arguments.strategies:
+            clean: dict[int, float] = {}
+            for each in runs_of(strategy, arguments):
+                try:
+                    done = one_run(pool, each, options)
+                except AssertionError as error:
+                    print(error, file=sys.stderr)
+                    done = each  # its accuracy stays NaN
+                done.clean = clean.setdefault(done.seed, done.accuracy)
+                runs.append(done)
+                single.add(*astuple(done))
+    print_summary(runs)
+
+
+def runs_of(strategy: str, arguments: argparse.Namespace) -> list[Run]:
+    """Return what is to be run with one strategy, without a fault first."""
+    clean = [Run(strategy, "clean", -1, seed) for seed in arguments.seeds]
+    faulty = product((fault for fault in arguments.faults if fault != "clean"), arguments.ranks, arguments.seeds)
+    return clean + [Run(strategy, fault, rank, seed) for fault, rank, seed in faulty]
+
+
+def print_summary(runs: list[Run]) -> None:
+    print()
+    names = ["strategy", "fault", "accuracy", "against clean", "named after", "others named"]
+    table = Table(dict.fromkeys(names, "{}"))
     for strategy, fault in dict.fromkeys((run.strategy, run.fault) for run in runs):
         same = [run for run in runs if (run.strategy, run.fault) == (strategy, fault)]
         columns = [
@@ -263,7 +301,7 @@ def table(runs: list[Run]) -> None:
             ["" if fault == "clean" else _named(run) for run in same],
             [" ".join(map(str, run.others)) or "none" for run in same],
         ]
-        print("|", " | ".join([strategy, fault, *(", ".join(column) for column in columns)]), "|")
+        table.add(strategy, fault, *(", ".join(column) for column in columns))
     for run in runs:
         for missed in run.misses():
             print(f"\nMissed by {run.strategy}, {run.fault}, rank {run.rank}, seed {run.seed}: {missed}", end="")
@@ -275,64 +313,12 @@ def _named(run: Run) -> str:
     return "by all" if run.fault in LOST else str(run.named_after)
 
 
-def false_alarms(arguments: argparse.Namespace) -> None:
-    pool = rank_pool.RankPool(1)
+def run_clean(arguments: argparse.Namespace) -> None:
     options = {"ranks": 1, "steps": arguments.clean_steps, "batch_size": arguments.batch_size}
-    print("| strategy | seed | suspected without a fault |\n|---|---|---|", flush=True)
-    for strategy in arguments.strategies:
-        for seed in arguments.seeds:
+    table = Table({"strategy": "{}", "seed": "{}", "suspected without a fault": "{}"}, arguments.csv)
+    with ranks(1) as pool:
+        for strategy, seed in product(arguments.strategies, arguments.seeds):
             with tempfile.TemporaryDirectory() as name:
-                run = Run(strategy, "clean", -1, seed)
-                result = pool.run(train, run, options, Path(name), workers_per_process=8)[0]
-            print(f"| {strategy} | {seed} | {' '.join(map(str, result.others)) or 'nobody'} |", flush=True)
-    pool.close()
-
-
-def main() -> None:
-    """Run what was asked for, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
-    parser.add_argument("--strategies", nargs="+", default=["byzantine_ddp"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[0, 3], help="which one is faulty")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--clean-steps", type=int, help="only this: eight workers without a fault for so many steps")
-    arguments = parser.parse_args()
-    rank_pool.TIMEOUT = 1800.0
-    if arguments.clean_steps:
-        false_alarms(arguments)
-        return
-    pool, options = rank_pool.RankPool(NUM_RANKS), {"ranks": NUM_RANKS, "steps": arguments.steps}
-    options["batch_size"] = arguments.batch_size
-    runs: list[Run] = []
-    for strategy in arguments.strategies:
-        clean: dict[int, float] = {}
-        for fault in ["clean", *(fault for fault in arguments.faults if fault != "clean")]:
-            for rank in arguments.ranks if fault != "clean" else [-1]:
-                for seed in arguments.seeds:
-                    run = Run(strategy, fault, rank, seed)
-                    try:
-                        run = one_run(pool, run, options)
-                    except AssertionError as error:  # its accuracy stays NaN
-                        print(error, file=sys.stderr)
-                    clean.setdefault(seed, run.accuracy)
-                    run.clean = clean[seed]
-                    runs.append(run)
-                    print(run, file=sys.stderr, flush=True)
-                    if arguments.csv is not None:
-                        write(arguments.csv, runs)
-    pool.close()
-    table(runs)
-
-
-def write(path: Path, runs: list[Run]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(runs[0])))
-        writer.writeheader()
-        writer.writerows(asdict(run) for run in runs)
-
-
-if __name__ == "__main__":
-    main()
+                clean = Run(strategy, "clean", -1, seed)
+                done = pool.run(train, clean, options, Path(name), workers_per_process=8)[0]
+            table.add(strategy, seed, " ".join(map(str, done.others)) or "nobody")

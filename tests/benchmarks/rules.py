@@ -1,4 +1,4 @@
-"""What every rule costs, in reads of the matrix: ``python tests/benchmarks/rules.py``.
+"""What every rule costs, in reads of the matrix.
 
 One read is the time of ``vectors.norm(dim=1)`` in the same run; in less than two of them, no rule can see all values
 and then write a combination. Each row of the table also compares with a straightforward version in torch. Times are
@@ -9,15 +9,13 @@ Rules with a coordinate-wise part are measured with `compile=True` as well, afte
 """
 
 import argparse
-import csv
 import math
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
+from harness import Table, by_turns
 from torch import Tensor
 
 from lightning_byzantine.aggregators import (
@@ -100,38 +98,21 @@ COMPILED: dict[str, Aggregator] = {
 }
 
 
-def measure(num_workers: int, dimension: int, names: list[str], turns: int, plain: bool) -> dict[str, dict[str, float]]:
-    """Return seconds of the read, each rule, and its straightforward version."""
+def measure(
+    num_workers: int, dimension: int, names: list[str], turns: int, plain: bool
+) -> dict[tuple[str, str], float]:
+    """Return seconds of the read and, by name, of each rule as it is, compiled, and written straightforwardly."""
     vectors = torch.randn(num_workers, dimension, generator=torch.Generator().manual_seed(0))
     f = (num_workers - 1) // 2
     contenders: dict[tuple[str, str], Callable[[], object]] = {("read", ""): lambda: vectors.norm(dim=1)}
     for name in names:
         rule, straightforward = RULES[name]
-        contenders[name, "seconds"] = lambda rule=rule: rule(vectors, f)
+        contenders[name, "rule"] = lambda rule=rule: rule(vectors, f)
         if name in COMPILED:
             contenders[name, "compiled"] = lambda rule=COMPILED[name]: rule(vectors, f)
         if plain:
-            contenders[name, "plain"] = lambda rule=straightforward: rule(vectors, f)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
-    for turn in range(turns + 1):
-        for key, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if turn > 0:  # the first one warms up
-                times[key].append(time.perf_counter() - start)
-    middle = {key: median(values) for key, values in times.items()}
-    read = middle["read", ""]
-    return {
-        name: {
-            "workers": num_workers,
-            "dimension": dimension,
-            "read_ms": 1e3 * read,
-            "reads": middle[name, "seconds"] / read,
-            "compiled_reads": middle.get((name, "compiled"), math.nan) / read,
-            "plain_reads": middle.get((name, "plain"), math.nan) / read,
-        }
-        for name in names
-    }
+            contenders[name, "straightforward"] = lambda rule=straightforward: rule(vectors, f)
+    return by_turns(contenders, turns)
 
 
 def worst_error(num_workers: int, dimension: int, name: str) -> float:
@@ -153,53 +134,41 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def main() -> None:
-    """Print the table and the exponents, and write the table to a file if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[5, 9, 17, 33, 65])
     parser.add_argument("--dimensions", nargs="+", type=int, default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--no_plain", action="store_true", help="leave the straightforward versions out")
+    parser.add_argument("--no-plain", action="store_true", help="leave the straightforward versions out")
     parser.add_argument("--check", action="store_true", help="compare results instead of times")
     parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     if arguments.check:
-        print("| rule | workers | dimension | error |\n|---|---|---|---|", flush=True)
-        for dimension, num_workers, name in product(arguments.dimensions, arguments.workers, arguments.rules):
-            error = worst_error(num_workers, dimension, name)
-            print(f"| `{name}` | {num_workers} | {dimension} | {error:.1e} |", flush=True)
+        check(arguments)
         return
-    print("| rule | workers | dimension | reads | compiled | straightforward | one read, ms |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    rows = []
-    for dimension in arguments.dimensions:
-        for num_workers in arguments.workers:
-            results = measure(num_workers, dimension, arguments.rules, arguments.turns, not arguments.no_plain)
-            for name, result in results.items():
-                rows.append({"rule": name} | result)
-                print(
-                    f"| `{name}` | {num_workers} | {dimension} | {result['reads']:.1f} |"
-                    f" {result['compiled_reads']:.1f} | {result['plain_reads']:.1f} | {result['read_ms']:.2f} |",
-                    flush=True,
-                )
+    columns = {"rule": "`{}`", "workers": "{}", "dimension": "{}", "reads": "{:.1f}", "compiled": "{:.1f}"}
+    table = Table(columns | {"straightforward": "{:.1f}", "one read, ms": "{:.2f}"}, arguments.csv)
+    seconds: dict[tuple[str, int, int], float] = {}
+    for dimension, num_workers in product(arguments.dimensions, arguments.workers):
+        measured = measure(num_workers, dimension, arguments.rules, arguments.turns, not arguments.no_plain)
+        read = measured["read", ""]
+        for name in arguments.rules:
+            kinds = (measured.get((name, kind), math.nan) for kind in ("rule", "compiled", "straightforward"))
+            table.add(name, num_workers, dimension, *(taken / read for taken in kinds), 1e3 * read)
+            seconds[name, num_workers, dimension] = measured[name, "rule"]
     if len(arguments.dimensions) > 1 and len(arguments.workers) > 1:
-        print("\n| rule | exponent in the dimension | exponent in the number of workers |\n|---|---|---|")
+        print()
+        growth = Table({"rule": "`{}`", "exponent in the dimension": "{:.2f}", "in the number of workers": "{:.2f}"})
         largest, most = max(arguments.dimensions), max(arguments.workers)
         for name in arguments.rules:
-            in_d = [row for row in rows if row["rule"] == name and row["workers"] == most]
-            in_m = [row for row in rows if row["rule"] == name and row["dimension"] == largest]
-            slopes = [
-                exponent([row[key] for row in chosen], [row["reads"] * row["read_ms"] for row in chosen])
-                for key, chosen in (("dimension", in_d), ("workers", in_m))
-            ]
-            print(f"| `{name}` | {slopes[0]:.2f} | {slopes[1]:.2f} |")
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+            in_d = exponent(arguments.dimensions, [seconds[name, most, d] for d in arguments.dimensions])
+            in_m = exponent(arguments.workers, [seconds[name, m, largest] for m in arguments.workers])
+            growth.add(name, in_d, in_m)
 
 
-if __name__ == "__main__":
-    main()
+def check(arguments: argparse.Namespace) -> None:
+    table = Table({"rule": "`{}`", "workers": "{}", "dimension": "{}", "error": "{:.1e}"}, arguments.csv)
+    for dimension, num_workers, name in product(arguments.dimensions, arguments.workers, arguments.rules):
+        table.add(name, num_workers, dimension, worst_error(num_workers, dimension, name))

@@ -1,4 +1,4 @@
-"""Whole training steps under stock DDP and under the default rule: ``python tests/benchmarks/steps.py``.
+"""Whole training steps under stock DDP and under the default rule.
 
 Gloo processes on this machine train a network of ten million parameters by turns with each strategy; a step is
 forward, backward with its exchange, and the optimizer. Times are medians over all steps but each turn's first, on rank
@@ -12,33 +12,30 @@ as a ratio to what it can't do without: gathering the same bytes, one matrix of 
 """
 
 import argparse
-import csv
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
-
-import rank_pool
 import torch.distributed as dist
+from harness import Table, by_turns, ranks
 from reproduction.networks import ResNet18
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook
-from lightning_byzantine.aggregation.shadow import Shadow
+from lightning_byzantine.aggregation.engine import AggregationEngine
+from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
+from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
 from lightning_byzantine.estimators import WorkerMomentum
-from lightning_byzantine.exchange.exchange import AllGather, AllToAll
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.exchange import AllGather, make_exchange
 
-VARIANTS = ["ddp", "shadow", "all_to_all", "all_gather"]
+EXCHANGES = {"shadow": "all_to_all", "all_to_all": "all_to_all", "all_gather": "all_gather"}
+VARIANTS = ["ddp", *EXCHANGES]
 WIDTH = 1824  # three square layers: 10 million parameters
 BLOCK = 2_500_000
 
@@ -57,21 +54,17 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     network, inputs = make_network(name)
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    if variant != "ddp":
-        num_workers = dist.get_world_size()
+    if variant in EXCHANGES:
+        num_workers, observers = dist.get_world_size(), Observers()
         rule, f = CTMA(NNM(GeometricMedian())), (num_workers - 1) // 2
-        exchange = {"all_gather": AllGather, "all_to_all": AllToAll, "shadow": AllToAll}[variant](num_workers)
         if variant == "shadow":
-            shadow = Shadow(rule, beta=0.9)
-
-            def watch(matrix: WorkerMatrix) -> list[torch.Tensor]:
-                shadow.report(matrix, f)
-                return matrix.materialize(matrix.mean())
-
-            AggregationHook(network, exchange, watch).register(model)
+            observers.add(lambda report: None)  # without anybody to see it, the rule would not be applied
+            aggregation: Any = ShadowAggregation(rule, f, beta=0.9, observers=observers)
         else:
-            hook = AggregationHook(network, exchange, lambda matrix: rule.aggregate(matrix, f), WorkerMomentum())
-            hook.register(model)
+            aggregation = RobustAggregation(rule, f, Quarantine(), observers)
+        exchange = make_exchange(EXCHANGES[variant], num_workers)
+        engine = AggregationEngine(dict(network.named_parameters()), aggregation, exchange, WorkerMomentum())
+        AggregationHook(engine, network).register(model)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -81,22 +74,9 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     return step, sum(parameter.numel() for parameter in network.parameters())
 
 
-def by_turns(contenders: dict[str, Callable[[], None]], turns: int, steps: int) -> dict[str, float]:
-    """Return median seconds of every call but each turn's first, by contender."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(turns + 1):
-        for name, step in contenders.items():
-            for index in range(steps + 1):
-                dist.barrier()
-                start = time.perf_counter()
-                step()
-                if turn > 0 and index > 0:
-                    times[name].append(time.perf_counter() - start)
-    return {name: median(seconds) for name, seconds in times.items()}
-
-
 def measure(network: str, turns: int, steps: int) -> dict[str, float]:
-    return by_turns({variant: make(variant, network)[0] for variant in VARIANTS}, turns, steps)
+    contenders = {variant: make(variant, network)[0] for variant in VARIANTS}
+    return by_turns(contenders, turns, steps, warm_up=1, ready=dist.barrier)
 
 
 def measure_floor(turns: int, steps: int) -> dict[str, float]:
@@ -122,7 +102,7 @@ def measure_floor(turns: int, steps: int) -> dict[str, float]:
         for rows in received:
             torch.mv(rows.T, weights, out=result)
 
-    return by_turns({"floor": floor, "all_gather": robust}, turns, steps)
+    return by_turns({"floor": floor, "all_gather": robust}, turns, steps, warm_up=1, ready=dist.barrier)
 
 
 def memory(variant: str, network: str) -> tuple[float, float]:
@@ -143,49 +123,38 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_new_pool(num_processes: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    pool = rank_pool.RankPool(num_processes)  # anew, for what another variant has left behind
-    try:
+def in_new_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    with ranks(num_ranks) as pool:  # anew, for what another variant has left behind
         return pool.run(function, *arguments)[0]
-    finally:
-        pool.close()
 
 
-def main() -> None:
-    """Print the table, and write it to a file if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--networks", nargs="+", choices=["resnet", "linear"], default=["resnet", "linear"])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of one turn")
     parser.add_argument("--floor", action="store_true", help="measure the exchange alone")
     parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    rank_pool.TIMEOUT = 1800.0
-    rows: list[tuple[Any, ...]] = []
+
+
+def run(arguments: argparse.Namespace) -> None:
     if arguments.floor:
-        header = ("processes", "ratio", "seconds")
-        print("| processes | `all_gather` and the default rule | seconds |\n|---|---|---|", flush=True)
-        for num_processes in arguments.processes:
-            times = in_new_pool(num_processes, measure_floor, arguments.turns, arguments.steps)
-            rows.append((num_processes, times["all_gather"] / times["floor"], times["all_gather"]))
-            print("| {} | {:.2f} | {:.3f} |".format(*rows[-1]), flush=True)
-    else:
-        header = ("processes", "network", "strategy", "ratio", "memory", "kept", "seconds")
-        print("| processes | network | strategy | time of a step | memory | kept | seconds |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for num_processes in arguments.processes:
-            for network in arguments.networks:
-                times = in_new_pool(num_processes, measure, network, arguments.turns, arguments.steps)
-                sizes = {variant: in_new_pool(num_processes, memory, variant, network) for variant in VARIANTS}
-                for variant, (grown, size) in sizes.items():
-                    ratio, kept = times[variant] / times["ddp"], size - sizes["ddp"][1]
-                    rows.append((num_processes, network, variant, ratio, grown, kept, times[variant]))
-                    print("| {} | {} | `{}` | {:.2f} | {:.1f} | {:.1f} | {:.3f} |".format(*rows[-1]), flush=True)
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
+        run_floor(arguments)
+        return
+    columns = {"processes": "{}", "network": "{}", "strategy": "`{}`", "time of a step": "{:.2f}", "memory": "{:.1f}"}
+    table = Table(columns | {"kept": "{:.1f}", "seconds": "{:.3f}"}, arguments.csv)
+    for num_processes in arguments.processes:
+        for network in arguments.networks:
+            times = in_new_ranks(num_processes, measure, network, arguments.turns, arguments.steps)
+            sizes = {variant: in_new_ranks(num_processes, memory, variant, network) for variant in VARIANTS}
+            for variant, (grown, size) in sizes.items():
+                ratio, kept = times[variant] / times["ddp"], size - sizes["ddp"][1]
+                table.add(num_processes, network, variant, ratio, grown, kept, times[variant])
 
 
-if __name__ == "__main__":
-    main()
+def run_floor(arguments: argparse.Namespace) -> None:
+    columns = {"processes": "{}", "`all_gather` and the default rule": "{:.2f}", "seconds": "{:.3f}"}
+    table = Table(columns, arguments.csv)
+    for num_processes in arguments.processes:
+        times = in_new_ranks(num_processes, measure_floor, arguments.turns, arguments.steps)
+        table.add(num_processes, times["all_gather"] / times["floor"], times["all_gather"])
