@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["Aggregated", "Aggregation", "PlainMean", "SingleWorker"]
@@ -29,12 +30,12 @@ class Aggregation(Protocol):
 
     Attributes:
         takes_estimates: whether workers are to send what the estimator makes of their gradients, not the gradients.
-        uses_previous: whether it starts from what it returned last.
+        last_aggregate: keeps what was aggregated last, for a rule that starts from it; None for others.
 
     """
 
     takes_estimates: bool
-    uses_previous: bool
+    last_aggregate: LastAggregate | None
 
     def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the aggregate of the rows, the same on every rank."""
@@ -47,7 +48,7 @@ class PlainMean:
     """What stock DDP does."""
 
     takes_estimates = False
-    uses_previous = False
+    last_aggregate: LastAggregate | None = None
 
     def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean."""

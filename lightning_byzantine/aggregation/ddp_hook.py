@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket  # where torch.distributed.GradBucket is typed
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
+from lightning_byzantine.exchange.torch_internals import GradBucket
 
 __all__ = ["AggregationHook"]
 

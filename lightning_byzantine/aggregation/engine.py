@@ -12,7 +12,6 @@ from lightning_byzantine.aggregation.gradients import clipping_factor, unscaled
 from lightning_byzantine.aggregation.local_gradients import LocalGradients
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
-from lightning_byzantine.estimators.estimator import copy_into
 from lightning_byzantine.exchange import Exchange
 from lightning_byzantine.matrix import WorkerMatrix
 
@@ -34,7 +33,6 @@ class AggregationEngine:
         max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
             then before all blocks are there, for only then is the norm known.
         num_local_workers: how many workers this process acts as, k.
-        previous: where to keep what was aggregated last, by parameter name, for a rule that starts from it.
         loss_scale: returns the factor that the loss was multiplied by, None without a gradient scaler.
         breakdown: what to do when more workers are provably bad than may be Byzantine.
         on_skip: called when a step is to be skipped for that reason, with the error.
@@ -43,7 +41,6 @@ class AggregationEngine:
         exchange: as given.
         estimator: as given.
         local: keeps the local workers' gradients apart.
-        previous: what was aggregated last; empty for rules that don't start from it.
 
     Example:
         >>> from lightning_byzantine.aggregation.aggregation import SingleWorker
@@ -65,7 +62,6 @@ class AggregationEngine:
         estimator: Estimator | None = None,
         max_norm: float | None = None,
         num_local_workers: int = 1,
-        previous: dict[str, Tensor] | None = None,
         loss_scale: Callable[[], float | None] = lambda: None,
         breakdown: Breakdown | None = None,
         on_skip: Callable[[ByzantineBreakdownError], None] = lambda error: None,
@@ -73,7 +69,6 @@ class AggregationEngine:
         self.exchange = exchange
         self.estimator = estimator
         self.local = LocalGradients(parameters, num_local_workers)
-        self.previous = {} if previous is None else previous
         self._aggregation = aggregation
         self._sends = estimator if aggregation.takes_estimates else None
         self._max_norm = max_norm
@@ -154,15 +149,15 @@ class AggregationEngine:
         return rows
 
     def _matrix(self, blocks: list[GradientBlock]) -> WorkerMatrix:
-        matrix = self.exchange.finish()
-        if not self.previous:
+        matrix, last = self.exchange.finish(), self._aggregation.last_aggregate
+        if last is None or not last.parts:
             return matrix
         wholes = []
         for block in blocks:
             whole = block.sent.new_zeros(block.sent.shape[1])
             for name, part in block.by_name(whole).items():
-                if name in self.previous:
-                    part.copy_(self.previous[name])
+                if name in last.parts:
+                    part.copy_(last.parts[name])
             wholes.append(whole)
         return matrix.with_previous(self.exchange.own_columns(wholes))
 
@@ -195,8 +190,8 @@ class AggregationEngine:
                 self._sends.commit(sent, worker)
 
     def _write_gradient(self, block: GradientBlock, whole: Tensor) -> None:
-        if self._aggregation.uses_previous:
-            copy_into(self.previous, block.by_name(whole))
+        if self._aggregation.last_aggregate is not None:
+            self._aggregation.last_aggregate.keep_parts(block.by_name(whole))
         # Into the block's own buffer, as DDP's all-reduce does, which saves a copy.
         for name, part, target in block.parts(whole, block.buffer):
             if name is None or self._sends is None:

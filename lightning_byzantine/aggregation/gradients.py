@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from lightning_byzantine.utilities.torch_internals import is_non_overlapping_and_dense_or_false
 
 __all__ = ["clipping_factor", "flattened", "unscaled"]
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_byzantine.aggregation.gradients import flattened
+from lightning_byzantine.utilities.torch_internals import is_view
 
 __all__ = ["LocalGradients"]
 
@@ -42,7 +43,7 @@ class LocalGradients:
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 # DDP may have made it a view of a bucket, which is going to hold another worker's gradient.
-                own = parameter.grad.clone() if parameter.grad._is_view() else parameter.grad
+                own = parameter.grad.clone() if is_view(parameter.grad) else parameter.grad
                 gradient = flattened(own, parameter)
                 kept[name] = kept[name] + gradient if name in kept else gradient
                 parameter.grad = None

@@ -39,7 +39,7 @@ class RobustAggregation:
     def __init__(
         self, aggregator: Aggregator, num_byzantine: int, quarantine: Quarantine, observers: Observers
     ) -> None:
-        self.uses_previous = aggregator.uses_previous
+        self.last_aggregate = aggregator.last_aggregate if aggregator.uses_previous else None
         self._aggregator = aggregator
         self._num_byzantine = num_byzantine
         self._quarantine = quarantine

@@ -1,15 +1,22 @@
 """What a rule has to remember of the call before."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from lightning_byzantine.utilities.copying import copy_into
+
 __all__ = ["LastAggregate"]
+
+_PLAIN = ""  # what a plain tensor goes by
 
 
 class LastAggregate(nn.Module):
-    """The result of a rule's last call on a plain tensor; part of the rule's ``state_dict``.
+    """The result of a rule's last call, by parameter name, or on a plain tensor; part of the rule's ``state_dict``.
 
-    Under the strategy, which keeps it in the checkpoint by parameter, this one stays empty.
+    Attributes:
+        parts: [n] by parameter name; empty before the first call.
 
     Example:
         >>> last = LastAggregate()
@@ -21,15 +28,23 @@ class LastAggregate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Not a buffer, since there is none before the first call.
-        self._value: Tensor | None = None
+        # Not buffers, since there are none before the first call.
+        self.parts: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget it: the next call is the first one."""
+        self.parts.clear()
+
+    def keep_parts(self, parts: Mapping[str, Tensor]) -> None:
+        """Remember copies of some parameters' parts, [n] by name."""
+        copy_into(self.parts, parts)
 
     def keep(self, aggregate: Tensor) -> None:
-        """Remember a result, [d]."""
-        self._value = aggregate.clone()
+        """Remember a copy of a plain result, [d]."""
+        self.parts = {_PLAIN: aggregate.clone()}
 
     def blocks_for(self, vectors: Tensor) -> list[Tensor] | None:
-        """Return the last result as the only block of a matrix of these rows, None before the first call.
+        """Return the last plain result as the only block of a matrix of these rows, None before the first call.
 
         Args:
             vectors: [m, d].
@@ -38,19 +53,20 @@ class LastAggregate(nn.Module):
             ValueError: if d is not what it was.
 
         """
-        if self._value is None:
+        value = self.parts.get(_PLAIN)
+        if value is None:
             return None
-        if len(self._value) != vectors.shape[1]:
+        if len(value) != vectors.shape[1]:
             raise ValueError(
                 f"vectors must have as many columns as in the call before, of which the rule remembers the result,"
-                f" got {vectors.shape[1]} after {len(self._value)}: make a rule for each size"
+                f" got {vectors.shape[1]} after {len(value)}: make a rule for each size"
             )
-        return [self._value.to(vectors)]
+        return [value.to(vectors)]
 
-    def get_extra_state(self) -> Tensor | None:
+    def get_extra_state(self) -> dict[str, Tensor]:
         """Return the last result."""
-        return self._value
+        return dict(self.parts)
 
-    def set_extra_state(self, state: Tensor | None) -> None:
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue after that result."""
-        self._value = None if state is None else torch.as_tensor(state).clone()
+        self.parts = {name: torch.as_tensor(value).clone() for name, value in state.items()}

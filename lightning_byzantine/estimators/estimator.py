@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Estimator", "copy_into"]
+from lightning_byzantine.utilities.copying import copy_into
+
+__all__ = ["Estimator"]
 
 
 class Estimator(ABC):
@@ -101,18 +103,3 @@ class Estimator(ABC):
         workers = [self.worker_state(worker) for worker in range(1 + max(self._estimates, default=-1))]
         shared = {name: value.to(device) for name, value in self.shared_state().items()}
         self.load_state([{name: value.to(device) for name, value in state.items()} for state in workers], shared)
-
-
-def copy_into(state: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values to where they are kept from step to step, into the same memory each time.
-
-    Args:
-        state: what is kept; parameters that are not among the values stay.
-        values: [n] by parameter name.
-
-    """
-    for name, value in values.items():
-        if name in state:
-            state[name].copy_(value)
-        else:
-            state[name] = value.clone()

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_byzantine.estimators.estimator import Estimator, copy_into
+from lightning_byzantine.estimators.estimator import Estimator
 from lightning_byzantine.utilities.checks import check_number
+from lightning_byzantine.utilities.copying import copy_into
 
 __all__ = ["WorkerMomentum", "momentum"]
 

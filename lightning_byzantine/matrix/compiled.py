@@ -6,9 +6,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
 from lightning_byzantine.matrix.order_statistics import MeanOfRanks
+from lightning_byzantine.utilities.torch_internals import BackendCompilerFailed, separate_symbols
 
 __all__ = ["Compiled"]
 
@@ -50,7 +50,7 @@ class Compiled:
         try:
             # `torch.compile` would make another kernel for each kind of view and each grad mode, and where a stride, an
             # offset and a length happen to be equal.
-            with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            with torch.no_grad(), separate_symbols():
                 return kernel([row.data for row in rows])
         except BackendCompilerFailed as error:
             raise RuntimeError(

@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -20,7 +19,6 @@ from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Report
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
-from lightning_byzantine.estimators.estimator import copy_into
 from lightning_byzantine.exchange import EXCHANGES, make_exchange
 from lightning_byzantine.optim import DoubleMomentum
 from lightning_byzantine.strategies.aggregating_ddp import AggregatingDDP
@@ -126,7 +124,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
         self._max_worker_grad_norm = max_worker_grad_norm
         self._asked_for_estimator = self.estimator if estimator != "auto" else estimator
         self._quarantine = Quarantine()
-        self._previous: dict[str, Tensor] = {}
 
     @property
     def num_byzantine(self) -> int:
@@ -188,7 +185,8 @@ class ByzantineDDPStrategy(AggregatingDDP):
         self._check_shadow()
         if self.estimator is not None:
             self.estimator.reset()
-        self._previous.clear()
+        if self.aggregator.uses_previous:
+            self.aggregator.last_aggregate.clear()
         self.aggregate_by(
             AggregationEngine(
                 dict(trainer.lightning_module.named_parameters()),
@@ -197,7 +195,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
                 self.estimator,
                 max_norm=self._max_worker_grad_norm,
                 num_local_workers=self.workers_per_process,
-                previous=self._previous,
                 loss_scale=partial(loss_scale, self.precision_plugin),
                 breakdown=self._breakdown,
                 on_skip=self.skip_step,
@@ -221,7 +218,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
         return super().shared_state() | {
             "estimator": {} if self.estimator is None else self.estimator.shared_state(),
             "aggregator": self.aggregator.state_dict(),
-            "previous": self._previous,
         }
 
     @override
@@ -230,7 +226,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
         if self.estimator is not None:
             self.estimator.load_shared_state(state["estimator"])
         self.aggregator.load_state_dict(state["aggregator"])
-        copy_into(self._previous, state["previous"])
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -307,7 +302,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
             dict(self.lightning_module.named_parameters()),
             self.aggregator,
             self.estimator,
-            self._previous,
             self.global_rank,
             self.world_size,
             self.workers_per_process,

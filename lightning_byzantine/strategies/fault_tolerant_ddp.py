@@ -10,12 +10,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -26,8 +24,10 @@ from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.heartbeat import Heartbeat
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
+from lightning_byzantine.exchange.torch_internals import _get_default_store
 from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
 from lightning_byzantine.strategies.consistency import ConsistencyCheck
+from lightning_byzantine.strategies.lightning_internals import _WrappingCheckpointIO
 from lightning_byzantine.strategies.worker_errors import WorkerErrors
 from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
 

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_byzantine.aggregators import Aggregator
-from lightning_byzantine.estimators.estimator import Estimator, copy_into
+from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange.collectives import gather, gather_to_first
 
 __all__ = ["WorkerStates"]
@@ -20,7 +20,6 @@ class WorkerStates:
         parameters: the parameters that estimators may know, by name, in the same order on every rank.
         aggregator: the rule.
         estimator: this rank's estimator.
-        previous: what the rule returned last, by parameter name.
         rank: this rank.
         num_ranks: number of ranks.
         num_local_workers: how many workers each rank acts as, k.
@@ -33,7 +32,6 @@ class WorkerStates:
         parameters: dict[str, nn.Parameter],
         aggregator: Aggregator,
         estimator: Estimator | None,
-        previous: dict[str, Tensor],
         rank: int,
         num_ranks: int,
         num_local_workers: int,
@@ -42,7 +40,6 @@ class WorkerStates:
         self._parameters = parameters
         self._aggregator = aggregator
         self._estimator = estimator
-        self._previous = previous
         self._rank = rank
         self._num_ranks = num_ranks
         self._num_local_workers = num_local_workers
@@ -58,7 +55,6 @@ class WorkerStates:
         state: dict[str, Any] = {
             "num_workers": self._num_ranks * self._num_local_workers,
             "aggregator": self._aggregator.state_dict(),
-            "previous": self._previous,
             "estimator": repr(self._estimator),
             "shared": {} if self._estimator is None else self._estimator.shared_state(),
             "workers": {},
@@ -82,7 +78,6 @@ class WorkerStates:
         self._check("estimator", state["estimator"], repr(self._estimator))
         self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self._aggregator.state_dict()))
         self._aggregator.load_state_dict(state["aggregator"])
-        copy_into(self._previous, self._to_device(state["previous"]))
         if self._estimator is None:
             return
         if len(state["workers"]) != num_workers:

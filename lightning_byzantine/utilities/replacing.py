@@ -6,12 +6,16 @@ from typing import Any
 
 __all__ = ["replaced"]
 
+# Owners, their new attributes and their old ones, in the order of the replacements.
+_ACTIVE: list[tuple[object, dict[str, Any], dict[str, Any]]] = []
+
 
 @contextmanager
 def replaced(owner: object, **attributes: Any) -> Iterator[None]:
     """Give an object other attributes, which go before those of its class, and take them back at the end.
 
-    What the object itself had by these names, such as a method that the user has patched, comes back.
+    What the object itself had by these names, such as a method that the user has patched, comes back. Several
+    replacements of one attribute may end in any order.
 
     Args:
         owner: whose attributes to replace.
@@ -31,10 +35,17 @@ def replaced(owner: object, **attributes: Any) -> Iterator[None]:
     """
     patched = vars(owner)
     before = {name: patched[name] for name in attributes if name in patched}
+    replacement = (owner, attributes, before)
+    _ACTIVE.append(replacement)
     patched.update(attributes)
     try:
         yield
     finally:
+        index = next(i for i, active in enumerate(_ACTIVE) if active is replacement)
+        del _ACTIVE[index]
         for name in attributes:
-            patched.pop(name, None)
-        patched.update(before)
+            # Whoever has replaced ours has to bring back what was before ours.
+            newer = next((old for other, new, old in _ACTIVE[index:] if other is owner and name in new), patched)
+            newer.pop(name, None)
+            if name in before:
+                newer[name] = before[name]
