@@ -1,35 +1,34 @@
 """Finds the faulty worker."""
 
-import json
-from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.errors import ByzantineSuspectError
 from lightning_byzantine.exchange.identities import Identity, gather_identities
 from lightning_byzantine.monitoring.evidence import Evidence
+from lightning_byzantine.monitoring.heat_map import HeatMap
+from lightning_byzantine.monitoring.scalars import worker_scalars
 from lightning_byzantine.monitoring.suspect import Suspect
-from lightning_byzantine.monitoring.heat_map import heat_map
+from lightning_byzantine.monitoring.suspect_log import SuspectLog
 from lightning_byzantine.monitoring.suspicion import Suspicion
+from lightning_byzantine.monitoring.worker_table import worker_table
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
-from lightning_byzantine.utilities.checks import check_integer_at_least, check_positive
+from lightning_byzantine.utilities.checks import check_integer_at_least
+from lightning_byzantine.utilities.replacing import replaced
 
 __all__ = ["ByzantineMonitor"]
 
 _POLICIES = ("warn", "raise", "quarantine")
-# Steps in one heat map, and between two of them: it takes milliseconds, which in short epochs would be felt.
-_COLUMNS = 1000
+# Steps between two pictures at least: one takes milliseconds, which would slow down short epochs.
 _REDRAWN = 100
 
 
@@ -37,22 +36,22 @@ class ByzantineMonitor(pl.Callback):
     """Watches what the rule finds out about each worker, and names those that are persistently unlike the others.
 
     It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns in every tenth
-    step, and at whose buffers and metrics are outvoted for not being finite. No pass over the gradients and no
-    collective comes with it, but for one gathering of names when ``fit`` starts. All ranks come to the same
-    conclusions. See :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
+    step, and at which processes were outvoted for non-finite buffers and metrics. It needs no pass over the gradients
+    and no collective, except to gather the hosts' names when ``fit`` starts. All ranks come to the same conclusions.
+    See :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
     :class:`~lightning_byzantine.aggregators.Report` for what each rule tells.
 
     Logs through the Trainer's loggers, with i for a worker's index and its values in the last step:
 
     - ``byzantine/distance/worker_i``, ``byzantine/norm/worker_i``: as multiples of the median worker's
     - ``byzantine/weight/worker_i``: its part in the aggregate
-    - ``byzantine/trimmed/worker_i``: in which part of the window it had none
+    - ``byzantine/trimmed/worker_i``: the fraction of the window's steps in which it had none
     - ``byzantine/non_finite/worker_i``: in how many steps of the run its row could not be measured
     - ``byzantine/score/worker_i``: the score of suspicion, in units of the threshold
     - ``byzantine/suspects``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many there are
 
-    and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, once in 100
-    steps at the most, and when training ends, by an error too. The progress bar shows the suspects' indices.
+    and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, at most once in
+    100 steps, and when training ends, also by an error. The progress bar shows the suspects' indices.
     ``suspects.jsonl`` in the log directory has one line for every change: ``event`` ("suspected", "cleared" or
     "quarantined"), ``step``, and the fields of :class:`~lightning_byzantine.monitoring.Suspect`. At the end of
     ``fit`` a table sums up all workers.
@@ -60,11 +59,11 @@ class ByzantineMonitor(pl.Callback):
     Args:
         on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops
             its rows from the next step on and lowers ``num_byzantine`` by one, or a function that is called with the
-            :class:`~lightning_byzantine.monitoring.Suspect`, on every rank. No more than ``num_byzantine`` workers are
-            put in quarantine.
+            :class:`~lightning_byzantine.monitoring.Suspect`, on every rank. At most ``num_byzantine`` workers are put
+            in quarantine.
         every_n_steps: how often to log scalars. None for the Trainer's ``log_every_n_steps``.
-        window: how many steps the evidence is of.
-        threshold: score from which on a worker is suspected. A bad worker adds up to 2 a step.
+        window: number of steps that the evidence is from.
+        threshold: score from which a worker is suspected. A bad worker adds up to 2 a step.
 
     Attributes:
         suspects: indices of the workers under suspicion now and of those in quarantine, on every rank.
@@ -93,19 +92,17 @@ class ByzantineMonitor(pl.Callback):
             raise ValueError(f"on_suspect must be 'warn', 'raise', 'quarantine' or a function, got {on_suspect!r}")
         if every_n_steps is not None:
             check_integer_at_least("every_n_steps", every_n_steps, 1)
-        check_integer_at_least("window", window, 1)
-        check_positive("threshold", threshold)
         self.on_suspect = on_suspect
         self.every_n_steps = every_n_steps
         self.window = window
         self.threshold = threshold
         self.suspects: list[int] = []
+        self._start_afresh(num_workers=0)
+        self._heat_map = HeatMap()
         self._reports: list[Report] = []
-        self._columns: deque[tuple[list[float], list[bool]]] = deque(maxlen=_COLUMNS)
-        self._new_columns = 0
         self._identities: list[Identity] = []
-        self._path = Path()
-        self._handle: RemovableHandle | None = None
+        self._log = SuspectLog(Path())
+        self._until_teardown = ExitStack()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -131,12 +128,16 @@ class ByzantineMonitor(pl.Callback):
             self._identities = gather_identities(strategy.root_device)
         else:
             self._identities = [Identity("localhost", str(strategy.root_device))]
-        self._path = Path(trainer.log_dir or trainer.default_root_dir) / "suspects.jsonl"  # asks rank 0
-        self._reports, self._columns, self._new_columns = [], deque(maxlen=_COLUMNS), 0
-        self._handle = strategy.observe(self._reports.append)
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is broadcast from rank 0
+        self._log = SuspectLog(Path(folder) / "suspects.jsonl")
+        self._heat_map = HeatMap()
+        self._reports.clear()
+        self._until_teardown.callback(strategy.observe(self._reports.append).remove)
         bar = trainer.progress_bar_callback
         if bar is not None:
-            self._show_suspects(bar)
+            # `self.log` could not show a list of indices: it takes numbers only.
+            showing = replaced(bar, get_metrics=self._with_suspects(bar.get_metrics))
+            self._until_teardown.enter_context(showing)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,55 +148,53 @@ class ByzantineMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = _strategy(trainer)
-        reports, weights = list(self._reports), None
+        reports = self._reports.copy()
         self._reports.clear()
         for report in reports:
-            before = self._suspicion.suspected
-            memory = 0.0 if strategy.estimator is None else strategy.estimator.memory
-            self._suspicion.update(report, memory)
-            self._evidence.update(report)
-            self._columns.append((self._evidence.latest()[0], report.measurable.tolist()))
-            self._new_columns += 1
-            weights = report.weights
-            for worker in sorted(before ^ self._suspicion.suspected):
-                self._note(trainer, worker)
+            self._judge(trainer, report)
         self._list_suspects(strategy)
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # as its connector has it
-        if weights is not None and every and trainer.global_step % every == 0:
-            self._log(trainer, strategy, weights)
+        if reports and every and trainer.global_step % every == 0:
+            metrics = worker_scalars(self._suspicion, self._evidence, reports[-1].weights) | {
+                "byzantine/suspects": len(self.suspects),
+                "byzantine/quarantined": len(strategy.quarantined),
+                "byzantine/skipped_steps": strategy.skipped_steps,
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._new_columns >= _REDRAWN:
+        if self._heat_map.new_steps >= _REDRAWN:
             self._draw(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._new_columns > 0:
+        if self._heat_map.new_steps > 0:
             self._draw(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._evidence.steps > 0:
-            rank_zero_info(self._table(_strategy(trainer)))
+            strategy = _strategy(trainer)
+            workers = [self._suspect(strategy, worker) for worker in range(strategy.num_workers)]
+            rank_zero_info(
+                worker_table(workers, self._evidence, strategy.num_byzantine, self.suspects, strategy.quarantined)
+            )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.__dict__.pop("get_metrics", None)
+        self._until_teardown.close()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-        # Lightning does not tear callbacks down then.
+        # Lightning does not tear callbacks down after an exception.
         self.teardown(trainer, pl_module, "fit")
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if "_suspicion" not in vars(self):
+        if not self._suspicion.scores:
             return {}  # saved without a fit
         return {"suspicion": self._suspicion.state_dict(), "evidence": self._evidence.state_dict()}
 
@@ -207,7 +206,7 @@ class ByzantineMonitor(pl.Callback):
             self._suspicion.load_state_dict(state_dict["suspicion"])
             self._evidence.load_state_dict(state_dict["evidence"])
         except (KeyError, ValueError) as error:
-            # Nothing half loaded.
+            # One of them may have been loaded.
             self._start_afresh(len(self._suspicion.scores))
             rank_zero_warn(f"ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: {error!r}.")
 
@@ -215,31 +214,42 @@ class ByzantineMonitor(pl.Callback):
         self._suspicion = Suspicion(num_workers, self.threshold)
         self._evidence = Evidence(num_workers, self.window)
 
+    def _judge(self, trainer: pl.Trainer, report: Report) -> None:
+        """Add one step's report, and act on the workers whose suspicion it changes."""
+        estimator = _strategy(trainer).estimator
+        before = self._suspicion.suspected
+        self._suspicion.update(report, memory=0.0 if estimator is None else estimator.memory)
+        self._evidence.update(report)
+        distances, _ = self._evidence.latest()
+        self._heat_map.add(distances, report.measurable.tolist())
+        for worker in sorted(before ^ self._suspicion.suspected):
+            suspect = self._suspect(_strategy(trainer), worker)
+            if worker in self._suspicion.suspected:
+                self._act(trainer, suspect)
+            else:
+                self._write(trainer, "cleared", suspect)
+                rank_zero_info(f"No longer under suspicion: {suspect}")
+
     def _suspect(self, strategy: ByzantineDDPStrategy, worker: int) -> Suspect:
-        rank = worker * strategy.world_size // len(self._suspicion.scores)
+        rank = worker * strategy.world_size // strategy.num_workers
         identity = self._identities[rank]
         evidence = self._evidence.of(worker)
         return Suspect(worker, rank, identity.host, identity.device, **evidence, shadow=strategy.shadow)
 
-    def _note(self, trainer: pl.Trainer, worker: int) -> None:
-        """Act on a worker that has come under suspicion, or is not any more."""
-        strategy = _strategy(trainer)
-        suspect = self._suspect(strategy, worker)
-        if worker not in self._suspicion.suspected:
-            self._write(trainer, "cleared", suspect)
-            rank_zero_info(f"No longer under suspicion: {suspect}")
-            return
+    def _act(self, trainer: pl.Trainer, suspect: Suspect) -> None:
+        """Do what ``on_suspect`` says with a new suspect."""
         self._write(trainer, "suspected", suspect)
         if callable(self.on_suspect):
             self.on_suspect(suspect)
         elif self.on_suspect == "raise":
-            raise ByzantineSuspectError(worker, str(suspect))
+            raise ByzantineSuspectError(suspect.worker, str(suspect))
         else:
             rank_zero_warn(f"Under suspicion: {suspect}")
         if self.on_suspect == "quarantine":
-            self._quarantine(trainer, strategy, suspect)
+            self._quarantine(trainer, suspect)
 
-    def _quarantine(self, trainer: pl.Trainer, strategy: ByzantineDDPStrategy, suspect: Suspect) -> None:
+    def _quarantine(self, trainer: pl.Trainer, suspect: Suspect) -> None:
+        strategy = _strategy(trainer)
         if len(strategy.quarantined) >= strategy.num_byzantine:
             rank_zero_warn(
                 f"Did not quarantine worker {suspect.worker}: as many as num_byzantine={strategy.num_byzantine} are in"
@@ -257,76 +267,27 @@ class ByzantineMonitor(pl.Callback):
     def _list_suspects(self, strategy: ByzantineDDPStrategy) -> None:
         self.suspects = sorted(strategy.quarantined | self._suspicion.suspected)
 
-    def _show_suspects(self, bar: ProgressBar) -> None:
-        get_metrics = bar.get_metrics
-
+    def _with_suspects(self, get_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def with_suspects(*args: Any) -> dict[str, Any]:
             shown = {"suspects": ",".join(map(str, self.suspects))} if self.suspects else {}
             return {**get_metrics(*args), **shown}
 
-        # On the instance, since `self.log` takes numbers only; see teardown.
-        bar.__dict__["get_metrics"] = with_suspects
-
-    def _log(self, trainer: pl.Trainer, strategy: ByzantineDDPStrategy, weights: Tensor) -> None:
-        distances, norms = self._evidence.latest()
-        values = {
-            "distance": distances,
-            "norm": norms,
-            "weight": weights.tolist(),
-            "trimmed": self._evidence.trimmed_part(),
-            "non_finite": self._evidence.non_finite,
-            "score": [score / self.threshold for score in self._suspicion.scores],
-        }
-        metrics = {
-            f"byzantine/{name}/worker_{worker}": value
-            for name, row in values.items()
-            for worker, value in enumerate(row)
-            if value == value  # unknown ones are NaN
-        }
-        metrics["byzantine/suspects"] = len(self.suspects)
-        metrics["byzantine/quarantined"] = len(strategy.quarantined)
-        metrics["byzantine/skipped_steps"] = strategy.skipped_steps
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        return with_suspects
 
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer) -> None:
-        self._new_columns = 0
-        image = heat_map(*zip(*self._columns, strict=True))
+        image = self._heat_map.draw()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("byzantine/distances", image, trainer.global_step)
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, event: str, suspect: Suspect) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"event": event, "step": trainer.global_step, **suspect.as_dict()}) + "\n")
-
-    def _table(self, strategy: ByzantineDDPStrategy) -> str:
-        steps = self._evidence.steps
-        lines = [
-            f"ByzantineMonitor, {steps} steps, num_byzantine={strategy.num_byzantine}"
-            + (", shadow mode" if strategy.shadow else ""),
-            "| worker | rank | host | device | trimmed | non-finite | distance | norm | verdict |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for worker in range(len(self._suspicion.scores)):
-            suspect = self._suspect(strategy, worker)
-            verdict = "suspect" if worker in self.suspects else ""
-            lines.append(
-                f"| {worker} | {suspect.rank} | {suspect.host} | {suspect.device}"
-                f" | {'' if suspect.trimmed is None else f'{self._evidence.trimmed[worker] / steps:.0%}'}"
-                f" | {self._evidence.non_finite[worker]} | {_show(suspect.distance)} | {_show(suspect.norm)}"
-                f" | {'quarantined' if worker in strategy.quarantined else verdict} |"
-            )
-        return "\n".join(lines)
+    def _write(
+        self, trainer: pl.Trainer, event: Literal["suspected", "cleared", "quarantined"], suspect: Suspect
+    ) -> None:
+        self._log.write(event, trainer.global_step, suspect)
 
 
 def _strategy(trainer: pl.Trainer) -> ByzantineDDPStrategy:
     assert isinstance(trainer.strategy, ByzantineDDPStrategy)  # see setup
     return trainer.strategy
-
-
-def _show(multiple: float | None) -> str:
-    return "" if multiple is None else f"{multiple:.2f}"

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from inspect import signature
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_byzantine.exchange import make_exchange
 from lightning_byzantine.exchange.tampered_exchange import TamperedExchange
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.utilities.replacing import replaced
 
 __all__ = ["ByzantineSimulation"]
 
@@ -53,6 +55,7 @@ class ByzantineSimulation(pl.Callback):
             raise TypeError(f"attack must be an Attack, such as SignFlip(), got {attack!r}")
         self.attack = attack
         self.workers = workers
+        self._until_teardown = ExitStack()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -110,7 +113,7 @@ class ByzantineSimulation(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # DDP's hook goes with the model that was wrapped for this fit.
-        trainer.strategy.__dict__.pop("batch_to_device", None)
+        self._until_teardown.close()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -145,8 +148,8 @@ class ByzantineSimulation(pl.Callback):
                 batch = poisoned if _next_worker(strategy) in self.workers else batch
             return honest(batch, device, dataloader_idx)
 
-        # On the instance, so that it goes before hooks of the module and of the data module alike; see teardown.
-        strategy.__dict__["batch_to_device"] = batch_to_device
+        # Of the strategy, since both the module and the data module may have hooks for batches, which come after this.
+        self._until_teardown.enter_context(replaced(strategy, batch_to_device=batch_to_device))
 
 
 def _num_workers(strategy: DDPStrategy) -> int:

@@ -1,7 +1,11 @@
-"""Who is faulty: from the reports on all workers to suspects with evidence."""
+"""Which worker is faulty: scores, evidence, and what is shown of them."""
 
-from lightning_byzantine.monitoring.evidence import Evidence, Suspect
-from lightning_byzantine.monitoring.heat_map import heat_map
+from lightning_byzantine.monitoring.evidence import Evidence
+from lightning_byzantine.monitoring.heat_map import HeatMap, heat_map
+from lightning_byzantine.monitoring.scalars import worker_scalars
+from lightning_byzantine.monitoring.suspect import Suspect
+from lightning_byzantine.monitoring.suspect_log import SuspectLog
 from lightning_byzantine.monitoring.suspicion import Suspicion
+from lightning_byzantine.monitoring.worker_table import worker_table
 
-__all__ = ["Evidence", "Suspect", "Suspicion", "heat_map"]
+__all__ = ["Evidence", "HeatMap", "Suspect", "SuspectLog", "Suspicion", "heat_map", "worker_scalars", "worker_table"]

@@ -1,5 +1,6 @@
-"""Who behaves unlike the others for longer than chance allows."""
+"""Which workers behave unlike the others for longer than chance allows."""
 
+from dataclasses import asdict, dataclass, fields
 from math import inf, isfinite, isnan, log, nan
 from typing import Any
 
@@ -7,22 +8,90 @@ from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.utilities.checks import check_positive
 from lightning_byzantine.utilities.medians import known_median
 
-__all__ = ["Suspicion"]
+__all__ = ["ScoringState", "Suspicion", "score"]
 
 # Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
-# Distances that differ by less than this part are taken for equal.
+# Distances that differ by less than this fraction count as equal.
 _FLOOR = 0.05
-# What is less than this part of the median says nothing more: momentum that is running out.
+# Smaller fractions of the median all count as this one: they come from momentum that decays.
 _LEAST = 0.3
-# How far one step counts, in deviations: no single one, however odd, is persistent.
+# Bound on the deviation of one step, so that a single step never suffices.
 _MOST = 3.0
-# What stays below this on average is chance.
+# Average deviations up to this one are put down to chance.
 _ALLOWANCE = 1.0
-# Averages over steps are over about this many.
+# Time constant of running averages, in steps.
 _STEPS = 25
-# What is new in a vector has vanished where it is below this part of what is new in the others'.
+# A worker's change has vanished if it is below this fraction of the median worker's.
 _VANISHED = 0.01
+
+
+@dataclass(frozen=True)
+class ScoringState:
+    """What the score of a step needs to know of earlier steps.
+
+    Args:
+        norms: [m], the last known norm of each worker's row.
+        distances: [m], likewise its distance.
+        unlikely: [m], whether its bits were unlikely when they were last checked.
+        unlikely_twice: [m], whether they were so in the last two checks.
+        spread: running average of the spread over workers; NaN before the first.
+
+    """
+
+    norms: list[float]
+    distances: list[float]
+    unlikely: list[bool]
+    unlikely_twice: list[bool]
+    spread: float
+
+    @classmethod
+    def initial(cls, num_workers: int) -> "ScoringState":
+        """Return the state before the first step."""
+        zeros, no = [0.0] * num_workers, [False] * num_workers
+        return cls(norms=zeros, distances=zeros, unlikely=no, unlikely_twice=no, spread=nan)
+
+
+def score(report: Report, state: ScoringState, memory: float) -> tuple[list[float], list[bool], ScoringState]:
+    """Return by how much each worker stands out in one step.
+
+    See :class:`Suspicion` for the formula.
+
+    Args:
+        report: the step's, on m workers.
+        state: what the step before returned, or :meth:`ScoringState.initial`. Not written to.
+        memory: beta, the fraction of a worker's last vector that remains in its next one.
+
+    Returns:
+        - z, [m], in [-3, 3]; NaN for workers of which the report knows nothing,
+        - whether z is 3 whatever the distance, [m],
+        - the state for the next step.
+
+    """
+    measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
+    unlikely, unlikely_twice = state.unlikely, state.unlikely_twice
+    if report.unlikely is not None:
+        # Under double momentum, honest workers have unlikely bits in one of a hundred checks, but hardly in two.
+        unlikely = report.unlikely.tolist()
+        unlikely_twice = [last and now for last, now in zip(state.unlikely, unlikely, strict=True)]
+    vanished = _vanished(norms, state.norms, memory)
+    certain = _certain(report, measurable, norms, vanished, unlikely_twice)
+
+    values, before = (norms, state.norms) if all(map(isnan, distances)) else (distances, state.distances)
+    values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
+    z, spread = _deviations(_oddities(values, before, memory), state.spread)
+    z = [_MOST if sure else deviation for deviation, sure in zip(z, certain, strict=True)]
+
+    # A row that could not be measured was dropped before momentum, even if it has a finite norm.
+    entered = [norm if measured else nan for norm, measured in zip(norms, measurable, strict=True)]
+    following = ScoringState(
+        norms=_known_or(entered, state.norms),
+        distances=_known_or(distances, state.distances),
+        unlikely=unlikely,
+        unlikely_twice=unlikely_twice,
+        spread=spread,
+    )
+    return z, certain, following
 
 
 class Suspicion:
@@ -30,30 +99,33 @@ class Suspicion:
 
     ::
 
-        u_i  = D_i(t) - beta D_i(t-1)                       what is new in worker i's distance, if it sends momentum
+        u_i  = D_i(t) - beta D_i(t-1)                       change of worker i's distance, if it sends momentum
         r_i  = log(u_i / median u) / 2 + log(D_i / median D) / 2
         z_i  = (r_i - median r) / spread                    in [-3, 3]; spread: MAD over workers, averaged over steps
         S_i <- max(0, S_i + z_i - b - 1)                    suspected from S_i >= threshold until S_i = 0
 
-    Honest workers with data from one distribution are all as likely to be the farthest in any step. What momentum
-    carries on from one bad batch is not in u, so that it hardly counts for more than one step; b, the median over
-    workers of their average z, is what skewed distances add to everybody's z. Where the rule knows no distances, norms
-    take their place. Whatever the distance, z - b is 3 for a worker
+    Honest workers with data from one distribution are equally likely to be the farthest in any step. u leaves out what
+    momentum carries over from earlier steps, so a bad batch counts for about one step. b is the median over workers of
+    their average z: skewed distances raise everybody's z by that much. Norms are used where the rule does not know the
+    distances. z - b is 3, whatever the distance, for a worker
 
     - whose row can't be measured,
-    - with nothing new in its norm, where there is something in the others',
-    - that points away from where the others go, see :attr:`~lightning_byzantine.aggregators.Report.opposed`: while
-      gradients shrink faster than momentum forgets, u tells nothing of a flipped sign,
-    - whose values had unlikely bits the last two times that somebody looked,
+    - whose norm did not change, while those of the others did,
+    - that points away from the others, see :attr:`~lightning_byzantine.aggregators.Report.opposed`: as long as
+      gradients shrink faster than momentum forgets, u does not show a flipped sign,
+    - whose values had unlikely bits in the last two checks,
     - whose process was outvoted in buffers or metrics.
 
     Args:
         num_workers: m.
-        threshold: S from which on a worker is suspected, in deviations; a bad worker adds up to 2 a step.
+        threshold: S from which a worker is suspected, in deviations. A bad worker adds up to 2 a step.
 
     Attributes:
         suspected: indices of the workers under suspicion.
         scores: [m], S, at most one and a half times the threshold.
+
+    Raises:
+        ValueError: if the threshold is not finite and above 0.
 
     Source: Page, "Continuous Inspection Schemes", Biometrika 41 (1954).
 
@@ -74,116 +146,94 @@ class Suspicion:
         self.suspected: set[int] = set()
         self.scores = [0.0] * num_workers
         self._averages = [0.0] * num_workers
-        self._norms = [0.0] * num_workers
-        self._distances = [0.0] * num_workers
-        self._unlikely = [False] * num_workers  # the last time
-        self._unlikely_twice = [False] * num_workers
-        self._spread = nan
+        self._state = ScoringState.initial(num_workers)
 
     def update(self, report: Report, memory: float) -> None:
-        """Take one step's report into account.
+        """Add one step.
 
         Args:
-            report: on m workers. The scores of those it knows nothing of stay as they are.
-            memory: beta, the part of what a worker sent that stays in what it sends next.
+            report: on m workers. The scores of workers of which it knows nothing stay as they are.
+            memory: beta, the fraction of a worker's last vector that remains in its next one.
 
         """
-        if report.unlikely is not None:
-            # Under double momentum, sound workers have unlikely bits in one of a hundred steps, but hardly in two.
-            before, self._unlikely = self._unlikely, report.unlikely.tolist()
-            self._unlikely_twice = [both == (True, True) for both in zip(before, self._unlikely, strict=True)]
-        vanished = self._vanished(report, memory)
-        marked = self._marked(report, vanished)
-        deviations = [
-            _MOST if mark else z for mark, z in zip(marked, self._deviations(report, vanished, memory), strict=True)
-        ]
-        known = [worker for worker, z in enumerate(deviations) if not isnan(z)]
+        z, certain, self._state = score(report, self._state, memory)
+        known = [worker for worker, deviation in enumerate(z) if not isnan(deviation)]
         usual = known_median(self._averages[worker] for worker in known)
         for worker in known:
-            z = deviations[worker]
-            # What is usual is so of distances: nobody else has a mark.
-            score = self.scores[worker] + z - (0.0 if marked[worker] else usual) - _ALLOWANCE
-            self.scores[worker] = _clamped(score, 0.0, 1.5 * self.threshold)
-            self._averages[worker] += (z - self._averages[worker]) / _STEPS
+            # b is a property of distances, which a certain z does not come from.
+            bias = 0.0 if certain[worker] else usual
+            total = self.scores[worker] + z[worker] - bias - _ALLOWANCE
+            self.scores[worker] = _clamped(total, 0.0, 1.5 * self.threshold)
+            self._averages[worker] += (z[worker] - self._averages[worker]) / _STEPS
         self.suspected = {
             worker
-            for worker, score in enumerate(self.scores)
-            if score >= self.threshold or (worker in self.suspected and score > 0)
+            for worker, total in enumerate(self.scores)
+            if total >= self.threshold or (worker in self.suspected and total > 0)
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that has been added up."""
+        """Return the sums, and what the next step needs to know of earlier ones."""
         return {
             "suspected": sorted(self.suspected),
             "scores": list(self.scores),
             "averages": list(self._averages),
-            "norms": list(self._norms),
-            "distances": list(self._distances),
-            "unlikely": list(self._unlikely),
-            "unlikely_twice": list(self._unlikely_twice),
-            "spread": self._spread,
+            **asdict(self._state),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned for as many workers.
+        """Continue from what :meth:`state_dict` returned for the same number of workers.
 
         Raises:
-            ValueError: if it is of another number of workers, which leaves all as it was.
+            ValueError: if it is of another number of workers. Nothing is changed then.
 
         """
         if len(state["scores"]) != len(self.scores):
             raise ValueError(f"the state is of {len(state['scores'])} workers, got num_workers={len(self.scores)}")
+        self._state = ScoringState(**{field.name: state[field.name] for field in fields(ScoringState)})
         self.suspected = set(state["suspected"])
         self.scores, self._averages = list(state["scores"]), list(state["averages"])
-        self._norms, self._distances = list(state["norms"]), list(state["distances"])
-        self._unlikely, self._unlikely_twice = list(state["unlikely"]), list(state["unlikely_twice"])
-        self._spread = state["spread"]
 
-    def _vanished(self, report: Report, memory: float) -> list[bool]:
-        new = [abs(norm - memory * before) for norm, before in zip(report.norms.tolist(), self._norms, strict=True)]
-        hardly_any = _VANISHED * known_median(new)
-        return [value < hardly_any for value in new]
 
-    def _marked(self, report: Report, vanished: list[bool]) -> list[bool]:
-        """Return who stands out whatever its distance."""
-        # Of quarantined ones nothing is known, so that no look at their bits follows.
-        unlikely = [
-            twice and not isnan(norm) for twice, norm in zip(self._unlikely_twice, report.norms.tolist(), strict=True)
-        ]
-        marks = [vanished, [not sound for sound in report.measurable.tolist()], report.opposed.tolist(), unlikely]
-        if report.outvoted is not None:
-            marks.append(report.outvoted.tolist())
-        return list(map(any, zip(*marks, strict=True)))
+def _vanished(norms: list[float], before: list[float], memory: float) -> list[bool]:
+    """Return whose norm has hardly changed, beyond what momentum makes of it, in comparison with the others', [m]."""
+    changes = [abs(norm - memory * previous) for norm, previous in zip(norms, before, strict=True)]
+    hardly_any = _VANISHED * known_median(changes)
+    return [change < hardly_any for change in changes]
 
-    def _deviations(self, report: Report, vanished: list[bool], memory: float) -> list[float]:
-        """Return z by the distances, [m]; NaN where nothing is known."""
-        measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
-        values, before = (norms, self._norms) if all(map(isnan, distances)) else (distances, self._distances)
-        values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
-        oddities = _oddities(values, before, memory)
-        # What could not be measured, though its norm may be a number, has not entered the worker's momentum.
-        entered = [norm if sound else nan for norm, sound in zip(norms, measurable, strict=True)]
-        self._norms = _known_or(entered, self._norms)
-        self._distances = _known_or(distances, self._distances)
 
-        center = known_median(oddities)
-        spread = known_median(abs(oddity - center) for oddity in oddities) / _MAD
-        if isfinite(spread):
-            # Averaged over steps, since with few workers it is a matter of luck.
-            self._spread = spread if isnan(self._spread) else self._spread + (spread - self._spread) / _STEPS
-        scale = _FLOOR if isnan(self._spread) else max(_FLOOR, self._spread)
-        return [_clamped((oddity - center) / scale, -_MOST, _MOST) for oddity in oddities]
+def _certain(
+    report: Report, measurable: list[bool], norms: list[float], vanished: list[bool], unlikely_twice: list[bool]
+) -> list[bool]:
+    """Return who stands out whatever its distance, [m]."""
+    # A quarantined worker, whose norm is not known, is never checked again: its last check must not count forever.
+    unlikely = [twice and not isnan(norm) for twice, norm in zip(unlikely_twice, norms, strict=True)]
+    unmeasured = [not measured for measured in measurable]
+    reasons = [unmeasured, vanished, report.opposed.tolist(), unlikely]
+    if report.outvoted is not None:
+        reasons.append(report.outvoted.tolist())
+    return list(map(any, zip(*reasons, strict=True)))
 
 
 def _oddities(values: list[float], before: list[float], memory: float) -> list[float]:
     """Return r, [m]: 0 for a worker like the others; NaN where unknown."""
-    new = [value - memory * previous for value, previous in zip(values, before, strict=True)]
-    return [(log(one) + log(other)) / 2 for one, other in zip(_relative(new), _relative(values), strict=True)]
+    changes = [value - memory * previous for value, previous in zip(values, before, strict=True)]
+    return [(log(one) + log(other)) / 2 for one, other in zip(_relative(changes), _relative(values), strict=True)]
+
+
+def _deviations(oddities: list[float], spread: float) -> tuple[list[float], float]:
+    """Return z by the distances, [m], and the running average of the spread."""
+    center = known_median(oddities)
+    latest = known_median(abs(oddity - center) for oddity in oddities) / _MAD
+    if isfinite(latest):
+        # An average over steps, since that of few workers in one step is mostly noise.
+        spread = latest if isnan(spread) else spread + (latest - spread) / _STEPS
+    scale = _FLOOR if isnan(spread) else max(_FLOOR, spread)
+    return [_clamped((oddity - center) / scale, -_MOST, _MOST) for oddity in oddities], spread
 
 
 def _relative(values: list[float]) -> list[float]:
     usual = known_median(map(abs, values))
-    # All alike where the most have none.
+    # Where the median is 0, all known ones count as equal.
     return [_clamped(value / usual if usual > 0 else 0 * value + 1, _LEAST, inf) for value in values]
 
 

@@ -22,7 +22,7 @@ from training import Regression, fit, loader, trainer
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
 from lightning_byzantine.attacks import Attack, BitFlip, NonFinite, SignFlip, VectorAttack
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
-from lightning_byzantine.monitoring.evidence import Suspect
+from lightning_byzantine.monitoring import Suspect
 from lightning_byzantine.optim import DoubleMomentumEstimator
 
 NUM_STEPS = 30
@@ -499,7 +499,8 @@ def count_collectives(folder: Path, with_monitor: bool, exchange: str) -> int:
             patches.append(mock.patch(f"torch.distributed.{name}", _counting(function, counted)))
     patches.append(
         mock.patch(
-            "lightning_byzantine.exchange.exchange._all_gather", _counting(torch.distributed.all_gather_single, counted)
+            "lightning_byzantine.exchange.collectives._all_gather",
+            _counting(torch.distributed.all_gather_single, counted),
         )
     )
     started = CountFromHere(counted)

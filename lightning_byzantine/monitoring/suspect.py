@@ -1,0 +1,73 @@
+"""One worker under suspicion."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Suspect"]
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A worker under suspicion, with the evidence of the last steps.
+
+    Args:
+        worker: its index.
+        rank: the process that acts as this worker.
+        host: the process's host.
+        device: its device.
+        steps: number of steps that the evidence is from.
+        trimmed: number of these in which it had no part in the aggregate; None if the rule does not tell.
+        non_finite: number of steps in which its row was not finite, or too large to be measured.
+        distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
+        norm: likewise, of its norm.
+        opposed: number of steps in which it pointed away from the others.
+        sampled: number of steps in which the bits of its values were checked.
+        unlikely: number of these in which they were unlike the others'.
+        outvoted: number of steps in which its process reported a non-finite buffer or metric, unlike most.
+        shadow: whether the rule only watched.
+
+    Example:
+        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 20, 0, 0, shadow=False))
+        worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 4ad1): trimmed in 98 of the last 100 steps, distance 41 x the \
+median
+
+    """
+
+    worker: int
+    rank: int
+    host: str
+    device: str
+    steps: int
+    trimmed: int | None
+    non_finite: int
+    distance: float | None
+    norm: float | None
+    opposed: int
+    sampled: int
+    unlikely: int
+    outvoted: int
+    shadow: bool
+
+    def __str__(self) -> str:
+        """Return one line: the worker, where it runs, and the evidence."""
+        of_the_last = f"of the last {self.steps} steps"
+        parts = []
+        if self.trimmed is not None:
+            parts.append(f"{'would have been ' if self.shadow else ''}trimmed in {self.trimmed} {of_the_last}")
+        if self.non_finite > 0:
+            parts.append(f"non-finite in {self.non_finite} {of_the_last}")
+        if self.opposed > 0:
+            parts.append(f"pointed the other way in {self.opposed} {of_the_last}")
+        if self.unlikely > 0:
+            parts.append(f"unlikely bits in {self.unlikely} of {self.sampled} samples {of_the_last}")
+        if self.outvoted > 0:
+            parts.append(f"non-finite buffers or metrics in {self.outvoted} {of_the_last}")
+        if self.distance is not None:
+            parts.append(f"distance {self.distance:.3g} x the median")
+        if self.norm is not None:
+            parts.append(f"norm {self.norm:.3g} x the median")
+        return f"worker {self.worker} (rank {self.rank}, host {self.host}, {self.device}): {', '.join(parts)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields by name, ready for JSON."""
+        return asdict(self)

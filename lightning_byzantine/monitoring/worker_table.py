@@ -1,0 +1,75 @@
+"""The table of all workers at the end of a run."""
+
+from collections.abc import Collection, Sequence
+
+from lightning_byzantine.monitoring.evidence import Evidence
+from lightning_byzantine.monitoring.suspect import Suspect
+
+__all__ = ["worker_table"]
+
+
+def worker_table(
+    workers: Sequence[Suspect],
+    evidence: Evidence,
+    num_byzantine: int,
+    suspects: Collection[int],
+    quarantined: Collection[int],
+) -> str:
+    """Return a table in Markdown below a line of title.
+
+    Distances and norms are of the last steps, the other numbers of the whole run.
+
+    Args:
+        workers: [m], all workers, suspected or not, with their evidence.
+        evidence: of at least one step.
+        num_byzantine: f.
+        suspects: indices of those to call "suspect".
+        quarantined: indices of those to call "quarantined" instead.
+
+    Example:
+        >>> evidence = Evidence(num_workers=1, window=100)
+        >>> evidence.steps = 4
+        >>> alone = Suspect(0, 0, "node7", "cpu", 4, 0, 0, None, 1.0, 0, 0, 0, 0, shadow=False)
+        >>> print(worker_table([alone], evidence, num_byzantine=0, suspects=[], quarantined=[]))
+        ByzantineMonitor, 4 steps, num_byzantine=0
+        | worker | rank | host | device | trimmed | non-finite | distance | norm | verdict |
+        |---|---|---|---|---|---|---|---|---|
+        | 0 | 0 | node7 | cpu | 0% | 0 |  | 1.00 |  |
+
+    """
+    title = f"ByzantineMonitor, {evidence.steps} steps, num_byzantine={num_byzantine}"
+    columns = ["worker", "rank", "host", "device", "trimmed", "non-finite", "distance", "norm", "verdict"]
+    lines = [
+        title + (", shadow mode" if workers[0].shadow else ""),
+        _row(columns),
+        "|" + "---|" * len(columns),
+    ]
+    for one in workers:
+        trimmed = "" if one.trimmed is None else f"{evidence.trimmed[one.worker] / evidence.steps:.0%}"
+        verdict = "suspect" if one.worker in suspects else ""
+        if one.worker in quarantined:
+            verdict = "quarantined"
+        lines.append(
+            _row(
+                [
+                    one.worker,
+                    one.rank,
+                    one.host,
+                    one.device,
+                    trimmed,
+                    evidence.non_finite[one.worker],
+                    _multiple(one.distance),
+                    _multiple(one.norm),
+                    verdict,
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _multiple(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
