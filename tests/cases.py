@@ -91,6 +91,7 @@ class RuleCase(Case):
 
     PROPERTIES: ClassVar[dict[str, str]] = {
         "oracle": "the result is the oracle's",
+        "ties": "it is the oracle's among duplicates and ties as well",
         "cuts": "it is the same to the bit wherever the columns are cut into blocks",
         "translation": "it moves with the rows",
         "scaling": "it scales with the rows",

@@ -1,4 +1,4 @@
-"""Every rule once more, from its formula, in float64 loops over Python lists of NumPy rows."""
+"""The rules' formulas once more, in float64 loops over Python lists of NumPy rows: those that several tests use."""
 
 from collections.abc import Callable
 from itertools import combinations

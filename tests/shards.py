@@ -25,7 +25,7 @@ def in_shards(act: Callable[[WorkerMatrix], Result], shards: list[Tensor]) -> li
     """
     sums: list[Tensor] = []
 
-    def act_up_to_an_unknown_sum(shard: Tensor, rank: int, parts: list[Tensor]) -> Result | None:
+    def act_until_a_sum_is_unknown(shard: Tensor, rank: int, parts: list[Tensor]) -> Result | None:
         known = iter(sums)
 
         def complete(total: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def in_shards(act: Callable[[WorkerMatrix], Result], shards: list[Tensor]) -> li
 
     while True:
         parts: list[Tensor] = []
-        results = [act_up_to_an_unknown_sum(shard, rank, parts) for rank, shard in enumerate(shards)]
+        results = [act_until_a_sum_is_unknown(shard, rank, parts) for rank, shard in enumerate(shards)]
         if not parts:
             return results
         assert len(parts) == len(shards)

@@ -76,7 +76,12 @@ class AggregationEngine:
         self._breakdown = Breakdown() if breakdown is None else breakdown
         self._on_skip = on_skip
         self._scale: float | None = None
+        self._attacks: list[Callable[[WorkerMatrix], WorkerMatrix]] = []
         self._blocks: list[GradientBlock] = []
+
+    def forge_with(self, attack: Callable[[WorkerMatrix], WorkerMatrix]) -> None:
+        """Let a simulated attack rewrite the rows of every step from now on, on all ranks alike."""
+        self._attacks.append(attack)
 
     @torch.no_grad()
     def send(self, block: GradientBlock) -> None:
@@ -150,6 +155,8 @@ class AggregationEngine:
 
     def _matrix(self, blocks: list[GradientBlock]) -> WorkerMatrix:
         matrix, last = self.exchange.finish(), self._aggregation.last_aggregate
+        for attack in self._attacks:
+            matrix = attack(matrix)
         if last is None or not last.parts:
             return matrix
         wholes = []

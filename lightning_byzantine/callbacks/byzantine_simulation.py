@@ -20,7 +20,6 @@ from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregators import Mean
 from lightning_byzantine.attacks import Attack
 from lightning_byzantine.exchange import make_exchange
-from lightning_byzantine.exchange.tampered_exchange import TamperedExchange
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 from lightning_byzantine.utilities.replacing import replaced
@@ -97,7 +96,7 @@ class ByzantineSimulation(pl.Callback):
         strategy = trainer.strategy
         if isinstance(strategy, ByzantineDDPStrategy):
             assert strategy.engine is not None  # made in setup, just before
-            strategy.engine.exchange = TamperedExchange(strategy.engine.exchange, self._tamper)
+            strategy.engine.forge_with(self._tamper)
             return
         assert isinstance(strategy, DDPStrategy)
         if strategy._ddp_comm_hook is not None:
@@ -106,8 +105,9 @@ class ByzantineSimulation(pl.Callback):
                 f" `ddp_comm_hook` of its own: {strategy._ddp_comm_hook!r}"
             )
         assert isinstance(strategy.model, DistributedDataParallel)
-        exchange = TamperedExchange(make_exchange("all_gather", strategy.world_size), self._tamper)
+        exchange = make_exchange("all_gather", strategy.world_size)
         engine = AggregationEngine(dict(pl_module.named_parameters()), PlainMean(), exchange)
+        engine.forge_with(self._tamper)
         AggregationHook(engine, pl_module).register(strategy.model)
 
     @override

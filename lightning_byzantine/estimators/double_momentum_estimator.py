@@ -112,8 +112,7 @@ class DoubleMomentumEstimator(Estimator):
         if self.step > 1 and self._previous is None:
             raise RuntimeError(
                 "Double momentum needs the gradient at the previous query point from its second step on, got none. Use"
-                " `Trainer(strategy='byzantine_ddp')`, which computes it, or give `DoubleMomentum.step` a closure, or"
-                " compute it in `DoubleMomentum.previous_point()`."
+                " `Trainer(strategy='byzantine_ddp')`, which computes it, or give `DoubleMomentum.step` a closure."
             )
         previous = None if self._previous is None else self._previous[worker].get(name)
         _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)

@@ -60,6 +60,6 @@ def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
     return [part.cpu() for part in received]
 
 
-# torch 2.13 renamed all_gather_into_tensor and warns of the old name. Older ones, which have that name alone, are not
-# supported as installations, but GPU images lag, and a source tree should run there.
+# torch 2.13 renamed all_gather_into_tensor and warns of the old name. Older versions, which only have that name, are
+# not supported as installations, but GPU images lag, and a source tree should run there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

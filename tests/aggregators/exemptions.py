@@ -12,6 +12,8 @@ TIE_OF_TWO = Exempt(
     because="two rows are equally near to each other: a tie, which the lower index wins",
     where=lambda m, f: m - f <= 2,
 )
+MANY_MEDIANS = Exempt(["ties"], because="an even number of rows on a line has many geometric medians")
+MIXED_TIES = Exempt(["ties"], because="mixed rows are equally far from others but for rounding, which the oracle rounds too")
 ITERATIVE = Exempt(["cuts"], because="it iterates on sums over all columns, whose last digits depend on the cuts")
 OWN_UNITS = Exempt(["translation", "scaling"], because="it has a length in the units of the rows, measured from 0")
 SHORTENS = Exempt(["agreement"], because="a row may be longer than what it is clipped to")

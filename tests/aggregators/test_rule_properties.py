@@ -2,7 +2,7 @@
 
 import copy
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
@@ -31,9 +31,9 @@ few_or_many_examples = pytest.mark.parametrize(
 )
 
 
-def every_case_with(*wanted: str) -> pytest.MarkDecorator:
-    """Parametrise by all cases that have one of these properties."""
-    cases = [case for case in ALL_CASES if any(case.has(each) for each in wanted)]
+def every_case_with(*wanted: str, enough: Callable[[Iterable[bool]], bool] = all) -> pytest.MarkDecorator:
+    """Parametrise by the cases that have all of these properties, or any of them."""
+    cases = [case for case in ALL_CASES if enough(case.has(each) for each in wanted)]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
@@ -84,6 +84,22 @@ def test_equals_the_oracle_however_columns_are_cut(case: RuleCase, subtests: pyt
 )
 def test_equals_a_slow_oracle_however_columns_are_cut(case: RuleCase, m: int, f: int) -> None:
     check_against_the_oracle(case, m, f)
+
+
+@few_or_many_examples
+@every_case_with("oracle", "ties")
+def test_equals_the_oracle_among_duplicates_and_ties(case: RuleCase, examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(m=st.integers(1, 8), d=st.integers(1, 4), data=st.data())
+    def check(m: int, d: int, data: st.DataObject) -> None:
+        assume(case.serves(m, 0))
+        f = case.at_most(data.draw(st.integers(0, (m - 1) // 2)), m)
+        row = st.lists(st.integers(-2, 2), min_size=d, max_size=d)
+        rows = torch.tensor(data.draw(st.lists(row, min_size=m, max_size=m)), dtype=torch.float32)
+        expected = torch.from_numpy(case.oracle(as_list(rows), f)).float()
+        torch.testing.assert_close(case.fresh()(rows, num_byzantine=f), expected, rtol=1e-5, atol=1e-5)
+
+    check()
 
 
 @every_case_with("cuts")
@@ -139,7 +155,7 @@ def test_never_writes_to_its_input_and_repeats_itself(case: RuleCase, examples: 
 
 
 @few_or_many_examples
-@every_case_with("translation", "scaling")
+@every_case_with("translation", "scaling", enough=any)
 def test_moves_and_scales_with_its_input(case: RuleCase, examples: int) -> None:
     @settings(max_examples=examples)
     @given(data=matrices(), shift=st.integers(-5, 5), factor=st.sampled_from([-8.0, -1.0, 0.125, 4.0]))
