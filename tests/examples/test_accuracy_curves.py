@@ -53,6 +53,7 @@ def test_writes_a_small_picture(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_trains_and_reads_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options: list[Any] = ["--seeds", "1", "--out", tmp_path / "curves.png", "--options", "--trainer.max_epochs=2"]
     main([str(option) for option in options])
