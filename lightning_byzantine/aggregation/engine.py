@@ -10,6 +10,7 @@ from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
 from lightning_byzantine.aggregation.gradients import clipping_factor, unscaled
 from lightning_byzantine.aggregation.local_gradients import LocalGradients
+from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
@@ -155,18 +156,11 @@ class AggregationEngine:
 
     def _matrix(self, blocks: list[GradientBlock]) -> WorkerMatrix:
         matrix, last = self.exchange.finish(), self._aggregation.last_aggregate
+        if last is not None and last.parts:
+            matrix = matrix.with_previous(self.exchange.own_columns([_last_values(block, last) for block in blocks]))
         for attack in self._attacks:
             matrix = attack(matrix)
-        if last is None or not last.parts:
-            return matrix
-        wholes = []
-        for block in blocks:
-            whole = block.sent.new_zeros(block.sent.shape[1])
-            for name, part in block.by_name(whole).items():
-                if name in last.parts:
-                    part.copy_(last.parts[name])
-            wholes.append(whole)
-        return matrix.with_previous(self.exchange.own_columns(wholes))
+        return matrix
 
     def _aggregated(self, matrix: WorkerMatrix) -> Aggregated | None:
         """Return what came of the aggregation; None where it broke down, and the run goes on without this step."""
@@ -207,3 +201,12 @@ class AggregationEngine:
                 self._sends.gradient(name, part, target)
         if self._scale is not None:
             block.buffer.mul_(self._scale)
+
+
+def _last_values(block: GradientBlock, last: LastAggregate) -> Tensor:
+    """Return what was aggregated last for the parameters of a block, [c]; 0 where there was nothing."""
+    whole = block.sent.new_zeros(block.sent.shape[1])
+    for name, part in block.by_name(whole).items():
+        if name in last.parts:
+            part.copy_(last.parts[name])
+    return whole

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import nearest
+from lightning_byzantine.matrix import Point, WorkerMatrix, nearest
 
 __all__ = ["CAF"]
 

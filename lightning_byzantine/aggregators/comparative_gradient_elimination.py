@@ -1,8 +1,7 @@
 """The mean of the shortest rows."""
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import mean_of, nearest
+from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of, nearest
 
 __all__ = ["ComparativeGradientElimination"]
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import nearest
+from lightning_byzantine.matrix import Point, WorkerMatrix, nearest
 from lightning_byzantine.utilities.checks import check_at_least, check_integer_at_least
 
 __all__ = ["GeometricMedian"]

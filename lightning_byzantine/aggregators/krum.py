@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import mean_of
+from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of
 
 __all__ = ["Krum", "best_scored", "krum_scores"]
 

@@ -2,8 +2,7 @@
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.errors import ReferenceLostError
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import mean_of
+from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of
 from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["MoNNA"]

@@ -1,8 +1,7 @@
 """Nearest-neighbour mixing."""
 
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import mean_of
+from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of
 
 __all__ = ["NNM"]
 

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.subsets import all_subsets, check_num_subsets
-from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.ties import mean_of, nearest
+from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of, nearest
 
 __all__ = ["SMEA"]
 

@@ -2,6 +2,7 @@
 
 from lightning_byzantine.matrix.measurement import Measurement
 from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point
+from lightning_byzantine.matrix.ties import mean_of, nearest
 from lightning_byzantine.matrix.worker_matrix import Names, WorkerMatrix
 
-__all__ = ["Combination", "Coordinatewise", "Measurement", "Names", "Point", "WorkerMatrix"]
+__all__ = ["Combination", "Coordinatewise", "Measurement", "Names", "Point", "WorkerMatrix", "mean_of", "nearest"]

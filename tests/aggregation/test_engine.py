@@ -15,6 +15,7 @@ from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregators import Aggregator, CenteredClipping, CoordinateWiseMedian, Krum, Mean, Report
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.exchange import make_exchange
+from lightning_byzantine.matrix import WorkerMatrix
 
 SIZES = {"weight": 6, "bias": 3, "scale": 1}
 STEPS = 4
@@ -136,3 +137,34 @@ def test_plain_mean_takes_over_where_breakdowns_propagate(three_ranks: RankPool)
     for received, *_ in three_ranks.run(drive, CoordinateWiseMedian(), faulty=(1, -1), policy="propagate"):
         assert received[1, 2].isnan()
         torch.testing.assert_close(received[1, 3:], gradients(seed=0)[1, :, 3:].mean(0))
+
+
+def previous_that_an_attack_sees(exchange: str) -> list[Tensor | None]:
+    """Return what was aggregated last, as simulated attacks see it in each step, this rank's columns of it."""
+    num_ranks, rank, seen = torch.distributed.get_world_size(), torch.distributed.get_rank(), []
+    rule = CenteredClipping(tau=0.5)
+    engine = AggregationEngine(
+        {"weight": nn.Parameter(torch.zeros(6))},
+        RobustAggregation(rule, 1, Quarantine(), Observers()),
+        make_exchange(exchange, num_ranks),
+    )
+
+    def attack(matrix: WorkerMatrix) -> WorkerMatrix:
+        seen.append(None if matrix.previous is None else matrix.previous[0].clone())
+        return matrix.map_blocks(torch.neg)
+
+    engine.forge_with(attack)
+    for workers in gradients(seed=0, steps=2):
+        block = GradientBlock.of({"weight": workers[rank][:6].clone()})
+        engine.send(block)
+        engine.aggregate()
+    return seen
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_attacks_know_what_the_rule_starts_from(three_ranks: RankPool, exchange: str) -> None:
+    expected = CenteredClipping(tau=0.5)(-gradients(seed=0)[0, :, :6], num_byzantine=1)
+    shards = [expected] * 3 if exchange == "all_gather" else expected.split(2)
+    for (first, second), shard in zip(three_ranks.run(previous_that_an_attack_sees, exchange), shards, strict=True):
+        assert first is None
+        torch.testing.assert_close(second, shard)
