@@ -3,18 +3,19 @@
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_byzantine.aggregators.decision import Decision
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.matrix import Measurement, Point, WorkerMatrix
 from lightning_byzantine.utilities.checks import check_num_byzantine, check_vectors
+from lightning_byzantine.utilities.showing_arguments import ShowsArguments
 
 __all__ = ["Aggregator"]
 
 
-class Aggregator(nn.Module, ABC):
+class Aggregator(ShowsArguments, ABC):
     """A rule A(x_1, .., x_m; f) -> R^d that withstands f < m / 2 Byzantine rows.
 
     A rule is written once, as :meth:`locate` on a :class:`~lightning_byzantine.matrix.WorkerMatrix`, and then serves

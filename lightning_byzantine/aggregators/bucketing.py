@@ -42,10 +42,6 @@ class Bucketing(MetaAggregator):
         self.bucket_size = bucket_size
         self.draws = StepSeed(seed)
 
-    def extra_repr(self) -> str:
-        """Show the arguments in ``repr``."""
-        return f"bucket_size={self.bucket_size}"
-
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` when the buckets are too few for f of them to be a minority."""
         Aggregator.check(self, num_workers, num_byzantine)

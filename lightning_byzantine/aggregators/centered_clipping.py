@@ -44,10 +44,6 @@ class CenteredClipping(Aggregator):
         self.tau = tau
         self.num_iterations = num_iterations
 
-    def extra_repr(self) -> str:
-        """Show the arguments in ``repr``."""
-        return f"tau={self.tau}, num_iterations={self.num_iterations}"
-
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the center after its last step."""
         center = matrix.previous

@@ -32,10 +32,6 @@ class Clipping(MetaAggregator):
         check_positive("max_norm", max_norm)
         self.max_norm = max_norm
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"max_norm={self.max_norm}"
-
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the base's result on the clipped rows."""
         return self.base.locate(clipped(matrix, matrix.squared_norms().sqrt(), self.max_norm), num_byzantine)

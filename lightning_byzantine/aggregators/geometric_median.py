@@ -63,13 +63,6 @@ class GeometricMedian(Aggregator):
         self.smoothing = smoothing
         self.init = init
 
-    def extra_repr(self) -> str:
-        """Show the arguments in ``repr``."""
-        return (
-            f"max_iterations={self.max_iterations}, tolerance={self.tolerance}, smoothing={self.smoothing},"
-            f" init={self.init!r}"
-        )
-
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the geometric median as weights of the rows."""
         weights: Tensor | None = None

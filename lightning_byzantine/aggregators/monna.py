@@ -34,10 +34,6 @@ class MoNNA(Aggregator):
         check_integer_at_least("reference", reference, 0)
         self.reference = reference
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"reference={self.reference}"
-
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` when there is no such worker."""
         super().check(num_workers, num_byzantine)

@@ -31,10 +31,6 @@ class MultiKrum(Aggregator):
             check_integer_at_least("num_selected", num_selected, 1)
         self.num_selected = num_selected
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"num_selected={self.num_selected}"
-
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` when fewer than ``num_selected`` rows can be counted on."""
         super().check(num_workers, num_byzantine)

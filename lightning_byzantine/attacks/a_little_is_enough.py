@@ -39,10 +39,6 @@ class ALittleIsEnough(VectorAttack):
             check_finite("z", z)
         self.z = z
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"z={self.z}"
-
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if z has no value for these numbers of workers; warn if it does no harm."""
         super().check(num_workers, byzantine)

@@ -5,16 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_vectors, check_worker_indices
+from lightning_byzantine.utilities.showing_arguments import ShowsArguments
 
 __all__ = ["Attack", "DataAttack", "VectorAttack"]
 
 
-class Attack(nn.Module, ABC):
+class Attack(ShowsArguments, ABC):
     """What Byzantine workers do. A module, so that the state it keeps between steps is in its ``state_dict``.
 
     To write one, subclass :class:`VectorAttack` or :class:`DataAttack`.

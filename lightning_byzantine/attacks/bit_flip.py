@@ -51,10 +51,6 @@ class BitFlip(VectorAttack):
         self.steps = StepSeed(seed)
         self.draws = StepSeed(seed)
 
-    def extra_repr(self) -> str:
-        """Show the arguments in ``repr``."""
-        return f"bit={self.bit}, probability={self.probability}, fraction={self.fraction}"
-
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with bits flipped in the Byzantine rows; one generator serves all blocks of a step."""
         generator = self.draws.next(stream=1 + matrix.shard)

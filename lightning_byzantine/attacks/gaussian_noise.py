@@ -38,10 +38,6 @@ class GaussianNoise(VectorAttack):
         self.std = std
         self.draws = StepSeed(seed)
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"std={self.std}"
-
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with noise in the Byzantine rows; one generator serves all blocks of a step."""
         generator = self.draws.next(stream=matrix.shard)

@@ -30,10 +30,6 @@ class InnerProductManipulation(VectorAttack):
         check_at_least("epsilon", epsilon, 0)
         self.epsilon = epsilon
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"epsilon={self.epsilon}"
-
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
         """Return -epsilon times the honest mean, once for each Byzantine worker."""
         return (-self.epsilon * honest.mean(dim=0)).expand_as(own)

@@ -43,10 +43,6 @@ class Intermittent(Attack):
         self.on_vectors = attack.on_vectors
         self.on_data = attack.on_data
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"probability={self.probability}"
-
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if these workers can't run the attack."""
         self.attack.check(num_workers, byzantine)

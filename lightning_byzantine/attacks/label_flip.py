@@ -34,10 +34,6 @@ class LabelFlip(DataAttack):
         self.num_classes = num_classes
         self.target = target
 
-    def extra_repr(self) -> str:
-        """Show the arguments in ``repr``."""
-        return f"num_classes={self.num_classes}, target={self.target!r}"
-
     def poison(self, batch: Any) -> Any:
         """Return the batch with its labels flipped.
 

@@ -36,10 +36,6 @@ class Mimic(VectorAttack):
             check_integer_at_least("worker", worker, 0)
         self.worker = worker
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"worker={self.worker}"
-
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if the worker to copy does not exist or is not honest."""
         super().check(num_workers, byzantine)

@@ -47,10 +47,6 @@ class MinMax(VectorAttack):
             raise ValueError(f"perturbation must be one of {', '.join(_PERTURBATIONS)}, got {perturbation!r}")
         self.perturbation = perturbation
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"perturbation={self.perturbation!r}"
-
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with forged Byzantine rows, by the distances between the honest ones."""
         perturbation = _PERTURBATIONS[self.perturbation]

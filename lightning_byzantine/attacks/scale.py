@@ -29,10 +29,6 @@ class Scale(VectorAttack):
         check_finite("factor", factor)
         self.factor = factor
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"factor={self.factor}"
-
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
         """Return ``factor`` times what the Byzantine workers computed."""
         return self.factor * own

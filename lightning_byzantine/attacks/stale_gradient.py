@@ -41,10 +41,6 @@ class StaleGradient(VectorAttack):
         # Per step: which rows and columns, in which order, and what the Byzantine workers computed.
         self._kept: deque[tuple[tuple[Any, ...], list[Tensor]]] = deque(maxlen=delay + 1)
 
-    def extra_repr(self) -> str:
-        """Show the argument in ``repr``."""
-        return f"delay={self.delay}"
-
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with old estimates in the Byzantine rows, and keep the current ones."""
         rows = sorted(byzantine)
