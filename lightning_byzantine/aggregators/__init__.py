@@ -1,4 +1,4 @@
-"""Aggregation rules: from the m vectors of all workers to one that f Byzantine workers can't decide.
+"""Aggregation rules, which combine the vectors of m workers into one that f Byzantine workers can't control.
 
 Every rule is called as ``rule(vectors, num_byzantine=f)`` on an [m, d] tensor. Meta-aggregators take a ``base`` rule
 and nest freely: ``CTMA(base=NNM(base=GeometricMedian()))``.

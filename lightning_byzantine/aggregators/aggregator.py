@@ -1,4 +1,4 @@
-"""What every aggregation rule has in common."""
+"""The base class of aggregation rules."""
 
 from abc import ABC, abstractmethod
 
@@ -18,16 +18,15 @@ __all__ = ["Aggregator"]
 class Aggregator(ShowsArguments, ABC):
     """A rule A(x_1, .., x_m; f) -> R^d that withstands f < m / 2 Byzantine rows.
 
-    A rule is written once, as :meth:`locate` on a :class:`~lightning_byzantine.matrix.WorkerMatrix`, and then serves
-    plain tensors and DDP's buckets alike. It is a :class:`torch.nn.Module` without parameters, so that what it keeps
-    between steps is in its ``state_dict``, however rules are nested.
+    A subclass implements :meth:`locate` on a :class:`~lightning_byzantine.matrix.WorkerMatrix`, and then works on plain
+    tensors and on DDP's buckets. It is a :class:`torch.nn.Module` without parameters, so that the ``state_dict`` of a
+    composition includes the state of every rule in it.
 
     Attributes:
-        uses_products: whether the rule, or its base, needs the rows' inner products, so that their norms need no pass
-            of their own.
-        uses_previous: whether the rule, or its base, starts from what was aggregated last: from
-            :attr:`~lightning_byzantine.matrix.WorkerMatrix.previous`. The strategy keeps it in the checkpoint, and on
-            plain tensors the rule that is called keeps it in its ``state_dict``.
+        uses_products: whether the rule or its base needs the rows' inner products, which also give their norms.
+        uses_previous: whether the rule or its base starts from the previous aggregate,
+            :attr:`~lightning_byzantine.matrix.WorkerMatrix.previous`. The strategy saves it in checkpoints; on plain
+            tensors, it is in the ``state_dict`` of the rule that is called.
 
     Example:
         >>> class FirstRow(Aggregator):
@@ -48,21 +47,21 @@ class Aggregator(ShowsArguments, ABC):
 
     @abstractmethod
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the rule's result, lazily. All rows are finite and 0 <= f < m / 2."""
+        """Return the rule's result, lazily; all rows are finite, and 0 <= f < m / 2."""
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when the rule can't serve m workers of which f are Byzantine."""
+        """Raise :class:`ValueError` if the rule does not support m workers of which f are Byzantine."""
         check_num_byzantine(num_byzantine, num_workers)
 
     def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
-        """Tell which rows can be used, from a pass that the rule needs anyway if there is one."""
+        """Return which rows can be used, computed in a pass that the rule needs anyway if there is one."""
         return matrix.measure(from_products=self.uses_products)
 
     def aggregate(self, matrix: WorkerMatrix, num_byzantine: int) -> list[Tensor]:
-        """Drop the rows that can't be measured, then apply the rule to the others.
+        """Drop non-finite rows, then apply the rule to the others.
 
-        A row with a non-finite entry or an overflowing squared norm is Byzantine by definition: it is dropped by
-        index, and ``num_byzantine`` falls by one for each.
+        A row with a non-finite entry or an overflowing squared norm always counts as Byzantine: it is dropped, and
+        ``num_byzantine`` is reduced by one.
 
         Args:
             matrix: m rows, in any number of column blocks.
@@ -72,14 +71,14 @@ class Aggregator(ShowsArguments, ABC):
             One [c_b] tensor for each block, in its dtype.
 
         Raises:
-            ValueError: if the rule can't serve m and f.
+            ValueError: if the rule does not support m and f.
             ByzantineBreakdownError: if more than f rows were dropped.
 
         """
         return self.decide(matrix, num_byzantine).values()
 
     def decide(self, matrix: WorkerMatrix, num_byzantine: int) -> Decision:
-        """Do what :meth:`aggregate` does, up to the point where the result is computed; it raises the same."""
+        """Do what :meth:`aggregate` does, with the same errors, but without computing the result yet."""
         num_workers = matrix.num_workers
         self.check(num_workers, num_byzantine)
         measured = self.measure(matrix, num_byzantine)
@@ -98,7 +97,7 @@ class Aggregator(ShowsArguments, ABC):
         """Aggregate a plain tensor.
 
         Args:
-            vectors: [m, d], one row a worker; float16, bfloat16, float32 or float64, on any device. Not written to.
+            vectors: [m, d], one row per worker; float16, bfloat16, float32 or float64, on any device. Not written to.
             num_byzantine: f, with 0 <= f < m / 2.
 
         Returns:
@@ -106,8 +105,8 @@ class Aggregator(ShowsArguments, ABC):
 
         Raises:
             TypeError: if ``vectors`` is not a floating-point tensor, or ``num_byzantine`` not an integer.
-            ValueError: if ``vectors`` is not 2D or is empty, or the rule can't serve m and f; if it ``uses_previous``
-                and d is not that of the call before.
+            ValueError: if ``vectors`` is not 2D or is empty, or the rule does not support m and f; if it
+                ``uses_previous`` and d differs from that of the previous call.
             ByzantineBreakdownError: if more than f rows are non-finite or overflow.
 
         """

@@ -1,4 +1,4 @@
-"""Rows no longer than what an honest majority sends."""
+"""Adaptive clipping of the rows' norms."""
 
 from lightning_byzantine.aggregators.clipping import clipped
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
@@ -8,12 +8,12 @@ __all__ = ["ARC"]
 
 
 class ARC(MetaAggregator):
-    """Adaptive robust clipping: the base rule on rows of which the k longest were shortened to the next one's norm.
+    """Adaptive robust clipping: the base rule, after the k longest rows are scaled down to the next norm.
 
     k = floor(2 (f / m) (m - f)); x_i min(1, C / ||x_i||), where C is the (k + 1)-th largest norm.
 
     Args:
-        base: the rule that is applied to the clipped rows.
+        base: the rule to apply to the clipped rows.
 
     Source: Allouah et al., "The Vital Role of Gradient Clipping in Byzantine-Resilient Distributed Learning", 2024
     (arXiv 2405.14432).

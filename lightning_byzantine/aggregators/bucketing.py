@@ -15,14 +15,14 @@ __all__ = ["Bucketing"]
 class Bucketing(MetaAggregator):
     """The base rule on the means of random buckets of s rows each (the last one may be smaller).
 
-    At most f of the ceil(m / s) buckets hold a Byzantine row. Buckets are drawn anew at every call, the same on every
-    rank; the number of calls is part of the ``state_dict``.
+    At most f of the ceil(m / s) buckets hold a Byzantine row. Each call draws new buckets, the same on every rank; the
+    number of calls is part of the ``state_dict``.
 
     Args:
-        base: the rule that is applied to the bucket means; not :class:`MoNNA`, whose worker has no bucket.
-        bucket_size: s. None for floor(m / 2f) (m when f = 0), or one less where that would leave 2f buckets only,
-            which no base rule can serve.
-        seed: seed of the draws.
+        base: the rule to apply to the bucket means; not :class:`MoNNA`, because no bucket is a trusted worker's.
+        bucket_size: s. None for floor(m / 2f) (m when f = 0), or one less where that would leave only 2f buckets, too
+            few for any base rule.
+        seed: random seed.
 
     Source: Karimireddy et al., "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022.
 
@@ -43,7 +43,7 @@ class Bucketing(MetaAggregator):
         self.draws = StepSeed(seed)
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when the buckets are too few for f of them to be a minority."""
+        """Raise :class:`ValueError` unless there are more than 2f buckets, and the base supports them."""
         Aggregator.check(self, num_workers, num_byzantine)
         size = self._size(num_workers, num_byzantine)
         num_buckets = -(-num_workers // size)

@@ -1,4 +1,4 @@
-"""The mean around the median of rows that Krum has chosen."""
+"""The mean around the median of rows chosen by Krum."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ __all__ = ["Bulyan"]
 class Bulyan(Aggregator):
     """Krum chooses m - 2f rows; in every coordinate, the mean of the m - 4f of their values nearest to their median.
 
-    Rows are chosen one by one: each time the one that Krum picks from those left, n of them, by the n - f - 1 nearest
-    others (the paper: n - f - 2). The attacker of a single coordinate, who hides in the distances, fails in the second
-    phase. Needs m >= 4f + 3, but for f = 0, where it is the mean.
+    Rows are chosen one by one: Krum picks each from the n rows left, by their n - f - 1 nearest others (the paper:
+    n - f - 2). The second phase removes attacks on a single coordinate, which distances hardly show. Needs
+    m >= 4f + 3, or f = 0, where it is the mean.
 
     Source: El Mhamdi, Guerraoui & Rouault, "The Hidden Vulnerability of Distributed Learning in Byzantium", ICML 2018.
 

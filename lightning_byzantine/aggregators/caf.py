@@ -1,4 +1,4 @@
-"""A filter along the directions of the widest spread."""
+"""A filter along the directions of largest variance."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,21 @@ from lightning_byzantine.matrix import Point, WorkerMatrix, nearest
 
 __all__ = ["CAF"]
 
-# What differs by less than this part of it is equal: rounding must not choose among vectors, nor keep a weight alive.
+# Relative differences below this are rounding, which must neither choose an eigenvector nor keep a weight above 0.
 _SAME = 1e-9
 
 
 class CAF(Aggregator):
-    """Covariance bound-agnostic filter: weights fall along the direction of the widest spread, until 2f are gone.
+    """Covariance bound-agnostic filter: lowers weights along the direction of largest variance, until 2f are gone.
 
-    From c = 1, repeat while sum_i c_i > m - 2f: with mu the mean under the weights c, and (lambda, v) the largest
-    eigenvalue of the covariance about it and its vector, tau_i = <v, x_i - mu>^2 and
-    c_i <- c_i (1 - tau_i / max_j tau_j), the maximum over those j that have a weight left. Returns the mu of the least
-    lambda seen.
+    Starting from c = 1, repeat while sum_i c_i > m - 2f: with mu the mean weighted by c, and (lambda, v) the largest
+    eigenvalue of the weighted covariance and its eigenvector, tau_i = <v, x_i - mu>^2 and
+    c_i <- c_i (1 - tau_i / max_j tau_j), with the maximum over all j with c_j > 0. Returns the mu with the smallest
+    lambda.
 
     Eigenvectors are exact, from inner products. ByzFL takes one step of the power method from a random vector and ByzPy
-    three from a fixed one, which give the same where the rows are on a line. Their maximum is over all rows, also those
-    of weight 0, which may then go on for ever. For f = 0, where ByzFL returns None, this is the mean.
+    three from a fixed one, with the same result for collinear rows. Their maximum includes rows of weight 0, so that
+    they may never end. For f = 0, where ByzFL returns None, this is the mean.
 
     Source: Allouah, Guerraoui & Stephan, "Towards Trustworthy Federated Learning with Untrusted Participants", ICML
     2025, algorithm 2.
@@ -36,7 +36,7 @@ class CAF(Aggregator):
     uses_products = True
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the mean of the least spread, as weights of the rows."""
+        """Return the weighted mean with the smallest lambda."""
         num_workers = matrix.num_workers
         weights = torch.ones(num_workers, dtype=torch.float64)
         best, least = weights, torch.inf
@@ -54,7 +54,7 @@ class CAF(Aggregator):
 
 
 def _widest_spread(squared: Tensor, weights: Tensor) -> tuple[float, Tensor]:
-    """Return the largest eigenvalue of the weighted covariance, and all squared projections on its vector in any unit.
+    """Return the largest eigenvalue of the weighted covariance, and squared projections on its vector, in any unit.
 
     Args:
         squared: [n, n], squared distances.
@@ -64,7 +64,7 @@ def _widest_spread(squared: Tensor, weights: Tensor) -> tuple[float, Tensor]:
     unit = float(squared.max())
     if unit == 0:
         return 0.0, torch.zeros_like(weights)
-    # Inner products about the weighted mean, from distances, in units that can't overflow.
+    # Inner products about the weighted mean, from distances, scaled so that they can't overflow.
     parts = weights / weights.sum()
     centring = torch.eye(len(parts), dtype=torch.float64) - parts
     products = -0.5 * centring @ (squared / unit) @ centring.T
@@ -73,7 +73,7 @@ def _widest_spread(squared: Tensor, weights: Tensor) -> tuple[float, Tensor]:
     eigenvalues, vectors = torch.linalg.eigh(roots[:, None] * products * roots)
     largest = eigenvalues[-1]
     space = vectors[:, eigenvalues >= (1 - _SAME) * largest]
-    # Where there are several widest directions: that of the row which is best seen in them, ties broken by index.
+    # If the eigenvalue is repeated: the longest projection of a row's unit vector on its space, ties broken by index.
     seen = space.square().sum(1)
     vector = space @ space[nearest(1 - seen.clamp(max=1), 1)[0]]
     return float(largest) * unit, (products @ (roots * vector)).square()

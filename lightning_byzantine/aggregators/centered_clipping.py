@@ -1,4 +1,4 @@
-"""Steps of bounded length from the last aggregate."""
+"""Steps of bounded length from the previous aggregate."""
 
 import torch
 
@@ -10,19 +10,17 @@ __all__ = ["CenteredClipping"]
 
 
 class CenteredClipping(Aggregator):
-    """v <- v + (1/m) sum_i (x_i - v) min(1, tau / ||x_i - v||), from the v that was aggregated last, at first 0.
+    """v <- v + (1/m) sum_i (x_i - v) min(1, tau / ||x_i - v||), from the previous aggregate v, at first 0.
 
-    No worker moves the result by more than tau / m in an iteration. Nor do the honest ones, together, by more than tau:
-    tau should be some times their distance from v, and where v starts far away from them, it takes several steps to
-    arrive.
+    In one iteration, a worker moves the result by at most tau / m, and all workers together by at most tau. Set tau to
+    a few times the honest workers' distance from v. If v starts far away from them, it takes several steps to arrive.
 
     Args:
-        tau: the length at which differences from v are cut off, in the units of the rows.
-        num_iterations: how many iterations a call makes.
+        tau: maximum length of the differences from v, in the units of the rows.
+        num_iterations: number of iterations per call.
 
-    The paper's form, as ByzFL's ``CenteredClipping(m=None, L=num_iterations, tau=tau)``, whose tau is 100 by default.
-    ByzPy keeps nothing between calls: it makes ten iterations from the mean of the rows, to where one attacker can move
-    it.
+    This is the paper's form, and ByzFL's ``CenteredClipping(m=None, L=num_iterations, tau=tau)``, where tau defaults to
+    100. ByzPy has no state: it makes ten iterations from the mean of the rows, which one attacker can move anywhere.
 
     Source: Karimireddy, He & Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021.
 
@@ -45,7 +43,7 @@ class CenteredClipping(Aggregator):
         self.num_iterations = num_iterations
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the center after its last step."""
+        """Return v after the last iteration."""
         center = matrix.previous
         for _ in range(self.num_iterations):
             distances = matrix.squared_norms().sqrt() if center is None else matrix.distances(center)

@@ -1,4 +1,4 @@
-"""Rows of bounded length."""
+"""Clipping of the rows' norms."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ __all__ = ["Clipping", "clipped"]
 
 
 class Clipping(MetaAggregator):
-    """The base rule on rows that were shortened to norm C where they are longer: x_i min(1, C / ||x_i||).
+    """The base rule, after rows longer than C are scaled down to norm C: x_i min(1, C / ||x_i||).
 
     Args:
-        base: the rule that is applied to the clipped rows.
-        max_norm: C, in the units of the rows. 2, as in ByzFL and in ByzPy, is for raw gradients of small networks.
+        base: the rule to apply to the clipped rows.
+        max_norm: C, in the units of the rows. The default, that of ByzFL and ByzPy, is for raw gradients of small
+            networks.
 
     Source: Karimireddy, He & Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021, section 4.
 
@@ -38,6 +39,6 @@ class Clipping(MetaAggregator):
 
 
 def clipped(matrix: WorkerMatrix, norms: Tensor, max_norm: float) -> WorkerMatrix:
-    """Shorten the rows whose norms, [m], are above ``max_norm``, lazily."""
+    """Scale rows whose norm, of ``norms`` [m], exceeds ``max_norm`` down to it, lazily."""
     longer = norms > max_norm
     return matrix.scale(torch.where(longer, max_norm / norms, 1.0)) if longer.any() else matrix

@@ -7,10 +7,10 @@ __all__ = ["ComparativeGradientElimination"]
 
 
 class ComparativeGradientElimination(Aggregator):
-    """The mean of the m - f rows of the smallest norms (CGE); ties go to the lower index.
+    """The mean of the m - f rows with the smallest norms (CGE); ties go to the lower index.
 
-    The paper takes their sum. Directions count for nothing: an attacker of an honest length is kept, whatever it points
-    to, and so is one who sends 0.
+    The paper takes their sum. Directions don't count: a Byzantine row of ordinary length is kept wherever it points,
+    and so is a row of zeros.
 
     Source: Gupta, Liu & Vaidya, "Byzantine Fault-Tolerant Distributed Machine Learning with Norm-Based Comparative
     Gradient Elimination", DSN-W 2021 (arXiv 2008.04699).

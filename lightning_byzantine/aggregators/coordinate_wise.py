@@ -1,4 +1,4 @@
-"""Rules that look at every coordinate on its own."""
+"""The base class of rules that treat every coordinate separately."""
 
 from abc import ABC, abstractmethod
 
@@ -11,15 +11,15 @@ __all__ = ["CoordinateWise"]
 
 
 class CoordinateWise(Aggregator, ABC):
-    """In every coordinate, the mean of the values that stand at some ranks of the sorted m.
+    """In every coordinate, the mean of the values at certain ranks among the sorted m.
 
     Args:
-        compile: have `torch.compile` make one kernel of it, which needs a C++ compiler on CPUs and Triton on GPUs. The
-            result is the same to the bit, the first step takes seconds longer, and the others are quicker.
+        compile: whether to use `torch.compile`, which needs a C++ compiler on CPUs and Triton on GPUs. The result is
+            bit-identical; the first step takes seconds longer, and the others are faster.
 
     Raises:
         TypeError: if ``compile`` is neither True nor False.
-        RuntimeError: by the first step, if ``compile`` is True and `torch.compile` finds no compiler.
+        RuntimeError: in the first step, if ``compile`` is True and `torch.compile` finds no compiler.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class CoordinateWise(Aggregator, ABC):
         self.is_compiled = compile  # `compile` is a method of torch.nn.Module
 
     def extra_repr(self) -> str:
-        """Show in ``repr`` what is not the default."""
+        """Show ``compile`` in ``repr`` if it is True."""
         return "compile=True" if self.is_compiled else ""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class CoordinateWise(Aggregator, ABC):
         return matrix.coordinatewise(function)
 
     def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
-        """Tell which rows can be used; if compiled, in the pass that computes the result."""
+        """Return which rows can be used; if compiled, in the pass that computes the result."""
         if not self.is_compiled:
             return super().measure(matrix, num_byzantine)
         return matrix.measure_and_compute(Compiled(MeanOfRanks(self.ranks(matrix.num_workers, num_byzantine))))

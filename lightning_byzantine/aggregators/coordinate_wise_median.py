@@ -9,7 +9,7 @@ class CoordinateWiseMedian(CoordinateWise):
     """[x]_k = median([x_1]_k, .., [x_m]_k); for even m the average of the middle two.
 
     Args:
-        compile: have `torch.compile` make one kernel of the median. The result is the same to the bit.
+        compile: whether to compile the median with `torch.compile`. The result is bit-identical.
 
     Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
 
@@ -21,6 +21,6 @@ class CoordinateWiseMedian(CoordinateWise):
     """
 
     def ranks(self, num_workers: int, num_byzantine: int) -> tuple[int, ...]:
-        """Return the middle, or both of them."""
+        """Return the middle rank, or the middle two."""
         low, high = (num_workers - 1) // 2, num_workers // 2
         return (low,) if low == high else (low, high)

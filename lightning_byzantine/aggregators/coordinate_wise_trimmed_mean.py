@@ -9,7 +9,7 @@ class CoordinateWiseTrimmedMean(CoordinateWise):
     """In every coordinate, the mean of the m - 2f values left without the f smallest and the f largest.
 
     Args:
-        compile: have `torch.compile` make one kernel of the trimmed mean. The result is the same to the bit.
+        compile: whether to compile the trimmed mean with `torch.compile`. The result is bit-identical.
 
     Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
 

@@ -1,4 +1,4 @@
-"""What a rule has decided, before anybody computes it."""
+"""The result of a rule, before it is computed."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ __all__ = ["Decision"]
 
 @dataclass(frozen=True)
 class Decision:
-    """A rule's result, and how it came to it.
+    """A rule's result, to be computed on request, and the rows that it came from.
 
     Args:
         offered: all rows.
         measured: which of these rows can be used.
-        seen: the rows that the rule saw, which are these.
+        seen: the usable rows, to which the rule was applied.
         point: the rule's result.
 
     """
@@ -34,11 +34,11 @@ class Decision:
 
     @property
     def dropped(self) -> list[int]:
-        """Indices of the workers whose rows could not be used."""
+        """Indices of the workers whose rows were dropped."""
         return self.offered.workers[~self.measured.is_measurable].tolist()
 
     def report(self) -> Report:
-        """Tell what is known about each worker, without a pass over the columns and without a collective."""
+        """Return what is known about each worker; needs neither a pass over the columns nor a collective."""
         rows = self.measured.is_measurable.nonzero().flatten()
         unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64)
         distances, from_aggregate = self.seen.known_distances(self.point)

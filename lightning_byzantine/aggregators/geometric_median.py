@@ -12,7 +12,7 @@ from lightning_byzantine.utilities.checks import check_at_least, check_integer_a
 
 __all__ = ["GeometricMedian"]
 
-# A row nearer to the iterate than this part of the median distance is where the iterate sits.
+# A row nearer to the iterate than this fraction of the median distance coincides with it.
 _SITS_ON = 1e-9
 
 
@@ -20,16 +20,16 @@ class GeometricMedian(Aggregator):
     """argmin_z sum_i ||x_i - z||, by Weiszfeld's iteration z <- sum_i x_i / d_i / sum_i 1 / d_i, d_i = ||x_i - z||.
 
     The iterate is kept as weights of the rows, so that all iterations together cost one Gram matrix and one
-    combination. An iterate that meets a row is led past it by the step of Vardi & Zhang.
+    combination. An iterate that coincides with a row leaves it by the step of Vardi & Zhang.
 
     Args:
-        max_iterations: at most this many iterations.
-        tolerance: stop when an iteration moves by less than this part of the median distance to the rows, which
-            outliers can't stretch. 0 for never.
+        max_iterations: maximum number of iterations.
+        tolerance: stop when an iteration moves by less than this fraction of the median distance to the rows, which is
+            robust to outliers. 0 to never stop early.
         smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
         init: where to start: "medoid" (the row with the least sum of distances to all others), "median"
-            (coordinate-wise, one pass more), "mean" or "zero". Attackers choose where the mean is, and from far away
-            the way back takes many iterations.
+            (coordinate-wise, one more pass), "mean" or "zero". Attackers can move the mean far away, and the way back
+            takes many iterations.
 
     ``GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")`` is the unconverged form of the
     paper's public code ("rfa") and of ByzFL.
@@ -81,7 +81,7 @@ class GeometricMedian(Aggregator):
             return matrix.squared_norms().sqrt()
         if self.init == "medoid":
             distances = matrix.squared_distances().sqrt()
-            # Between two halves of the rows every point is a median: not rounding should choose.
+            # Several rows can have the same sum, such as the middle two on a line: rounding must not choose.
             return distances[nearest(distances.sum(1), 1)[0]]
         if self.init == "median":
             return matrix.distances(CoordinateWiseMedian().locate(matrix, 0))

@@ -25,16 +25,16 @@ class Krum(Aggregator):
     uses_products = True
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the row of the lowest score."""
+        """Return the row with the lowest score."""
         return matrix.combine(mean_of(best_scored(matrix, num_byzantine, 1), matrix.num_workers))
 
 
 def best_scored(matrix: WorkerMatrix, num_byzantine: int, count: int) -> Tensor:
-    """Return the rows with the least sums of squared distances to their m - f - 1 nearest others, [count]."""
+    """Return the indices of the rows with the lowest :func:`krum_scores`, [count]."""
     return matrix.lowest(lambda squared: krum_scores(squared, num_byzantine), count)
 
 
 def krum_scores(squared: Tensor, num_byzantine: int) -> Tensor:
-    """Return each row's sum of squared distances to its m - f - 1 nearest others, [m], from all of them, [m, m]."""
+    """Return the sum of each row's squared distances, of [m, m], to its m - f - 1 nearest others, [m]."""
     # The first column is the row's distance to itself.
     return squared.sort(dim=1).values[:, 1 : len(squared) - num_byzantine].sum(dim=1)

@@ -1,4 +1,4 @@
-"""What a rule has to remember of the call before."""
+"""The state of rules that start from the previous aggregate."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from lightning_byzantine.utilities.copying import copy_into
 
 __all__ = ["LastAggregate"]
 
-_PLAIN = ""  # what a plain tensor goes by
+_PLAIN = ""  # key of the result on a plain tensor
 
 
 class LastAggregate(nn.Module):
-    """The result of a rule's last call, by parameter name, or on a plain tensor; part of the rule's ``state_dict``.
+    """The result of a rule's previous call, on parameters or on a plain tensor; part of the rule's ``state_dict``.
 
     Attributes:
         parts: [n] by parameter name; empty before the first call.
@@ -32,25 +32,25 @@ class LastAggregate(nn.Module):
         self.parts: dict[str, Tensor] = {}
 
     def clear(self) -> None:
-        """Forget it: the next call is the first one."""
+        """Reset to the state before the first call."""
         self.parts.clear()
 
     def keep_parts(self, parts: Mapping[str, Tensor]) -> None:
-        """Remember copies of some parameters' parts, [n] by name."""
+        """Keep a copy of the result on some parameters, [n] by name."""
         copy_into(self.parts, parts)
 
     def keep(self, aggregate: Tensor) -> None:
-        """Remember a copy of a plain result, [d]."""
+        """Keep a copy of the result on a plain tensor, [d]."""
         self.parts = {_PLAIN: aggregate.clone()}
 
     def blocks_for(self, vectors: Tensor) -> list[Tensor] | None:
-        """Return the last plain result as the only block of a matrix of these rows, None before the first call.
+        """Return the previous result on a plain tensor as one block, None before the first call.
 
         Args:
             vectors: [m, d].
 
         Raises:
-            ValueError: if d is not what it was.
+            ValueError: if d has changed.
 
         """
         value = self.parts.get(_PLAIN)
@@ -58,8 +58,8 @@ class LastAggregate(nn.Module):
             return None
         if len(value) != vectors.shape[1]:
             raise ValueError(
-                f"vectors must have as many columns as in the call before, of which the rule remembers the result,"
-                f" got {vectors.shape[1]} after {len(value)}: make a rule for each size"
+                f"vectors must have as many columns as in the previous call, from whose result the rule starts,"
+                f" got {vectors.shape[1]} after {len(value)}: use one rule for each size"
             )
         return [value.to(vectors)]
 
@@ -68,5 +68,5 @@ class LastAggregate(nn.Module):
         return dict(self.parts)
 
     def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue after that result."""
+        """Restore the last result."""
         self.parts = {name: torch.as_tensor(value).clone() for name, value in state.items()}

@@ -15,9 +15,9 @@ __all__ = ["MeaMed", "mean_around_median"]
 class MeaMed(Aggregator):
     """In every coordinate, the mean of the m - f values nearest to the median.
 
-    For even m the median is the mean of the middle two, as in ByzFL; ByzPy takes the lower of them. Of
-    two values as far from the median, one below and one above, where only one has a place, half of each counts: neither
-    the sign nor the workers' order then matters.
+    For even m the median is the mean of the middle two, as in ByzFL; ByzPy takes the lower of them. If two values are
+    equally far below and above the median, and only one of them is needed, each counts half, so that neither the sign
+    nor the order of workers matters.
 
     Source: Xie, Koyejo & Gupta, "Generalized Byzantine-tolerant SGD", 2018 (arXiv 1802.10116).
 
@@ -47,7 +47,7 @@ def mean_around_median(rows: Tensor, count: int) -> Tensor:
     num_rows = len(rows)
     values = order_statistics(rows, range(num_rows))
     median = (values[(num_rows - 1) // 2] + values[num_rows // 2]) / 2
-    # The nearest are neighbours in sorted order. The first ones move up, as long as the next value is nearer.
+    # The nearest values are adjacent in sorted order. Move up from the first ones while the next value is nearer.
     kept = values[:count]
     for lowest in range(num_rows - count):
         below, above = values[lowest], values[lowest + count]

@@ -1,4 +1,4 @@
-"""A rule over a rule."""
+"""The base class of rules that wrap another rule."""
 
 from abc import ABC
 
@@ -12,7 +12,7 @@ class MetaAggregator(Aggregator, ABC):
     """A rule that improves on a ``base`` rule.
 
     Args:
-        base: the rule to improve, itself any rule or meta-aggregator.
+        base: the rule to improve, which may be a meta-aggregator itself.
 
     Example:
         >>> import torch
@@ -34,6 +34,6 @@ class MetaAggregator(Aggregator, ABC):
             self.last_aggregate = LastAggregate()
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when this rule or its base can't serve m workers of which f are Byzantine."""
+        """Raise :class:`ValueError` if the rule or its base does not support m workers of which f are Byzantine."""
         super().check(num_workers, num_byzantine)
         self.base.check(num_workers, num_byzantine)

@@ -1,4 +1,4 @@
-"""The mean of the rows that are closest together."""
+"""The mean of the rows with the smallest diameter."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ __all__ = ["MinimumDiameterAveraging"]
 
 
 class MinimumDiameterAveraging(Aggregator):
-    """The mean of the m - f rows of which the two farthest are nearest to one another (MDA).
+    """The mean of the m - f rows with the smallest diameter (MDA).
 
     S = argmin over all S with |S| = m - f of max_{i, j in S} ||x_i - x_j||; returns (1/|S|) sum_{i in S} x_i. Ties go
     to the subset that is first in lexicographic order, as in ByzFL and in ByzPy.
@@ -28,19 +28,19 @@ class MinimumDiameterAveraging(Aggregator):
     uses_products = True
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when there are too many subsets of m - f workers."""
+        """Raise :class:`ValueError` if there are too many subsets of m - f workers."""
         super().check(num_workers, num_byzantine)
         check_num_subsets("MinimumDiameterAveraging", num_workers, num_byzantine)
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the average of the subset of the least diameter."""
+        """Return the average of the subset with the smallest diameter."""
         subsets = all_subsets(matrix.num_workers, matrix.num_workers - num_byzantine)
         best = matrix.lowest(lambda squared: _squared_diameters(squared, subsets), 1)
         return matrix.combine(mean_of(subsets[best[0]], matrix.num_workers))
 
 
 def _squared_diameters(squared: Tensor, subsets: Tensor) -> Tensor:
-    # One column of the subsets at a time, which needs little memory.
+    # One column of the subsets at a time, to save memory.
     diameters = torch.zeros(len(subsets), dtype=squared.dtype)
     for column in subsets.T:
         torch.maximum(diameters, squared[column[:, None], subsets].amax(1), out=diameters)

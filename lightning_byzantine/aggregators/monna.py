@@ -12,7 +12,7 @@ class MoNNA(Aggregator):
     """The mean of the m - f rows nearest to that of a trusted worker, itself included.
 
     In the paper every node trusts itself and keeps a model of its own. Ranks of data-parallel training share one model,
-    so they must trust the same worker: one that can't be Byzantine, for whoever it is decides the result.
+    so they must trust the same worker. It must be honest, because it decides the result.
 
     Args:
         reference: index of the trusted worker. Random buckets belong to no worker, so :class:`Bucketing` refuses this
@@ -35,7 +35,7 @@ class MoNNA(Aggregator):
         self.reference = reference
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when there is no such worker."""
+        """Raise :class:`ValueError` if there is no worker ``reference``."""
         super().check(num_workers, num_byzantine)
         if self.reference >= num_workers:
             raise ValueError(

@@ -32,7 +32,7 @@ class MultiKrum(Aggregator):
         self.num_selected = num_selected
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when fewer than ``num_selected`` rows can be counted on."""
+        """Raise :class:`ValueError` if ``num_selected`` is more than m - f."""
         super().check(num_workers, num_byzantine)
         if self.num_selected is not None and self.num_selected > num_workers - num_byzantine:
             raise ValueError(
@@ -41,8 +41,8 @@ class MultiKrum(Aggregator):
             )
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the average of the rows of the lowest scores."""
-        # Fewer than asked for where Bucketing has left fewer rows, after some were dropped.
+        """Return the average of the rows with the lowest scores."""
+        # Under Bucketing, fewer rows may be left after some were dropped.
         most = matrix.num_workers - num_byzantine
         count = most if self.num_selected is None else min(self.num_selected, most)
         return matrix.combine(mean_of(best_scored(matrix, num_byzantine, count), matrix.num_workers))

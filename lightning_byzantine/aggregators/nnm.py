@@ -7,10 +7,10 @@ __all__ = ["NNM"]
 
 
 class NNM(MetaAggregator):
-    """The base rule on rows that were each replaced by the mean of their m - f nearest rows, themselves included.
+    """The base rule, after each row is replaced by the mean of the m - f rows nearest to it, itself included.
 
     Args:
-        base: the rule that is applied to the mixed rows.
+        base: the rule to apply to the mixed rows.
 
     Source: Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
 

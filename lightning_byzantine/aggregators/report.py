@@ -1,4 +1,4 @@
-"""What one aggregation found out about each worker."""
+"""Statistics of each worker from one aggregation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from lightning_byzantine.utilities.medians import known_median
 
 __all__ = ["Report"]
 
-# A cosine that rounding may have made of 1; beyond it there was but rounding.
+# Cosines up to this one can be a rounded 1; larger ones are nothing but rounding error.
 _ROUNDED_ONE = 1.001
-# From this median alignment on, the workers have so much in common that noise turns nobody around.
+# From this median alignment on, noise alone does not reverse an honest worker's direction.
 _COMMON = 0.5
-# Whose alignment is below minus this part of the median's points the other way.
+# A worker is opposed if its alignment is below minus this fraction of the median.
 _OPPOSED = 0.5
 
 
 @dataclass(frozen=True)
 class Report:
-    """Statistics of the workers' rows that the rule needed anyway, the same on every rank.
+    """Statistics of the workers' rows that the rule computes anyway, the same on every rank.
 
-    All are float64 on the CPU, [m], and NaN where the rule did not learn them:
+    All are float64 on the CPU, [m], and NaN where the rule does not compute them:
 
     ==================================  =======  =========  ========================================
     rule                                weights  distances  distances from
     ==================================  =======  =========  ========================================
-    any whose result combines rows and
-    that uses inner products            yes      yes        the aggregate
+    any that combines rows and uses
+    their inner products                yes      yes        the aggregate
     ``CTMA`` over a coordinate-wise     yes      yes        the base rule's result
     ``Mean``                            yes      no
     coordinate-wise                     no       no
@@ -39,13 +39,13 @@ class Report:
     Args:
         measurable: [m] bool: rows that are finite and whose norm does not overflow.
         norms: [m], ||x_i||.
-        weights: [m], the part of x_i in the aggregate sum_i w_i x_i.
-        distances: [m], from the aggregate or, as the table says, from the center that the rule measured from.
-        from_aggregate: which of the two.
-        outvoted: [m] bool: workers whose process has reported a buffer or a metric that is not finite, where most have
-            reported finite ones; None where nobody was.
-        unlikely: [m] bool: rows that have bits unlike the others', see
-            :func:`~lightning_byzantine.aggregation.mantissas.unlikely_bits`; None where nobody looked.
+        weights: [m], the weight of x_i in the aggregate sum_i w_i x_i.
+        distances: [m], from the aggregate or, as in the table, from the base rule's result.
+        from_aggregate: whether distances are from the aggregate.
+        outvoted: [m] bool: workers whose process reported a non-finite buffer or metric where the majority reported
+            finite ones; None if there were none.
+        unlikely: [m] bool: rows whose bits are unlike the others', see
+            :func:`~lightning_byzantine.aggregation.mantissas.unlikely_bits`; None if they were not checked.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -66,7 +66,7 @@ class Report:
 
     @classmethod
     def of_breakdown(cls, dropped: Iterable[int], num_workers: int) -> "Report":
-        """Return what is known where more rows than num_byzantine are dropped, so that no rule ran."""
+        """Return the report of a step without a result, because more than ``num_byzantine`` rows were dropped."""
         measurable = torch.ones(num_workers, dtype=torch.bool)
         measurable[list(dropped)] = False
         unknown = torch.full((num_workers,), torch.nan, dtype=torch.float64)
@@ -74,15 +74,15 @@ class Report:
 
     @property
     def trimmed(self) -> Tensor:
-        """Which rows have no part in the aggregate, [m] bool: dropped ones, and those of weight 0."""
+        """Rows that do not contribute to the aggregate, [m] bool: dropped ones, and those of weight 0."""
         return ~self.measurable | (self.weights == 0)
 
     @property
     def deviations(self) -> Tensor:
-        """Return how far each row is from what the others make of the aggregate, [m].
+        """Distance of each row from the weighted mean of the others, [m].
 
         ||x_i - sum_{j != i} w_j x_j / (1 - w_i)|| = ||x_i - sum_j w_j x_j|| / (1 - w_i): a row pulls the aggregate
-        towards itself, so that even among equals those with a part in it are nearer to it. NaN for a row that is the
+        towards itself, so that rows with a weight would seem nearer than equal ones without. NaN for a row that is the
         aggregate.
         """
         if not self.from_aggregate:
@@ -93,11 +93,11 @@ class Report:
 
     @property
     def alignments(self) -> Tensor:
-        """Return the cosine of the angle between each row and what the others make of the aggregate, [m].
+        """Cosine of the angle between each row and the weighted mean of the others, [m].
 
-        <x_i, a_i> / (||x_i|| ||a_i||) with a_i = sum_{j != i} w_j x_j; NaN where it has no length, and where the rule
-        did not learn the distances from the aggregate. No other products are needed, for those with the aggregate a are
-        (||a||^2 + ||x_i||^2 - ||x_i - a||^2) / 2, and ||a||^2 is a weighted sum of them.
+        <x_i, a_i> / (||x_i|| ||a_i||) with a_i = sum_{j != i} w_j x_j; NaN where one of them is 0, and where distances
+        from the aggregate are not known. Norms and distances are enough: <x_i, a> of the aggregate a is
+        (||a||^2 + ||x_i||^2 - ||x_i - a||^2) / 2, and ||a||^2 is a weighted sum of these products.
         """
         if not self.from_aggregate:
             return torch.full_like(self.norms, torch.nan)
@@ -109,7 +109,7 @@ class Report:
         for norm, weight, e in zip(norms, weights, excess, strict=True):
             product, own = (squared_length + e) / 2, weight * norm * norm
             squared_others = squared_length - weight * (2 * product - own)
-            # Not by the root of one product, which would leave float64's range.
+            # Not the root of one product, which could leave float64's range.
             lengths = norm * sqrt(squared_others) if squared_others > 0 else 0.0
             cosine = (product - own) / lengths if lengths > 0 else nan
             cosines.append(cosine if abs(cosine) <= _ROUNDED_ONE else nan)
@@ -117,22 +117,22 @@ class Report:
 
     @cached_property
     def opposed(self) -> Tensor:
-        """Return which rows point away from where the others go, [m] bool.
+        """Rows that point away from the others, [m] bool.
 
-        c_i < -median c / 2, as long as the workers go somewhere together, median c >= 0.5, with c the alignments that
-        are known.
+        c_i < -median c / 2, where c are the known alignments, provided that the workers agree on a direction:
+        median c >= 0.5.
         """
         alignments = self.alignments
         common = known_median(alignments.tolist())
         return alignments < (-_OPPOSED * common if common >= _COMMON else -inf)
 
     def among(self, workers: Tensor, num_workers: int, measurable: bool) -> "Report":
-        """Return the report on all workers, of which this one knows some; the others have no part in the aggregate.
+        """Return this report extended to all workers; the added ones have weight 0.
 
         Args:
-            workers: indices of those this report is on, in its order.
-            num_workers: number of all.
-            measurable: whether the others are.
+            workers: indices of the workers in this report, in its order.
+            num_workers: number of all workers.
+            measurable: whether the added rows are measurable.
 
         """
 
@@ -144,7 +144,7 @@ class Report:
         return Report(
             spread(self.measurable, measurable),
             spread(self.norms, torch.nan),
-            # Where the rule has no weights, theirs is known all the same.
+            # Known even where the weights of the rule are not.
             spread(self.weights, 0.0),
             spread(self.distances, torch.nan),
             self.from_aggregate,

@@ -1,4 +1,4 @@
-"""The mean of the rows that spread least in any direction."""
+"""The mean of the rows with the smallest maximum variance."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of, nearest
 
 __all__ = ["SMEA"]
 
-# Subsets whose eigenvalues are computed at a time.
+# Number of subsets whose eigenvalues are computed at a time.
 _BATCH = 4096
 
 
 class SMEA(Aggregator):
-    """Smallest maximum eigenvalue averaging: the mean of the m - f rows that spread least in their widest direction.
+    """Smallest maximum eigenvalue averaging: the mean of the m - f rows with the smallest maximum variance.
 
     S = argmin over all S with |S| = m - f of lambda_max(1/|S| sum_{i in S} (x_i - x_S) (x_i - x_S)^T), where x_S is the
-    mean of S; returns x_S. Ties go to the subset that is first in lexicographic order. The eigenvalues are exact, those
-    of the m - f rows' inner products, as in ByzPy; ByzFL estimates each by one step of the power method from a random
-    vector, so that its choice is random unless the rows are on a line.
+    mean of S; returns x_S. Ties go to the subset that is first in lexicographic order. Eigenvalues are exact, from
+    inner products, as in ByzPy; ByzFL estimates each by one step of the power method from a random vector, so its
+    choice is random unless the rows are collinear.
 
     Source: Allouah et al., "On the Privacy-Robustness-Utility Trilemma in Distributed Learning", ICML 2023.
 
@@ -32,12 +32,12 @@ class SMEA(Aggregator):
     uses_products = True
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` when there are too many subsets of m - f workers."""
+        """Raise :class:`ValueError` if there are too many subsets of m - f workers."""
         super().check(num_workers, num_byzantine)
         check_num_subsets("SMEA", num_workers, num_byzantine)
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the average of the subset of the least spread."""
+        """Return the average of the subset with the smallest maximum eigenvalue."""
         subsets = all_subsets(matrix.num_workers, matrix.num_workers - num_byzantine)
         squared = matrix.exact_squared_distances()
         spreads = torch.cat([_spreads(squared, batch) for batch in torch.split(subsets, _BATCH)])
@@ -47,7 +47,7 @@ class SMEA(Aggregator):
 def _spreads(squared: Tensor, subsets: Tensor) -> Tensor:
     """Return the root of the largest eigenvalue of each subset's covariance, times its size: [n]."""
     chosen = squared[subsets[:, :, None], subsets[:, None, :]]
-    # In units of their own: a row of 1e149 would overflow, and the others would vanish beside it.
+    # Each subset in its own units: a row of 1e149 would overflow, and make the others vanish.
     units = chosen.amax((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
     chosen = chosen / units[:, None, None]
     # Inner products about the mean, from distances: -1/2 (I - 11^T / k) D (I - 11^T / k).

@@ -1,4 +1,4 @@
-"""All subsets of m - f workers, for the rules that have to look at each of them."""
+"""All subsets of m - f workers, for rules that search through them."""
 
 from itertools import combinations
 from math import comb
@@ -8,12 +8,12 @@ from torch import Tensor
 
 __all__ = ["all_subsets", "check_num_subsets"]
 
-# A second of one core, about, for the eigenvalues of so many small matrices.
+# The eigenvalues of so many small matrices take about a second on one core.
 _MOST_SUBSETS = 100_000
 
 
 def check_num_subsets(rule: str, num_workers: int, num_byzantine: int) -> None:
-    """Raise when m workers have too many subsets of m - f for a rule to look at each of them in every step.
+    """Raise :class:`ValueError` if there are too many subsets of m - f workers to search in every step.
 
     Example:
         >>> check_num_subsets("SMEA", num_workers=33, num_byzantine=10)

@@ -70,7 +70,7 @@ def test_only_rules_that_go_on_have_state_for_it() -> None:
     assert CTMA(NNM(CenteredClipping())).uses_previous
     rule = CenteredClipping()
     rule(torch.ones(3, 2), num_byzantine=1)
-    with pytest.raises(ValueError, match=r"as many columns as in the call before.*got 5 after 2"):
+    with pytest.raises(ValueError, match=r"as many columns as in the previous call.*got 5 after 2"):
         rule(torch.ones(3, 5), num_byzantine=1)
     assert rule(torch.ones(4, 2, dtype=torch.float64), num_byzantine=1).dtype == torch.float64
 
