@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,6 +171,18 @@ def name_of(module: nn.Module) -> str:
     """Return the name of a rule or an attack with those of what it is built on, such as CTMA(NNM(Mean))."""
     parts = [name_of(part) for part in module.children() if isinstance(part, Aggregator | Attack)]
     return type(module).__name__ + (f"({', '.join(parts)})" if parts else "")
+
+
+def shown_arguments(module: nn.Module) -> list[str]:
+    """Return what ``repr`` should show: arguments that are not the defaults, and what it is built on."""
+    shown = []
+    for name, parameter in signature(type(module)).parameters.items():
+        value = getattr(module, name, parameter.default)
+        if isinstance(value, nn.Module):
+            shown.append(type(value).__name__)
+        elif not callable(value) and value != parameter.default:
+            shown.append(f"{name}={value!r}")
+    return shown
 
 
 def declared_in(folder: Path, kind: type) -> list[Any]:

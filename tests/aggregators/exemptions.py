@@ -13,7 +13,7 @@ TIE_OF_TWO = Exempt(
     where=lambda m, f: m - f <= 2,
 )
 MANY_MEDIANS = Exempt(["ties"], because="an even number of rows on a line has many geometric medians")
-MIXED_TIES = Exempt(["ties"], because="mixed rows are equally far from others but for rounding, which the oracle rounds too")
+MIXED_TIES = Exempt(["ties"], because="averages of rows tie but for rounding, in the oracle and in the rule")
 ITERATIVE = Exempt(["cuts"], because="it iterates on sums over all columns, whose last digits depend on the cuts")
 OWN_UNITS = Exempt(["translation", "scaling"], because="it has a length in the units of the rows, measured from 0")
 SHORTENS = Exempt(["agreement"], because="a row may be longer than what it is clipped to")

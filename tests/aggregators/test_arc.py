@@ -2,7 +2,7 @@ import oracles
 import pytest
 import torch
 from cases import Exempt, RuleCase
-from exemptions import ABOUT_ZERO
+from exemptions import ABOUT_ZERO, MIXED_TIES
 
 from lightning_byzantine.aggregators import (
     ARC,
@@ -26,6 +26,7 @@ CASES = [
         oracles.arc(oracles.nnm(oracles.minimum_diameter_averaging)),
         [
             ABOUT_ZERO,
+            MIXED_TIES,
             Exempt(["permutation"], because="several sets of rows may have the same diameter, and the first one wins"),
         ],
     ),

@@ -1,16 +1,18 @@
 import oracles
 import torch
 from cases import RuleCase
-from exemptions import ABOUT_ZERO, ITERATIVE, OWN_UNITS, TIE_OF_TWO
+from exemptions import ABOUT_ZERO, ITERATIVE, MIXED_TIES, OWN_UNITS, TIE_OF_TWO
 
 from lightning_byzantine.aggregators import ARC, CTMA, NNM, CoordinateWiseMedian, GeometricMedian, Krum, Mean
 
 RFA = GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")
 CASES = [
     RuleCase(CTMA(CoordinateWiseMedian()), oracles.ctma(oracles.coordinate_wise_median)),
-    RuleCase(CTMA(RFA), oracles.ctma(oracles.rfa), [ITERATIVE, OWN_UNITS], name="CTMA(RFA)"),
+    RuleCase(CTMA(RFA), oracles.ctma(oracles.rfa), [ITERATIVE, MIXED_TIES, OWN_UNITS], name="CTMA(RFA)"),
     RuleCase(CTMA(Krum()), oracles.ctma(oracles.krum), [TIE_OF_TWO]),
-    RuleCase(CTMA(NNM(CoordinateWiseMedian())), oracles.ctma(oracles.nnm(oracles.coordinate_wise_median))),
+    RuleCase(
+        CTMA(NNM(CoordinateWiseMedian())), oracles.ctma(oracles.nnm(oracles.coordinate_wise_median)), [MIXED_TIES]
+    ),
     RuleCase(CTMA(ARC(Mean())), oracles.ctma(oracles.arc(oracles.mean)), [ABOUT_ZERO]),
 ]
 

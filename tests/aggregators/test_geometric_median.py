@@ -2,18 +2,24 @@ import oracles
 import pytest
 import torch
 from cases import RuleCase
-from exemptions import BETWEEN_TWO, ITERATIVE, OWN_UNITS
+from exemptions import BETWEEN_TWO, ITERATIVE, MANY_MEDIANS, OWN_UNITS
 
 from lightning_byzantine.aggregators import GeometricMedian
 
 RFA = GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")
 CASES = [
-    RuleCase(GeometricMedian(), oracles.geometric_median, [BETWEEN_TWO, ITERATIVE]),
+    RuleCase(GeometricMedian(), oracles.geometric_median, [BETWEEN_TWO, MANY_MEDIANS, ITERATIVE]),
     RuleCase(
         GeometricMedian(init="mean"),
         oracles.geometric_median,
-        [BETWEEN_TWO, ITERATIVE],
+        [BETWEEN_TWO, MANY_MEDIANS, ITERATIVE],
         name="GeometricMedian from the mean",
+    ),
+    RuleCase(
+        GeometricMedian(init="median"),
+        oracles.geometric_median,
+        [BETWEEN_TWO, MANY_MEDIANS, ITERATIVE],
+        name="GeometricMedian from the median",
     ),
     RuleCase(RFA, oracles.rfa, [ITERATIVE, OWN_UNITS], name="RFA"),
 ]

@@ -1,6 +1,6 @@
 import oracles
 from cases import Exempt, RuleCase
-from exemptions import ABOUT_ZERO, BETWEEN_TWO, ITERATIVE, OWN_UNITS, TIE_OF_TWO
+from exemptions import ABOUT_ZERO, BETWEEN_TWO, ITERATIVE, MANY_MEDIANS, MIXED_TIES, OWN_UNITS, TIE_OF_TWO
 
 from lightning_byzantine.aggregators import (
     ARC,
@@ -17,17 +17,23 @@ RFA = GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")
 CASES = [
     RuleCase(NNM(RFA), oracles.nnm(oracles.rfa), [ITERATIVE, OWN_UNITS], name="NNM(RFA)"),
     RuleCase(NNM(CoordinateWiseTrimmedMean()), oracles.nnm(oracles.coordinate_wise_trimmed_mean)),
-    RuleCase(NNM(NNM(Krum())), oracles.nnm(oracles.nnm(oracles.krum)), [TIE_OF_TWO]),
+    RuleCase(NNM(NNM(Krum())), oracles.nnm(oracles.nnm(oracles.krum)), [TIE_OF_TWO, MIXED_TIES]),
     RuleCase(
         NNM(CTMA(GeometricMedian())),
         oracles.nnm(oracles.ctma(oracles.geometric_median)),
-        [BETWEEN_TWO, ITERATIVE, Exempt(["permutation"], because="mixed rows coincide, and ties go by index")],
+        [
+            BETWEEN_TWO,
+            MANY_MEDIANS,
+            ITERATIVE,
+            Exempt(["permutation"], because="mixed rows coincide, and ties go by index"),
+        ],
     ),
     RuleCase(NNM(ARC(CAF())), oracles.nnm(oracles.arc(oracles.caf)), [ITERATIVE, ABOUT_ZERO]),
     RuleCase(
         NNM(Bulyan()),
         oracles.nnm(oracles.bulyan),
         [
+            MIXED_TIES,
             Exempt(["permutation"], because="it leaves few rows to Krum, and ties go by index"),
             Exempt(
                 ["translation"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RuleCase, declared_in
+from cases import RuleCase, declared_in, shown_arguments
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shards import in_shards
@@ -305,6 +305,13 @@ def test_shards_give_what_the_whole_gives(case: RuleCase) -> None:
     shards = in_shards(lambda shard: case.fresh().aggregate(shard, f)[0], list(rows.split(30, dim=1)))
     whole = case.fresh()(rows, num_byzantine=f)
     torch.testing.assert_close(torch.cat(shards), whole, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_shows_its_arguments(case: RuleCase) -> None:
+    text = repr(case.fresh())
+    assert text.startswith(type(case.subject).__name__)
+    assert [shown for shown in shown_arguments(case.subject) if shown not in text] == []
 
 
 @every_case

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttackCase, DataAttackCase, declared_in
+from cases import AttackCase, DataAttackCase, declared_in, shown_arguments
 from shards import in_shards
 from vectors import as_list, rows
 
@@ -154,6 +154,13 @@ def test_bad_workers_are_named(case: AttackCase, subtests: pytest.Subtests) -> N
     for byzantine, error, message in BAD_WORKERS:
         with subtests.test(byzantine=byzantine), pytest.raises(error, match=message):
             case.fresh()(rows(), byzantine)
+
+
+@pytest.mark.parametrize("case", [*ALL_CASES, *DATA_CASES], ids=lambda case: case.name)
+def test_shows_its_arguments(case: AttackCase | DataAttackCase) -> None:
+    text = repr(case.fresh())
+    assert text.startswith(type(case.subject).__name__)
+    assert [shown for shown in shown_arguments(case.subject) if shown not in text] == []
 
 
 @every_case
