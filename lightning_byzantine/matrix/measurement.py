@@ -2,15 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_byzantine.matrix.points import Coordinatewise
 
-__all__ = ["Measurement", "largest_squared_norm"]
-
-# Largest squared norm of float64 rows: sums of squared distances over the workers must not overflow either.
-_LARGEST_SQUARED_NORM = 1e300
+__all__ = ["Measurement"]
 
 
 @dataclass(frozen=True)
@@ -27,20 +23,3 @@ class Measurement:
     is_measurable: Tensor
     norms: Tensor
     point: Coordinatewise | None = None
-
-    @classmethod
-    def by(cls, squared_norms: Tensor, largest: float, point: Coordinatewise | None = None) -> "Measurement":
-        """Return what squared norms, [m], say, given the largest that can be computed with."""
-        return cls(squared_norms.isfinite() & (squared_norms <= largest), squared_norms.sqrt(), point)
-
-    @classmethod
-    def all_good(cls, num_rows: int, point: Coordinatewise) -> "Measurement":
-        """Return that all rows are measurable, though nobody knows their norms."""
-        unknown = torch.full((num_rows,), torch.nan, dtype=torch.float64)
-        return cls(torch.ones(num_rows, dtype=torch.bool), unknown, point)
-
-
-def largest_squared_norm(dtypes: list[torch.dtype]) -> float:
-    """Return the limit for rows of these dtypes, which are at least float32."""
-    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    return min(torch.finfo(widest).max, _LARGEST_SQUARED_NORM)

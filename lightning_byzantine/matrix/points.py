@@ -109,22 +109,22 @@ class Coordinatewise(_PointOfValues):
         made_of: the rows.
         function: maps m rows [m, c] (float32, or float64 for float64 blocks) to [c].
         overwrites: whether the function may write to its input, which then has to be a copy.
+        values: one [c_b] tensor for each block, if they have been computed already.
 
     """
 
-    def __init__(self, made_of: RowView, function: Callable[[Tensor], Tensor], overwrites: bool = True) -> None:
+    def __init__(
+        self,
+        made_of: RowView,
+        function: Callable[[Tensor], Tensor],
+        overwrites: bool = True,
+        values: list[Tensor] | None = None,
+    ) -> None:
         self._made_of = made_of
         self._function = function
         self._overwrites = overwrites
 
-        self._values: list[Tensor] | None = None
-
-    @classmethod
-    def computed(cls, made_of: RowView, function: Callable[[Tensor], Tensor], values: list[Tensor]) -> "Coordinatewise":
-        """Return one whose values are known."""
-        point = cls(made_of, function)
-        point._values = values
-        return point
+        self._values = values
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the function's values, computed in one pass, once."""

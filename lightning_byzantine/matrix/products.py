@@ -74,48 +74,41 @@ class Products:
         rows: [n], indices of the rows whose products these are.
         know_zero: whether 0 counts as one more row, which makes lengths known and not only distances.
 
+    Attributes:
+        known_gram: the products, if they have been computed already.
+
     """
 
     def __init__(self, stored: StoredProducts, rows: Tensor, know_zero: bool = False) -> None:
         self.know_zero = know_zero
         self._stored = stored
         self._rows = rows
-        self._gram: Gram | None = None
+        self.known_gram: Gram | None = None
 
     def select(self, rows: Tensor) -> "Products":
         """Return the products of other stored rows."""
         return Products(self._stored, rows)
 
-    def with_zero(self) -> "Products":
-        """Return the products of the same rows and of 0."""
-        return self if self.know_zero else self._with_zero
+    def serving(self, is_affine: bool) -> "Products":
+        """Return what tells distances from a combination, whose weights sum to 1 if it is affine: else 0 has a part."""
+        return self if is_affine or self.know_zero else self._with_zero
 
     @cached_property
     def _with_zero(self) -> "Products":
         return Products(self._stored, self._rows, know_zero=True)
 
-    def serving(self, is_affine: bool) -> "Products":
-        """Return what tells distances from a combination, whose weights sum to 1 if it is affine."""
-        return self if is_affine else self.with_zero()
-
-    def known_gram(self, is_affine: bool) -> Gram | None:
-        """Return the products that :meth:`serving` is asked for, if they have been computed already."""
-        if is_affine or self.know_zero:
-            return self._gram
-        return self._with_zero._gram
-
     @property
     def gram(self) -> Gram:
         """The products, about an origin that leaves the rows' distances sharp."""
-        if self._gram is None:
-            self._gram = self._sharp_quick_gram() or self._exact_gram()
-        return self._gram
+        if self.known_gram is None:
+            self.known_gram = self._sharp_quick_gram() or self._exact_gram()
+        return self.known_gram
 
     @property
     def exact_gram(self) -> Gram:
         """The products with all the digits of float64."""
         if self.gram.errors.any():
-            self._gram = self._exact_gram()
+            self.known_gram = self._exact_gram()
         return self.gram
 
     def squared_norms(self) -> Tensor:

@@ -69,7 +69,7 @@ class RowView:
 
     def scale(self, factors: Tensor) -> "RowView":
         """Multiply every row by a number of its own, [m]."""
-        return replace(self.mix(factors.double().diag()), products=self.products.with_zero())
+        return replace(self.mix(factors.double().diag()), products=self.products.serving(is_affine=False))
 
     def gram(self, of_rows: Gram) -> Gram:
         """Return the inner products of these rows, given those of the n they are made of."""

@@ -10,7 +10,7 @@ from lightning_byzantine.matrix.arriving import Arriving
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32
 from lightning_byzantine.matrix.compiled import Compiled
 from lightning_byzantine.matrix.gram import Gram, are_sharp
-from lightning_byzantine.matrix.measurement import Measurement, largest_squared_norm
+from lightning_byzantine.matrix.measurement import Measurement
 from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point, as_lazy
 from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.ties import is_decided, nearest
@@ -19,6 +19,9 @@ __all__ = ["Names", "WorkerMatrix"]
 
 # The parameters that make up a block, in order; None for one that is switched off, as `toggle_optimizer` does.
 Names = tuple[str | None, ...]
+
+# Largest squared norm of float64 rows: sums of squared distances over the workers must not overflow either.
+_LARGEST_SQUARED_NORM = 1e300
 
 
 class WorkerMatrix:
@@ -215,7 +218,7 @@ class WorkerMatrix:
         view = self._view
         has_products = from_products and view.mixing is None
         norms = view.products.squared_norms() if has_products else view.quick_squared_norms()
-        return Measurement.by(norms, self._largest_squared_norm)
+        return self._measurement(norms)
 
     def measure_and_compute(self, function: Compiled) -> Measurement:
         """Do what :meth:`measure` does, in the pass that computes a point, unless rows are missing or too large.
@@ -228,10 +231,11 @@ class WorkerMatrix:
             return self.measure()
         blocks = self._view.blocks
         values, squares = zip(*map(function.with_squares, blocks.arriving), strict=True)
-        point = Coordinatewise.computed(self._view, function, list(values))
+        point = Coordinatewise(self._view, function, values=list(values))
         if float(blocks.complete(torch.stack(squares).sum())) <= self._largest_squared_norm:
-            return Measurement.all_good(self.num_workers, point)
-        return Measurement.by(self._view.quick_squared_norms(), self._largest_squared_norm, point)
+            unknown = torch.full((self.num_workers,), torch.nan, dtype=torch.float64)
+            return Measurement(torch.ones(self.num_workers, dtype=torch.bool), unknown, point)
+        return self._measurement(self._view.quick_squared_norms(), point)
 
     def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
         """Return distances that need neither a pass over the columns nor a collective, and what they are from.
@@ -245,7 +249,7 @@ class WorkerMatrix:
 
         """
         if isinstance(point, Combination):
-            gram = self._view.products.known_gram(point.is_affine)
+            gram = self._view.products.serving(point.is_affine).known_gram
             if gram is not None:
                 return gram.mixed(self._view.weights - point.weights).squared_norms()[0].sqrt(), True
         return self._distances_from_center, False
@@ -268,6 +272,11 @@ class WorkerMatrix:
     def _exact_from(self, center: Point) -> Tensor:
         return as_lazy(center).exact_squared_distances(self._view)
 
+    def _measurement(self, squared_norms: Tensor, point: Coordinatewise | None = None) -> Measurement:
+        is_measurable = squared_norms.isfinite() & (squared_norms <= self._largest_squared_norm)
+        return Measurement(is_measurable, squared_norms.sqrt(), point)
+
     @property
     def _largest_squared_norm(self) -> float:
-        return largest_squared_norm([at_least_float32(block.dtype) for block in self._view.blocks.memory])
+        dtypes = [at_least_float32(block.dtype) for block in self._view.blocks.memory]
+        return min(max(torch.finfo(dtype).max for dtype in dtypes), _LARGEST_SQUARED_NORM)
