@@ -1,4 +1,4 @@
-"""The errors of its own that the package raises."""
+"""Exceptions that are specific to this package."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ __all__ = [
 
 
 class ByzantineBreakdownError(RuntimeError):
-    """More workers are provably bad than ``num_byzantine`` allows, so no rule can vouch for a result.
+    """More than ``num_byzantine`` workers sent unusable vectors, so no rule can guarantee its result.
 
     Args:
         workers: indices of the workers whose rows are non-finite or too large to measure.
@@ -43,7 +43,7 @@ class ByzantineBreakdownError(RuntimeError):
 
 
 class ReferenceLostError(ByzantineBreakdownError):
-    """The row of the worker that a rule trusts is non-finite or too large to measure, so that it has nothing to go by.
+    """The row of a rule's trusted worker is non-finite or too large to measure, so the rule has no result.
 
     Args:
         workers: the index of that worker.
@@ -64,11 +64,11 @@ class ReferenceLostError(ByzantineBreakdownError):
 
 
 class ByzantineSuspectError(RuntimeError):
-    """A worker is under suspicion, and the run was to end then.
+    """A worker is under suspicion, and ``ByzantineMonitor(on_suspect="raise")`` ends the run.
 
     Args:
         worker: its index.
-        evidence: who it is, and what it did.
+        evidence: the worker, where it runs, and what was found.
 
     Example:
         >>> raise ByzantineSuspectError(worker=3, evidence="worker 3 (rank 3): non-finite in 7 of the last 7 steps")
@@ -88,11 +88,11 @@ class ByzantineSuspectError(RuntimeError):
 
 
 class WorkerLostError(RuntimeError):
-    """A collective failed, and some ranks are missing from it: nobody can go on without them.
+    """A collective failed because ranks are missing, so the run can't continue.
 
     Args:
-        ranks: those that are missing; empty if nobody can tell.
-        reason: what is known of them.
+        ranks: the missing ranks; empty if they are not known.
+        reason: what is known about them.
 
     Example:
         >>> raise WorkerLostError(ranks=[2], reason="no sign of life for 3 s")
@@ -112,7 +112,7 @@ class WorkerLostError(RuntimeError):
 
 
 class InconsistentRanksError(RuntimeError):
-    """Ranks hold different parameters or optimizer states, though all apply the same updates to the same start.
+    """Ranks have different parameters or optimizer states, although all of them apply the same updates.
 
     Args:
         ranks: those that differ from the majority; empty if there is none.
@@ -135,7 +135,7 @@ state of rank 1 differ from those of the other 2
         found = (
             f"of {_named(self.ranks)} differ from those of the other {num_ranks - len(self.ranks)}"
             if self.ranks
-            else f"differ, and no state is that of most of the {num_ranks} ranks"
+            else f"differ, and no majority of the {num_ranks} ranks agrees"
         )
         super().__init__(f"After {step} optimizer steps, the parameters or the optimizer state {found}")
 

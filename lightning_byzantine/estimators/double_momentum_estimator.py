@@ -1,4 +1,4 @@
-"""What a worker sends under double momentum."""
+"""The estimator of double momentum."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,7 +14,7 @@ __all__ = ["DoubleMomentumEstimator"]
 
 
 class DoubleMomentumEstimator(Estimator):
-    """Each worker sends its gradient, corrected by what it sent before; its noise shrinks from step to step.
+    """Each worker sends its gradient corrected by its previous estimate; the noise shrinks from step to step.
 
     ::
 
@@ -22,15 +22,15 @@ class DoubleMomentumEstimator(Estimator):
         g~_t = grad f(x_{t-1}; z_t)         on the same batch, at the previous query point
         d_t  = g_t + (1 - beta_t) (d_{t-1} - g~_t)          d_1 = g_1
 
-    The noise of g_t and g~_t is nearly the same, for x_t is near x_{t-1}, and so cancels. Given to
-    ``ByzantineDDPStrategy(estimator=...)``, it also has the module's optimizer wrapped in
-    :class:`~lightning_byzantine.optim.DoubleMomentum`, which takes the steps and counts them.
+    Because x_t is near x_{t-1}, the noise of g_t and g~_t is nearly the same, and cancels.
+    ``ByzantineDDPStrategy(estimator=...)`` also wraps the module's optimizer in
+    :class:`~lightning_byzantine.optim.DoubleMomentum`, which takes and counts the steps.
 
-    :meth:`commit` only accepts d_t: it becomes the worker's state with :meth:`advance`, when the optimizer has taken
-    the step, for a gradient scaler may still skip it. Until then, what was sent must not be overwritten.
+    :meth:`commit` only holds d_t until :meth:`advance`, after the optimizer step, makes it the worker's state: a
+    gradient scaler may skip that step. In between, ``sent`` must not be overwritten.
 
-    Costs a second forward and backward pass a step; per worker, one parameter-sized buffer for d, and another for g~
-    while a step is under way.
+    Costs a second forward and backward pass per step and, per worker, one parameter-sized buffer for d, and another for
+    g~ during a step.
 
     Args:
         beta: a constant in (0, 1] for beta_t; None for 1 / t.
@@ -41,8 +41,8 @@ class DoubleMomentumEstimator(Estimator):
         schedule: "paper" as above; "code" for round(1 / t, 3) and round(2 / (t + 1), 3), as in the paper's public code.
 
     Attributes:
-        step: the next t, which also counts steps that this worker's estimate was left out of.
-        aggregated: whether an aggregate has come since the last step.
+        step: the next t, which also counts steps that excluded this worker's estimate.
+        aggregated: whether there was an aggregate since the last step.
 
     Source: Levy, "mu^2-SGD: Stable Stochastic Optimization via a Double Momentum Mechanism" (arXiv 2304.04172); Dahan &
     Levy, ICML 2024 (arXiv 2405.14759).
@@ -88,7 +88,7 @@ class DoubleMomentumEstimator(Estimator):
         return 1 - self.schedule.beta_at(self.step)
 
     def reset(self) -> None:
-        """Forget all estimates; the next step is t = 1."""
+        """Clear all estimates, and set t = 1."""
         super().reset()
         self.step = 1
         self.aggregated = False
@@ -96,11 +96,11 @@ class DoubleMomentumEstimator(Estimator):
         self._previous: Sequence[dict[str, Tensor]] | None = None
 
     def begin(self, *previous: dict[str, Tensor]) -> None:
-        """Begin a step, which also forgets one that the optimizer was kept from taking.
+        """Begin a step, and discard one that the optimizer has skipped.
 
         Args:
             *previous: for each worker, g~_t as [n] by parameter name; empty at t = 1. Parameters that have no gradient
-                may be missing. Nothing where it is not known yet.
+                may be missing. Left out where it is not known yet.
 
         """
         self._previous = previous or None
@@ -118,16 +118,16 @@ class DoubleMomentumEstimator(Estimator):
         _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)
 
     def commit(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
-        """Accept d_t, for :meth:`advance`."""
+        """Hold d_t until :meth:`advance`."""
         self._accepted[worker] = sent
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
-        """Write d^_t into ``out``: the optimizer steps by it."""
+        """Write d^_t into ``out``, for the optimizer."""
         self.aggregated = True
         out.copy_(aggregate)
 
     def advance(self) -> None:
-        """Make d_t every worker's state, now that the optimizer has taken the step."""
+        """Make d_t every worker's state, after the optimizer step."""
         for worker, sent in self._accepted.items():
             super().commit(sent, worker)
         self.step += 1
@@ -138,7 +138,7 @@ class DoubleMomentumEstimator(Estimator):
         return {"step": torch.tensor(self.step)}
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from t."""
+        """Restore the next t."""
         self.step = int(state["step"])
 
 

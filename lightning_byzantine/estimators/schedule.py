@@ -1,4 +1,4 @@
-"""How double momentum's factors go from step to step."""
+"""Schedules of double momentum's factors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -70,7 +70,7 @@ class Schedule:
 
     @property
     def lowest_beta(self) -> float:
-        """What beta_t goes to."""
+        """The limit of beta_t."""
         return self.min_beta if self.beta is None else self.beta
 
     def beta_at(self, step: int) -> float:

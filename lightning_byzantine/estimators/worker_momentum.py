@@ -1,4 +1,4 @@
-"""The momentum of a worker's gradients."""
+"""Momentum of each worker's gradients."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ __all__ = ["WorkerMomentum", "momentum"]
 
 
 class WorkerMomentum(Estimator):
-    """Each worker sends the momentum of its gradients, in which attackers find less noise to hide.
+    """Each worker sends the momentum of its gradients, which has less noise for attackers to hide in.
 
     ::
 
@@ -26,7 +26,7 @@ class WorkerMomentum(Estimator):
     ``SGD(momentum=beta)`` moves by exactly the aggregated momentum. With ``transparent=False`` the optimizer receives
     v^_t itself and v_1 = g_1, as in the paper's public code: use it with an optimizer without momentum of its own.
 
-    Costs one parameter-sized buffer a worker, and one more when transparent; float32 for half-precision parameters.
+    Costs one parameter-sized buffer per worker, and one more when transparent; float32 for half-precision parameters.
 
     Args:
         beta: momentum factor in [0, 1).
@@ -64,7 +64,7 @@ class WorkerMomentum(Estimator):
         return self.beta
 
     def reset(self) -> None:
-        """Forget all momentum."""
+        """Clear all momentum."""
         super().reset()
         self._aggregate.clear()
 
@@ -85,7 +85,7 @@ class WorkerMomentum(Estimator):
         return dict(self._aggregate)
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from v^_t."""
+        """Restore v^_t."""
         copy_into(self._aggregate, state)
 
 
@@ -96,8 +96,8 @@ def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor
         previous: v_{t-1}; None in the first step.
         gradient: g_t, in the dtype of ``out``.
         beta: momentum factor.
-        out: where to.
-        from_zero: whether v_0 = 0, or else v_1 = g_1.
+        out: result.
+        from_zero: True for v_0 = 0, False for v_1 = g_1.
 
     """
     if previous is None:

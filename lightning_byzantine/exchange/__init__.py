@@ -1,4 +1,4 @@
-"""What ranks send each other: gradients, buffers, metrics, and signs of life."""
+"""Communication between ranks: gradients, buffers, metrics and heartbeats."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ EXCHANGES: dict[str, Callable[[int], Exchange]] = {"all_gather": AllGather, "all
 
 
 def make_exchange(name: str, num_ranks: int) -> Exchange:
-    """Return an exchange among all ranks, which needs a process group unless there is one rank only.
+    """Return an exchange among all ranks, which needs a process group unless there is only one rank.
 
     Args:
         name: "all_gather" or "all_to_all".

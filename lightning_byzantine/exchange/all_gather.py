@@ -12,9 +12,9 @@ __all__ = ["AllGather"]
 
 
 class AllGather:
-    """Every rank receives every worker's vector and aggregates for itself: it trusts nobody's values.
+    """Every rank receives every worker's vector and aggregates for itself, without trusting any other rank.
 
-    A rank moves (m - k) d elements and holds (m + k + 1) d: all vectors, its own, and the result.
+    A rank receives (m - k) d elements and holds (m + k + 1) d: all vectors, its own, and the result.
 
     Args:
         num_ranks: number of processes, m / k.
@@ -29,7 +29,7 @@ class AllGather:
 
     @property
     def rank(self) -> int:
-        """This process."""
+        """Rank of this process."""
         return dist.get_rank()
 
     def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ class AllGather:
         return self._sent.get(len(self._started), like, num_rows, num_columns)
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
-        """Gather one block asynchronously, so that backward goes on meanwhile."""
+        """Gather one block asynchronously, while backward continues."""
         received = self._received.get(len(self._started), rows, self._num_ranks * rows.shape[0], rows.shape[1])
         self._started.append((received, names, start_gather(received.view(-1), rows.view(-1))))
 
     def finish(self) -> WorkerMatrix:
-        """Return the vectors."""
+        """Return all vectors."""
         started, self._started = self._started, []
         self._arriving = arriving([rows for rows, *_ in started], [works for *_, works in started])
         for memory in (self._sent, self._received):
@@ -55,5 +55,5 @@ class AllGather:
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Return the parts: every rank has aggregated all columns."""
-        list(self._arriving)  # or others would wait in vain, should a rule have left a block unread
+        list(self._arriving)  # waits for blocks that the rule did not read, which would block other ranks
         return parts

@@ -12,13 +12,13 @@ __all__ = ["AllToAll"]
 
 
 class AllToAll:
-    """Every rank receives all workers' values of its share of the columns, aggregates those, and shares the result.
+    """Every rank receives its share of the columns from all workers, aggregates it, and sends the result to all.
 
-    With one worker a rank, it moves about 2 d elements, as in a ring all-reduce, and holds about as many: its vector in
-    equal shards, and its columns of all vectors, in whose place the result comes. Statistics of whole rows are
-    completed by a small float64 all-reduce each, so that all ranks decide alike, and as
-    :class:`~lightning_byzantine.exchange.all_gather.AllGather` would have them decide. It trusts that every rank
-    aggregates its own columns, and reports their statistics, correctly.
+    With one worker per rank, a rank receives about 2 d elements, as in a ring all-reduce, and holds about as many: its
+    vector in equal shards, and its columns of all vectors, which the result overwrites. Each statistic of whole rows is
+    completed by a small float64 all-reduce, so that all ranks make the same decisions as under
+    :class:`~lightning_byzantine.exchange.all_gather.AllGather`. Every rank is trusted to aggregate its own columns, and
+    to report their statistics, correctly.
 
     Args:
         num_ranks: number of processes, m / k.
@@ -34,11 +34,11 @@ class AllToAll:
 
     @property
     def rank(self) -> int:
-        """This process."""
+        """Rank of this process."""
         return dist.get_rank()
 
     def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
-        """Return kept memory; that of the shards themselves where a rank is one worker."""
+        """Return kept memory; with one worker per rank, that of the shards, so that they need no copy."""
         index = len(self._started)
         if num_rows > 1:
             return self._unsharded.get(index, like, num_rows, num_columns)
@@ -46,7 +46,7 @@ class AllToAll:
         return shards.view(-1)[:num_columns][None]
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
-        """Send every rank its columns of one block asynchronously, so that backward goes on meanwhile."""
+        """Send every rank its columns of one block asynchronously, while backward continues."""
         num_local, length = rows.shape
         index, width = len(self._started), self._width(length)
         sent = self._sent.get(index, rows, self._num_ranks * num_local, width)
@@ -54,7 +54,7 @@ class AllToAll:
             own = rows[:, rank * width : (rank + 1) * width]
             if rows.data_ptr() != sent.data_ptr():
                 shard[:, : own.shape[1]] = own
-            shard[:, own.shape[1] :] = 0  # changes no norm and no distance
+            shard[:, own.shape[1] :] = 0  # padding, which changes neither norms nor distances
         shards = self._received.get(index, rows, self._num_ranks * num_local, width)
         work = dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True)
         self._started.append((shards, length, names, [work]))
@@ -69,7 +69,7 @@ class AllToAll:
         return WorkerMatrix(self._arriving, _sum_over_ranks, self.rank, tuple(names for _, _, names, _ in started))
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return this rank's shard of each block, padded as those that were sent."""
+        """Return this rank's shard of each block, padded like those that were sent."""
         shards = []
         for whole in wholes:
             width = self._width(whole.numel())
@@ -80,10 +80,10 @@ class AllToAll:
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Gather the aggregated shards of each block."""
         list(self._arriving)
-        # Nobody needs the columns any more that they were made of.
+        # Reuse the memory of the received columns, which are not needed any more.
         wholes = [self._received.first(index, self._num_ranks * part.numel()) for index, part in enumerate(parts)]
         for works in [
-            # A rule may have returned a row as it came.
+            # The rule may have returned a received row itself.
             start_gather(whole, part.clone() if _overlap(whole, part) else part)
             for whole, part in zip(wholes, parts, strict=True)
         ]:

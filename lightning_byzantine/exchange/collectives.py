@@ -1,4 +1,4 @@
-"""Collectives on plain tensors: to unpickle objects that other ranks sent would let them run code here."""
+"""Collectives on plain tensors only: unpickling objects from other ranks would let them run code here."""
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,10 @@ __all__ = ["arriving", "gather", "gather_rows", "gather_to_first", "start_gather
 
 
 def start_gather(received: Tensor, own: Tensor) -> list[dist.Work]:
-    """Begin to gather every rank's flat tensor, one after the other in ``received``."""
+    """Start gathering every rank's flat tensor into ``received``, in the order of ranks."""
     if dist.get_backend() != "gloo" or own.device.type != "cpu":
         return [_all_gather(received, own, async_op=True)]
-    # gloo's own goes through twice the memory, at a third of the speed. Its sends read the host's memory only.
+    # gloo's own all-gather uses twice the memory, at a third of the speed. Its sends support CPU tensors only.
     rank, parts = dist.get_rank(), received.chunk(dist.get_world_size())
     works: list[dist.Work | None] = []
     for distance in range(1, len(parts)):
@@ -24,13 +24,13 @@ def start_gather(received: Tensor, own: Tensor) -> list[dist.Work]:
 
 
 def wait(works: list[dist.Work]) -> None:
-    """Wait for all of them."""
+    """Wait for all ``works``."""
     for work in works:
         work.wait()
 
 
 def arriving(memory: list[Tensor], works: list[list[dist.Work]]) -> Arriving:
-    """Return blocks that are waited for one by one, given where they are going to be and what brings them."""
+    """Return blocks that are waited for one by one, given their memory and the work that fills it."""
     return Arriving(memory, [[work.wait for work in of_block] for of_block in works])
 
 
@@ -47,10 +47,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
-    """Return every rank's tensor on rank 0, moved to the CPU, and None elsewhere; shapes must agree.
-
-    Tensors only: to unpickle objects that other ranks sent would let them run code here.
-    """
+    """Return every rank's tensor on rank 0, moved to the CPU, and None elsewhere; shapes must agree."""
     tensor = tensor.contiguous()
     if dist.get_rank() != 0:
         dist.gather(tensor, dst=0)
@@ -60,6 +57,6 @@ def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
     return [part.cpu() for part in received]
 
 
-# torch 2.13 renamed all_gather_into_tensor and warns of the old name. Older versions, which only have that name, are
-# not supported as installations, but GPU images lag, and a source tree should run there.
+# torch 2.13 renamed all_gather_into_tensor and deprecated the old name. Older versions only have that one; they are not
+# supported as installations, but GPU images lag behind, and a source tree should run there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,4 +1,4 @@
-"""What all exchanges have in common: from the vectors of a process's own workers to the matrix of all workers."""
+"""The interface of exchanges, which turn the vectors of each process into the matrix of all workers."""
 
 from typing import Protocol
 
@@ -10,18 +10,17 @@ __all__ = ["Exchange"]
 
 
 class Exchange(Protocol):
-    """One exchange a step: :meth:`start` for every block of the workers' vectors, :meth:`finish`, :meth:`collect`.
+    """Each step calls :meth:`start` for every block of the workers' vectors, :meth:`finish`, then :meth:`collect`.
 
-    Memory is kept from step to step: what :meth:`allocate` and :meth:`collect` return, and the matrix, are overwritten
-    by the next step's exchange.
+    Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned.
     """
 
     @property
     def rank(self) -> int:
-        """This process, whose k workers are those from k times the rank on."""
+        """Rank r of this process, which acts as the k workers from r k on."""
 
     def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
-        """Return memory [k, c] for the next block to start, so that it need not be copied; it is not initialised.
+        """Return uninitialized memory [k, c] for the next block, which :meth:`start` then need not copy.
 
         Args:
             num_rows: k.
@@ -31,7 +30,7 @@ class Exchange(Protocol):
         """
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
-        """Begin to send one block.
+        """Start sending one block.
 
         Args:
             rows: [k, c], of the k workers that this process acts as, the same number on all ranks. Must not be written
@@ -43,11 +42,11 @@ class Exchange(Protocol):
     def finish(self) -> WorkerMatrix:
         """Return all blocks as a matrix, in the order they were started; they may still be arriving.
 
-        Rows go by rank, and within a rank as they were sent. They may be overwritten by :meth:`collect`.
+        Rows are ordered by rank, and within a rank as they were sent. :meth:`collect` may overwrite them.
         """
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return the part of whole blocks [c] that this rank's matrix has the columns of."""
+        """Return the columns of whole blocks [c] that this rank's matrix has."""
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
-        """Turn what this rank made of the matrix's blocks into whole blocks [c], the same on every rank."""
+        """Return whole blocks [c], the same on every rank, given the aggregate of this rank's columns."""

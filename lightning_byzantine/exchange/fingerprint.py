@@ -1,4 +1,4 @@
-"""The leaves of nested states, and digests by which ranks compare them."""
+"""Leaves of nested states, and digests to compare them between ranks."""
 
 from collections.abc import Iterator
 from hashlib import sha256

@@ -137,7 +137,7 @@ class Heartbeat:
         return lost
 
     def _wait_for(self, others: set[int]) -> None:
-        """Wait until the others have found out as well: the store may end with this process."""
+        """Wait until the others have found out as well, because the store may end with this process."""
         deadline = time.monotonic() + 2 * _PATIENCE
         while time.monotonic() < deadline:
             judged = self._read("judged")

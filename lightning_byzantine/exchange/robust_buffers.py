@@ -1,4 +1,4 @@
-"""Buffers, such as the statistics of BatchNorm, by a vote of all ranks."""
+"""A vote of all ranks on buffers, such as BatchNorm statistics."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -17,17 +17,17 @@ _MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class RobustBuffers:
-    """Replaces the buffers by a vote of all ranks, where DDP would replace them by those of rank 0.
+    """Replaces buffers by a vote of all ranks, where DDP would broadcast those of rank 0.
 
     Floating-point buffers become the median of every coordinate, others the most frequent value. All ranks have the
     same weight, so that fewer than m / 2 faulty ones can't move a value out of the range of the others. A value that
     all ranks agree on stays the same, bit for bit.
 
-    This happens when DDP would broadcast: at the start of a forward after one that computed gradients, not within
-    accumulation, and not at all with DDP's ``broadcast_buffers=False``.
+    This happens when DDP would broadcast: at the start of a forward after one that computed gradients, not during
+    gradient accumulation, and never with DDP's ``broadcast_buffers=False``.
 
     Args:
-        model: DDP around the module.
+        model: the module wrapped in DDP.
         gather: returns the flat tensors of all ranks as [m, n].
         notice: called with the ranks whose values are not finite where the majority is, [m] bool.
 
@@ -45,7 +45,7 @@ class RobustBuffers:
         model._register_buffer_comm_hook(self, _hook, _BufferCommHookLocation.PRE_FORWARD)
 
     def synchronize(self) -> None:
-        """Vote now instead of before the next forward, so that buffers can be read, as for a checkpoint."""
+        """Vote now instead of before the next forward, for example to save the buffers in a checkpoint."""
         if self._model.forward_sync_buffers:
             self._model._sync_buffers()  # type: ignore[no-untyped-call]
 
@@ -59,7 +59,7 @@ class RobustBuffers:
         """
         if not buffers:
             return
-        # As bytes, so that buffers of all dtypes go in one exchange.
+        # As bytes, so that buffers of all dtypes need one collective.
         parts = [torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers]
         parts.sort(key=lambda part: str(part.dtype))
         groups = [list(group) for _, group in groupby(parts, key=lambda part: part.dtype)]

@@ -1,4 +1,4 @@
-"""Logged values, reduced over ranks so that a minority can't decide the result."""
+"""Reduction of logged values over ranks whose result a minority can't control."""
 
 from collections.abc import Callable
 

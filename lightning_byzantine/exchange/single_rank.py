@@ -1,4 +1,4 @@
-"""The exchange of a process that is alone."""
+"""The exchange of a single process."""
 
 from torch import Tensor
 

@@ -1,9 +1,9 @@
 """Private names of torch.distributed that this package needs, each with its reason."""
 
-# torch.distributed has these three as well, but only here do type checkers find them.
+# These three are in torch.distributed as well, but type checkers only find them here.
 from torch._C._distributed_c10d import GradBucket, PrefixStore, Store
 
-# The store in which the process group's ranks found each other: the one place that all of them can reach.
+# The store of the process group's rendezvous, which all ranks can reach.
 from torch.distributed.distributed_c10d import _get_default_store
 
 # The argument of DistributedDataParallel's hook for buffers, which has no public name either.

@@ -1,1 +1,1 @@
-"""What every room needs."""
+"""Helpers for all parts of the package."""

@@ -23,7 +23,7 @@ __all__ = [
 
 
 def check_num_byzantine(num_byzantine: int, num_workers: int) -> None:
-    """Raise unless 0 <= f < m / 2: with more, honest workers would not be the majority.
+    """Raise unless 0 <= f < m / 2, so that honest workers are the majority.
 
     Example:
         >>> check_num_byzantine(4, num_workers=8)

@@ -1,4 +1,4 @@
-"""Values that are kept from step to step."""
+"""State that is updated in place."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ __all__ = ["copy_into"]
 
 
 def copy_into(state: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values to where they are kept, into the same memory each time.
+    """Update ``state`` with copies of ``values``, reusing its memory.
 
     Args:
-        state: what is kept; entries that are not among the values stay.
-        values: tensors by name.
+        state: tensors by name; those without a new value stay.
+        values: the new values by name.
 
     Example:
         >>> import torch

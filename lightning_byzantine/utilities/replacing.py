@@ -1,4 +1,4 @@
-"""Methods of somebody else's object, replaced for a while."""
+"""Temporary replacement of an object's methods."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ _ACTIVE: list[tuple[object, dict[str, Any], dict[str, Any]]] = []
 
 @contextmanager
 def replaced(owner: object, **attributes: Any) -> Iterator[None]:
-    """Give an object other attributes, which go before those of its class, and take them back at the end.
+    """Set attributes of an object, which hide those of its class, and restore the object on exit.
 
-    What the object itself had by these names, such as a method that the user has patched, comes back. Several
+    Attributes that the object had itself, such as a method that the user has patched, are restored. Several
     replacements of one attribute may end in any order.
 
     Args:
-        owner: whose attributes to replace.
-        **attributes: the new ones, by name.
+        owner: the object.
+        **attributes: new attributes by name.
 
     Example:
         >>> class Door:
@@ -44,7 +44,7 @@ def replaced(owner: object, **attributes: Any) -> Iterator[None]:
         index = next(i for i, active in enumerate(_ACTIVE) if active is replacement)
         del _ACTIVE[index]
         for name in attributes:
-            # Whoever has replaced ours has to bring back what was before ours.
+            # A newer replacement of the same attribute must restore what was there before this one.
             newer = next((old for other, new, old in _ACTIVE[index:] if other is owner and name in new), patched)
             newer.pop(name, None)
             if name in before:

@@ -1,4 +1,4 @@
-"""Random numbers that can be reproduced: on every rank, after a resume, or in a second run of the same code."""
+"""Random numbers that are the same on every rank, after a resume, or in a second run of the same code."""
 
 import random
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class StepSeed(nn.Module):
         return self._calls
 
     def set_extra_state(self, state: int) -> None:
-        """Continue after that many calls."""
+        """Restore the number of calls."""
         self._calls = state
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 # Raised by torch.compile if there is no compiler. Its public base class, RuntimeError, includes errors of other kinds.
 from torch._dynamo.exc import BackendCompilerFailed
 
-# Whether all elements of a tensor are in memory once, without gaps: DDP then keeps the memory order of a parameter.
+# Whether a tensor fills its memory without gaps or overlap: DDP then keeps the memory order of a parameter.
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 __all__ = [
@@ -26,13 +26,13 @@ def is_view(tensor: Tensor) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to in place: the counter that autograd checks, which has no public name."""
+    """Return how often a tensor was written to in place; this counter of autograd has no public name."""
     return tensor._version
 
 
 def separate_symbols() -> AbstractContextManager[None]:
-    """Let torch.compile, within the block, give dynamic sizes that happen to be equal a symbol each.
+    """Within the block, let ``torch.compile`` use separate symbols for dynamic sizes that happen to be equal.
 
-    Otherwise it compiles again as soon as they differ; ``torch.compile`` has no option for this.
+    Otherwise it recompiles as soon as they differ; ``torch.compile`` has no option for this.
     """
     return torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined, no-any-return]

@@ -72,8 +72,8 @@ def test_no_majority(three_ranks: RankPool) -> None:
     for _, said, ranks in three_ranks.run(fit_corrupted, [0, 1], on_inconsistency="restore"):
         assert ranks == []
         assert said == (
-            "After 6 optimizer steps, the parameters or the optimizer state differ, and no state is that of most of the"
-            " 3 ranks"
+            "After 6 optimizer steps, the parameters or the optimizer state differ, and no majority of the 3 ranks"
+            " agrees"
         )
 
 
