@@ -67,27 +67,9 @@ class ByzantineSimulation(pl.Callback):
             raise MisconfigurationException(
                 f"ByzantineSimulation needs strategy='byzantine_ddp' or 'ddp', got {type(trainer.strategy).__name__}"
             )
-        if isinstance(trainer.strategy, ByzantineDDPStrategy):
-            self.attack.bind(trainer.strategy.aggregator, trainer.strategy.num_byzantine)
-        else:
-            self.attack.bind(Mean(), num_byzantine=0)
-        with warnings.catch_warnings():
-            if trainer.global_rank != 0:
-                warnings.simplefilter("ignore")  # once is enough
-            self.attack.check(_num_workers(trainer.strategy), self.workers)
-        if isinstance(trainer.strategy, ByzantineDDPStrategy) and len(self.workers) > trainer.strategy.num_byzantine:
-            rank_zero_warn(
-                f"ByzantineSimulation makes {len(self.workers)} workers Byzantine, more than the strategy's"
-                f" num_byzantine={trainer.strategy.num_byzantine} allows for: no rule can be expected to survive."
-            )
-        if stage != "fit" or not self.attack.on_data:
-            return
-        if "dataloader_iter" in signature(pl_module.training_step).parameters:
-            raise MisconfigurationException(
-                f"{type(self.attack).__name__} poisons the batches that Lightning hands to `training_step`, got a"
-                " `training_step(dataloader_iter)` that fetches its own. Take `batch` instead."
-            )
-        self._poison_batches(trainer)
+        self._bind(trainer.strategy)
+        if stage == "fit" and self.attack.on_data:
+            self._poison_batches(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,7 +99,7 @@ class ByzantineSimulation(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Lightning does not tear callbacks down then, and labels flipped twice would be the true ones.
+        # Lightning does not tear callbacks down after an exception. Labels flipped twice would be the true ones.
         self.teardown(trainer, pl_module, "fit")
 
     @property
@@ -134,26 +116,45 @@ class ByzantineSimulation(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.attack.load_state_dict(state_dict)
 
+    def _bind(self, strategy: DDPStrategy) -> None:
+        """Tell the attack which rule it is up against, and check that it can be run."""
+        num_workers = strategy.world_size
+        if isinstance(strategy, ByzantineDDPStrategy):
+            num_workers = strategy.num_workers
+            self.attack.bind(strategy.aggregator, strategy.num_byzantine)
+        else:
+            self.attack.bind(Mean(), num_byzantine=0)
+        with warnings.catch_warnings():
+            if strategy.global_rank != 0:
+                warnings.simplefilter("ignore")  # rank 0 warns for all
+            self.attack.check(num_workers, self.workers)
+        if isinstance(strategy, ByzantineDDPStrategy) and len(self.workers) > strategy.num_byzantine:
+            rank_zero_warn(
+                f"ByzantineSimulation makes {len(self.workers)} workers Byzantine, more than the strategy's"
+                f" num_byzantine={strategy.num_byzantine} allows for: no rule can be expected to survive."
+            )
+
     def _tamper(self, matrix: WorkerMatrix) -> WorkerMatrix:
         return self.attack.tamper(matrix, self.workers)
 
-    def _poison_batches(self, trainer: pl.Trainer) -> None:
+    def _poison_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise MisconfigurationException(
+                f"{type(self.attack).__name__} poisons the batches that Lightning hands to `training_step`, got a"
+                " `training_step(dataloader_iter)` that fetches its own. Take `batch` instead."
+            )
         strategy, honest = trainer.strategy, trainer.strategy.batch_to_device
         assert isinstance(strategy, DDPStrategy)
 
         def batch_to_device(batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
             if trainer.training:
-                # On every rank, for all of them, and the checkpoint, to agree on what the attack keeps.
+                # On every rank, so that all of them, and the checkpoint, have the same state of the attack.
                 poisoned = self.attack.poison(batch)
                 batch = poisoned if _next_worker(strategy) in self.workers else batch
             return honest(batch, device, dataloader_idx)
 
-        # Of the strategy, since both the module and the data module may have hooks for batches, which come after this.
+        # The strategy's method, since hooks for batches, of the module or the data module, come after it.
         self._until_teardown.enter_context(replaced(strategy, batch_to_device=batch_to_device))
-
-
-def _num_workers(strategy: DDPStrategy) -> int:
-    return strategy.num_workers if isinstance(strategy, ByzantineDDPStrategy) else int(strategy.world_size)
 
 
 def _next_worker(strategy: DDPStrategy) -> int:
