@@ -28,30 +28,30 @@ from lightning_byzantine.utilities.replacing import replaced
 __all__ = ["ByzantineMonitor"]
 
 _POLICIES = ("warn", "raise", "quarantine")
-# Steps between two pictures at least: one takes milliseconds, which would slow down short epochs.
+# Minimum number of steps between two pictures: one takes milliseconds, which would slow down short epochs.
 _REDRAWN = 100
 
 
 class ByzantineMonitor(pl.Callback):
-    """Watches what the rule finds out about each worker, and names those that are persistently unlike the others.
+    """Monitors statistics of each worker, and names workers that persistently differ from the others.
 
-    It looks at the statistics that the aggregation computed anyway, at the bits of a sample of columns in every tenth
-    step, and at which processes were outvoted for non-finite buffers and metrics. It needs no pass over the gradients
-    and no collective, except to gather the hosts' names when ``fit`` starts. All ranks come to the same conclusions.
-    See :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
-    :class:`~lightning_byzantine.aggregators.Report` for what each rule tells.
+    It uses statistics that the aggregation computes anyway, the bits of a sample of columns in every tenth step, and
+    which processes were outvoted for non-finite buffers and metrics. It needs no pass over the gradients and no
+    collective, except to gather the hosts' names when ``fit`` starts. All ranks come to the same conclusions. See
+    :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
+    :class:`~lightning_byzantine.aggregators.Report` for the statistics of each rule.
 
-    Logs through the Trainer's loggers, with i for a worker's index and its values in the last step:
+    Logs to the Trainer's loggers, for worker i in the last step:
 
     - ``byzantine/distance/worker_i``, ``byzantine/norm/worker_i``: as multiples of the median worker's
-    - ``byzantine/weight/worker_i``: its part in the aggregate
-    - ``byzantine/trimmed/worker_i``: the fraction of the window's steps in which it had none
-    - ``byzantine/non_finite/worker_i``: in how many steps of the run its row could not be measured
+    - ``byzantine/weight/worker_i``: its weight in the aggregate
+    - ``byzantine/trimmed/worker_i``: the fraction of the window's steps in which it did not contribute
+    - ``byzantine/non_finite/worker_i``: the number of steps of the run in which its row could not be measured
     - ``byzantine/score/worker_i``: the score of suspicion, in units of the threshold
     - ``byzantine/suspects``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many there are
 
     and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, at most once in
-    100 steps, and when training ends, also by an error. The progress bar shows the suspects' indices.
+    100 steps, and when training ends, even by an error. The progress bar shows the suspects' indices.
     ``suspects.jsonl`` in the log directory has one line for every change: ``event`` ("suspected", "cleared" or
     "quarantined"), ``step``, and the fields of :class:`~lightning_byzantine.monitoring.Suspect`. At the end of
     ``fit`` a table sums up all workers.
@@ -70,8 +70,8 @@ class ByzantineMonitor(pl.Callback):
 
     Raises:
         ValueError: if ``on_suspect`` is unknown, or a number out of range.
-        MisconfigurationException: in ``setup``, if the strategy is not ``ByzantineDDPStrategy``, or it is in shadow
-            mode and suspects are to be put in quarantine.
+        MisconfigurationException: in ``setup``, if the strategy is not ``ByzantineDDPStrategy``, or is in shadow mode
+            with ``on_suspect="quarantine"``.
 
     Example:
         >>> monitor = ByzantineMonitor(on_suspect="quarantine")
@@ -206,9 +206,9 @@ class ByzantineMonitor(pl.Callback):
             self._suspicion.load_state_dict(state_dict["suspicion"])
             self._evidence.load_state_dict(state_dict["evidence"])
         except (KeyError, ValueError) as error:
-            # One of them may have been loaded.
+            # The first one may have been loaded.
             self._start_afresh(len(self._suspicion.scores))
-            rank_zero_warn(f"ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: {error!r}.")
+            rank_zero_warn(f"ByzantineMonitor starts from zero, since its state in the checkpoint does not fit: {error!r}.")
 
     def _start_afresh(self, num_workers: int) -> None:
         self._suspicion = Suspicion(num_workers, self.threshold)

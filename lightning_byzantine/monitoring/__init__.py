@@ -1,4 +1,4 @@
-"""Which worker is faulty: scores, evidence, and what is shown of them."""
+"""Detection of faulty workers: scores, evidence, and how both are shown."""
 
 from lightning_byzantine.monitoring.evidence import Evidence
 from lightning_byzantine.monitoring.heat_map import HeatMap, heat_map

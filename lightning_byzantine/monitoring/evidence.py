@@ -1,4 +1,4 @@
-"""What the reports of the last steps say about each worker."""
+"""Evidence about each worker from the reports of the last steps."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ __all__ = ["Evidence"]
 
 
 class Evidence:
-    """Keeps what the reports of the last steps say, and counts over the whole run.
+    """Keeps the evidence of the last steps, and counts over the whole run.
 
     Args:
         num_workers: m.
@@ -24,8 +24,8 @@ class Evidence:
 
     Attributes:
         steps: number of reports in the whole run.
-        trimmed: [m], in how many of these each worker had no part in the aggregate.
-        non_finite: [m], in how many its row could not be measured.
+        trimmed: [m], number of these in which each worker did not contribute to the aggregate.
+        non_finite: [m], number of these in which its row could not be measured.
 
     Raises:
         ValueError: if the window is below 1.
@@ -59,15 +59,12 @@ class Evidence:
         return self._last[-1].distances, self._last[-1].norms
 
     def trimmed_part(self) -> list[float]:
-        """Return the fraction of the last steps in which each worker had no part in the aggregate, [m].
-
-        NaN where the rule does not tell.
-        """
+        """Return the fraction of the last steps in which each worker did not contribute, [m]; NaN where unknown."""
         counts = [_count(step.trimmed[worker] for step in self._last) for worker in range(len(self.trimmed))]
         return [trimmed / len(self._last) if known else nan for trimmed, known in counts]
 
     def of(self, worker: int) -> dict[str, Any]:
-        """Return those fields of a :class:`~lightning_byzantine.monitoring.Suspect` that are about the last steps."""
+        """Return the fields of a :class:`~lightning_byzantine.monitoring.Suspect` that are about the last steps."""
         trimmed, known = _count(step.trimmed[worker] for step in self._last)
         unlikely, sampled = _count(step.unlikely[worker] for step in self._last)
         return {
@@ -88,12 +85,12 @@ class Evidence:
         return {"steps": self.steps, "trimmed": self.trimmed, "non_finite": self.non_finite, "last": last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned for the same number of workers.
+        """Restore what :meth:`state_dict` returned for the same number of workers.
 
-        If it is from a longer window, its last steps are kept.
+        The last steps are kept if it has a longer window.
 
         Raises:
-            ValueError: if it is of another number of workers. Nothing is changed then.
+            ValueError: if the number of workers differs, which leaves everything unchanged.
 
         """
         if len(state["trimmed"]) != len(self.trimmed):
@@ -106,7 +103,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one report says: [m] each, with 1 for yes, 0 for no, and NaN where unknown."""
+    """Evidence from one report: [m] each, with 1 for yes, 0 for no, and NaN where unknown."""
 
     trimmed: list[float]
     non_finite: list[float]
@@ -120,7 +117,7 @@ class _Step:
     def of(cls, report: Report) -> "_Step":
         measurable, weights = report.measurable.tolist(), report.weights.tolist()
         unknown, no = [nan] * len(measurable), [0.0] * len(measurable)
-        # A rule without weights drops rows, too: those have weight 0, and the others' are not known.
+        # A rule without weights drops rows as well: these have weight 0, and the other weights are unknown.
         has_weights = any(weight != 0 and not isnan(weight) for weight in weights)
         trimmed = [float(not measured or weight == 0) for measured, weight in zip(measurable, weights, strict=True)]
         return cls(
@@ -135,7 +132,7 @@ class _Step:
 
 
 def _count(answers: Iterator[float]) -> tuple[int, int]:
-    """Return how many say yes, and how many are known."""
+    """Return the number of answers that are yes, and of those that are known."""
     known = [answer for answer in answers if not isnan(answer)]
     return int(sum(known)), len(known)
 

@@ -45,7 +45,7 @@ class HeatMap:
     """Keeps the last steps for :func:`heat_map`.
 
     Args:
-        max_steps: width of the picture at most; older steps are dropped.
+        max_steps: maximum width of the picture; older steps are dropped.
 
     Attributes:
         new_steps: number of steps since the last picture.
@@ -71,6 +71,6 @@ class HeatMap:
         self.new_steps += 1
 
     def draw(self) -> Tensor:
-        """Return the picture of the last steps, of which there must be one at least; see :func:`heat_map`."""
+        """Return the picture of the last steps, at least one; see :func:`heat_map`."""
         self.new_steps = 0
         return heat_map(list(self._distances), list(self._measurable))

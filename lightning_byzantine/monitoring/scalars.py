@@ -1,4 +1,4 @@
-"""What is logged of each worker."""
+"""Scalars to log for each worker."""
 
 from math import isnan
 

@@ -16,7 +16,7 @@ class Suspect:
         host: the process's host.
         device: its device.
         steps: number of steps that the evidence is from.
-        trimmed: number of these in which it had no part in the aggregate; None if the rule does not tell.
+        trimmed: number of these in which it did not contribute to the aggregate; None if unknown.
         non_finite: number of steps in which its row was not finite, or too large to be measured.
         distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
         norm: likewise, of its norm.
@@ -24,7 +24,7 @@ class Suspect:
         sampled: number of steps in which the bits of its values were checked.
         unlikely: number of these in which they were unlike the others'.
         outvoted: number of steps in which its process reported a non-finite buffer or metric, unlike most.
-        shadow: whether the rule only watched.
+        shadow: whether the strategy was in shadow mode, so that nothing was trimmed.
 
     Example:
         >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 20, 0, 0, shadow=False))

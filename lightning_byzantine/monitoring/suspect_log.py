@@ -1,4 +1,4 @@
-"""The file with one line for every change of suspicion."""
+"""A file with one line for every change of suspicion."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ __all__ = ["SuspectLog"]
 
 
 class SuspectLog:
-    """Appends JSON lines to a file, which is made with the first of them.
+    """Appends JSON lines to a file, which is created with the first line.
 
     Args:
-        path: the file. Its folder is made, too.
+        path: the file. Its folder is created if necessary.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Which workers behave unlike the others for longer than chance allows."""
+"""Detection of workers that differ from the others for longer than chance explains."""
 
 from dataclasses import asdict, dataclass, fields
 from math import inf, isfinite, isnan, log, nan
@@ -18,7 +18,7 @@ _FLOOR = 0.05
 _LEAST = 0.3
 # Bound on the deviation of one step, so that a single step never suffices.
 _MOST = 3.0
-# Average deviations up to this one are put down to chance.
+# Average deviations up to this one are attributed to chance.
 _ALLOWANCE = 1.0
 # Time constant of running averages, in steps.
 _STEPS = 25
@@ -28,13 +28,13 @@ _VANISHED = 0.01
 
 @dataclass(frozen=True)
 class ScoringState:
-    """What the score of a step needs to know of earlier steps.
+    """Values of earlier steps that the score of a step depends on.
 
     Args:
         norms: [m], the last known norm of each worker's row.
         distances: [m], likewise its distance.
         unlikely: [m], whether its bits were unlikely when they were last checked.
-        unlikely_twice: [m], whether they were so in the last two checks.
+        unlikely_twice: [m], whether they were unlikely in the last two checks.
         spread: running average of the spread over workers; NaN before the first.
 
     """
@@ -58,20 +58,20 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
     See :class:`Suspicion` for the formula.
 
     Args:
-        report: the step's, on m workers.
-        state: what the step before returned, or :meth:`ScoringState.initial`. Not written to.
+        report: the step's report on m workers.
+        state: what the previous step returned, or :meth:`ScoringState.initial`. Not written to.
         memory: beta, the fraction of a worker's last vector that remains in its next one.
 
     Returns:
-        - z, [m], in [-3, 3]; NaN for workers of which the report knows nothing,
-        - whether z is 3 whatever the distance, [m],
+        - z, [m], in [-3, 3]; NaN for workers that the report has no data on,
+        - whether z is 3 regardless of the distance, [m],
         - the state for the next step.
 
     """
     measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
     unlikely, unlikely_twice = state.unlikely, state.unlikely_twice
     if report.unlikely is not None:
-        # Under double momentum, honest workers have unlikely bits in one of a hundred checks, but hardly in two.
+        # Under double momentum, honest workers have unlikely bits in one of a hundred checks, rarely twice in a row.
         unlikely = report.unlikely.tolist()
         unlikely_twice = [last and now for last, now in zip(state.unlikely, unlikely, strict=True)]
     vanished = _vanished(norms, state.norms, memory)
@@ -95,7 +95,7 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
 
 
 class Suspicion:
-    r"""Adds up, for each worker, by how much it stands out from the others, step by step (Page's cumulative sum).
+    r"""Adds up over steps how much each worker stands out from the others (Page's cumulative sum).
 
     ::
 
@@ -104,10 +104,10 @@ class Suspicion:
         z_i  = (r_i - median r) / spread                    in [-3, 3]; spread: MAD over workers, averaged over steps
         S_i <- max(0, S_i + z_i - b - 1)                    suspected from S_i >= threshold until S_i = 0
 
-    Honest workers with data from one distribution are equally likely to be the farthest in any step. u leaves out what
+    Honest workers with data from one distribution are equally likely to be the farthest in any step. u excludes what
     momentum carries over from earlier steps, so a bad batch counts for about one step. b is the median over workers of
-    their average z: skewed distances raise everybody's z by that much. Norms are used where the rule does not know the
-    distances. z - b is 3, whatever the distance, for a worker
+    their average z: skewed distances raise all z by that much. Norms are used where the rule does not compute
+    distances. z - b is 3, regardless of the distance, for a worker
 
     - whose row can't be measured,
     - whose norm did not change, while those of the others did,
@@ -122,7 +122,7 @@ class Suspicion:
 
     Attributes:
         suspected: indices of the workers under suspicion.
-        scores: [m], S, at most one and a half times the threshold.
+        scores: [m], S, at most 1.5 times the threshold.
 
     Raises:
         ValueError: if the threshold is not finite and above 0.
@@ -152,7 +152,7 @@ class Suspicion:
         """Add one step.
 
         Args:
-            report: on m workers. The scores of workers of which it knows nothing stay as they are.
+            report: on m workers. Scores of workers that it has no data on do not change.
             memory: beta, the fraction of a worker's last vector that remains in its next one.
 
         """
@@ -160,7 +160,7 @@ class Suspicion:
         known = [worker for worker, deviation in enumerate(z) if not isnan(deviation)]
         usual = known_median(self._averages[worker] for worker in known)
         for worker in known:
-            # b is a property of distances, which a certain z does not come from.
+            # b corrects a z from distances; a certain z does not depend on them.
             bias = 0.0 if certain[worker] else usual
             total = self.scores[worker] + z[worker] - bias - _ALLOWANCE
             self.scores[worker] = _clamped(total, 0.0, 1.5 * self.threshold)
@@ -172,7 +172,7 @@ class Suspicion:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, and what the next step needs to know of earlier ones."""
+        """Return the scores, and the values that the next step depends on."""
         return {
             "suspected": sorted(self.suspected),
             "scores": list(self.scores),
@@ -181,10 +181,10 @@ class Suspicion:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned for the same number of workers.
+        """Restore what :meth:`state_dict` returned for the same number of workers.
 
         Raises:
-            ValueError: if it is of another number of workers. Nothing is changed then.
+            ValueError: if the number of workers differs, which leaves everything unchanged.
 
         """
         if len(state["scores"]) != len(self.scores):
@@ -195,7 +195,7 @@ class Suspicion:
 
 
 def _vanished(norms: list[float], before: list[float], memory: float) -> list[bool]:
-    """Return whose norm has hardly changed, beyond what momentum makes of it, in comparison with the others', [m]."""
+    """Return which norms hardly changed except by the decay of momentum, compared with the others', [m]."""
     changes = [abs(norm - memory * previous) for norm, previous in zip(norms, before, strict=True)]
     hardly_any = _VANISHED * known_median(changes)
     return [change < hardly_any for change in changes]
@@ -204,7 +204,7 @@ def _vanished(norms: list[float], before: list[float], memory: float) -> list[bo
 def _certain(
     report: Report, measurable: list[bool], norms: list[float], vanished: list[bool], unlikely_twice: list[bool]
 ) -> list[bool]:
-    """Return who stands out whatever its distance, [m]."""
+    """Return which workers stand out regardless of their distance, [m]."""
     # A quarantined worker, whose norm is not known, is never checked again: its last check must not count forever.
     unlikely = [twice and not isnan(norm) for twice, norm in zip(unlikely_twice, norms, strict=True)]
     unmeasured = [not measured for measured in measurable]

@@ -15,7 +15,7 @@ def worker_table(
     suspects: Collection[int],
     quarantined: Collection[int],
 ) -> str:
-    """Return a table in Markdown below a line of title.
+    """Return a Markdown table below a title line.
 
     Distances and norms are of the last steps, the other numbers of the whole run.
 

@@ -1,4 +1,4 @@
-"""Double momentum: an optimizer around the user's own, and what its workers send."""
+"""Double momentum: a wrapper around the user's optimizer, and its estimator."""
 
 from lightning_byzantine.estimators import DoubleMomentumEstimator
 from lightning_byzantine.optim.double_momentum import DoubleMomentum

@@ -21,7 +21,7 @@ _KEY = "double_momentum"
 
 
 class DoubleMomentum(Optimizer):
-    """Evaluates gradients at an average x of the base optimizer's iterates w, and corrects them by earlier ones.
+    """Evaluates gradients at an average x of the base optimizer's iterates w, and corrects them with earlier ones.
 
     ::
 
@@ -54,8 +54,7 @@ class DoubleMomentum(Optimizer):
             by ``ByzantineDDPStrategy``.
 
     Raises:
-        TypeError: if ``base`` is not an optimizer, or of a kind that can't be wrapped, or a parameter is in half
-            precision.
+        TypeError: if ``base`` is not an optimizer or can't be wrapped, or a parameter is in half precision.
         ValueError: if a factor is out of its bounds.
 
     Source: Levy, "mu^2-SGD: Stable Stochastic Optimization via a Double Momentum Mechanism" (arXiv 2304.04172).
@@ -89,14 +88,14 @@ class DoubleMomentum(Optimizer):
         self.base = base
         self.estimator = DoubleMomentumEstimator(beta, gamma, min_beta, min_gamma, weighted, schedule)
         self.receives_estimates = False
-        # Not the estimator's step, which can start again at 1 while w and x continue.
+        # Not the estimator's step, which can restart at 1 while w and x continue.
         self._step = 1
         super().__init__(base.param_groups, base.defaults)
         self.param_groups = base.param_groups
 
     @classmethod
     def around(cls, base: Optimizer, estimator: DoubleMomentumEstimator) -> "DoubleMomentum":
-        """Wrap ``base``, with an estimator that exists already and stays in use."""
+        """Wrap ``base`` with an existing estimator."""
         optimizer = cls(base)
         optimizer.estimator = estimator
         return optimizer
@@ -147,7 +146,7 @@ class DoubleMomentum(Optimizer):
         return loss
 
     def take_back(self) -> None:
-        """Undo :attr:`receives_estimates`: evaluate both points again, with a new estimator, which starts at t = 1."""
+        """Undo :attr:`receives_estimates`: evaluate both points again, with a new estimator at t = 1."""
         self.receives_estimates = False
         self.estimator = DoubleMomentumEstimator(**asdict(self.estimator.schedule))
 
@@ -155,7 +154,7 @@ class DoubleMomentum(Optimizer):
     def swapped_to_previous_point(self) -> Iterator[None]:
         """Let the parameters hold x_{t-1} within the block, which must contain both forward and backward."""
         moved = [parameter for parameter in self._parameters() if self.state.get(parameter)]
-        # Autocast would go on with the casts of the other values, since it finds them by the parameter.
+        # Autocast caches casts by parameter, and would use those of the other values.
         torch.clear_autocast_cache()
         try:
             with swapped_data(moved, [self.state[parameter]["previous"] for parameter in moved]):
@@ -173,7 +172,7 @@ class DoubleMomentum(Optimizer):
         return self.base.state_dict() | {_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned.
 
         Warns where something is missing and starts without it: all but the base optimizer's state if ``state_dict`` is
         of an optimizer that was not wrapped; d if it was saved under a strategy, which keeps one for each worker.
@@ -239,7 +238,7 @@ class DoubleMomentum(Optimizer):
         gradients = [estimate if alpha == 1 else estimate * alpha for _, estimate in estimates]
         with swapped_data(parameters, iterates), swapped_gradients(parameters, gradients):
             self.base.step()
-        # Also for parameters that do not move in this step: their previous point is where they are.
+        # Also for parameters that do not move in this step.
         for parameter, state in self.state.items():
             state["previous"].copy_(parameter)
         for parameter, iterate in zip(parameters, iterates, strict=True):

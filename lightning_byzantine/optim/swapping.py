@@ -1,4 +1,4 @@
-"""Parameters that hold other values and gradients for a while."""
+"""Temporary values and gradients of parameters."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

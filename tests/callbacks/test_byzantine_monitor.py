@@ -351,8 +351,8 @@ def test_says_that_a_checkpoint_of_other_workers_does_not_fit(
     three_ranks.run(scores_of_fit, tmp_path, callbacks=[save], enable_checkpointing=True)
     said, *others = five_ranks.run(warnings_of_resuming, tmp_path, tmp_path / "step=6.ckpt")
     assert said == [
-        "ByzantineMonitor starts afresh, since what is in the checkpoint does not fit: ValueError('the state is of 3"
-        " workers, got num_workers=5')."
+        "ByzantineMonitor starts from zero, since its state in the checkpoint does not fit: ValueError('the state is of"
+        " 3 workers, got num_workers=5')."
     ]
     assert others == [[]] * 4
 
