@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attack", choices=ATTACKS, default="LabelFlip")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="the picture shows the mean over them")
-    parser.add_argument("--out", type=Path, default=Path("accuracy_curves.png"), help="where the picture goes")
+    parser.add_argument("--out", type=Path, default=Path("accuracy_curves.png"), help="output file")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest goes to examples/train.py")
     options = parser.parse_args(arguments)
     curves = {
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def accuracy_curve(config: str, attack: str | None, seeds: Sequence[int], options: list[str]) -> Curve:
     """Return the accuracy on the test images after each epoch, a mean over the seeds."""
-    # Without a share of the training images for validation, it is the test images that are validated on.
+    # Without training images for validation, the test images are used.
     options = ["--data.validation=0", *options]
     runs = [scalars(config, attack, seed, options, "val_accuracy") for seed in seeds]
     return [(events[0].step + 1, mean(event.value for event in events)) for events in zip(*runs, strict=True)]

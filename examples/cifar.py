@@ -14,7 +14,7 @@ _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 _PADDING = 2
 
-# All that the archive's own files are made of.
+# All names that the archive's files need.
 _NAMES = {
     ("_codecs", "encode"),
     ("numpy", "dtype"),
@@ -28,11 +28,11 @@ class Cifar10Data(ImageData):
     """60,000 colour images of 32 x 32 pixels; those for training are shifted by up to 2 pixels and mirrored at random.
 
     Args:
-        path: the folder ``cifar-10-batches-py`` of the archive for Python, or an ``.npz`` as Keras would lay it out
+        path: the folder ``cifar-10-batches-py`` of the archive for Python, or an ``.npz`` in the layout of Keras
             (``x_train, y_train, x_test, y_test``).
         batch_size: images in one batch of one worker.
-        partition: who gets which training images; see :class:`~images.ImageData`.
-        validation: the share of the training images that is for validation; see :class:`~images.ImageData`.
+        partition: how to divide the training images among workers; see :class:`~images.ImageData`.
+        validation: the fraction of the training images for validation; see :class:`~images.ImageData`.
 
     """
 
@@ -60,11 +60,11 @@ class Cifar10Data(ImageData):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Makes arrays, and nothing that could run code."""
+    """Unpickles arrays, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
-            raise pickle.UnpicklingError(f"a file of CIFAR-10 must hold arrays alone, got {module}.{name}")
+            raise pickle.UnpicklingError(f"a file of CIFAR-10 must only hold arrays, got {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -75,7 +75,7 @@ def _load_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _augmented(images: Tensor) -> Tensor:
-    """Shift each image, with zeros coming in, and mirror it with probability 1/2."""
+    """Shift each image, padded with zeros, and mirror it with probability 1/2."""
     height, width = images.shape[-2:]
     padded = pad(images, (_PADDING,) * 4)
     shifted = []

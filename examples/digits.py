@@ -66,18 +66,17 @@ class DigitData(ImageData):
     """Real images of handwritten digits.
 
     Args:
-        path: an ``mnist.npz`` as Keras lays it out (``x_train, y_train, x_test, y_test``). None for the 1,797 images of
-            8 x 8 pixels that come with scikit-learn, a quarter of which are for testing.
+        path: an ``mnist.npz`` in the layout of Keras (``x_train, y_train, x_test, y_test``). None for the 1,797 images
+            of 8 x 8 pixels that come with scikit-learn, a quarter of which are for testing.
         batch_size: images in one batch of one worker.
-        partition: who gets which training images, such as ``IID()``, ``Dirichlet(alpha=0.1)`` or ``LabelSorted()``.
-            None has them shuffled, and spread over the processes by Lightning.
-        validation: the share of the training images that is for validation; see :class:`~images.ImageData`.
+        partition: how to divide the training images among workers; see :class:`~images.ImageData`.
+        validation: the fraction of the training images for validation; see :class:`~images.ImageData`.
 
     """
 
     def prepare_data(self) -> None:
         if self.path is not None and not Path(self.path).is_file():
-            raise FileNotFoundError(f"path must be an archive such as mnist.npz, got {self.path}, where no file is")
+            raise FileNotFoundError(f"path must be an archive such as mnist.npz, got {self.path}, which is not a file")
 
     def load(self) -> Arrays:
         if self.path is not None:

@@ -1,4 +1,4 @@
-"""What the examples' data modules have in common."""
+"""The base class of the examples' data modules."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -15,15 +15,15 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class ImageData(pl.LightningDataModule):
-    """Images with labels, standardised by the training images; see the subclasses.
+    """Images with labels, standardized by the training images; see the subclasses.
 
     Args:
         path: where the images are.
         batch_size: images in one batch of one worker.
-        partition: who gets which training images, such as ``IID()``, ``Dirichlet(alpha=0.1)`` or ``LabelSorted()``.
-            None has them shuffled, and spread over the processes by Lightning.
-        validation: the share of the training images that is for validation. With 0, all are for training, and what is
-            validated on are the test images: for curves, not for choices.
+        partition: how to divide the training images among workers, such as ``IID()``, ``Dirichlet(alpha=0.1)`` or
+            ``LabelSorted()``. None for Lightning's shuffling and distribution over processes.
+        validation: the fraction of the training images for validation. With 0, all are for training, and validation
+            uses the test images: for curves, not for model selection.
 
     """
 
@@ -44,14 +44,14 @@ class ImageData(pl.LightningDataModule):
 
     @abstractmethod
     def load(self) -> Arrays:
-        """Return images for training and their labels, and both for testing.
+        """Return training images and their labels, test images and their labels.
 
         Images are [n, height, width] or [n, height, width, channels].
         """
 
     def setup(self, stage: str) -> None:
         train_images, train_labels, test_images, test_labels = self.load()
-        # Each channel by the training images alone, so that the test stays a test.
+        # Each channel by the training images only: test images must not influence training.
         mean, deviation = train_images.mean(axis=(0, 1, 2)), train_images.std(axis=(0, 1, 2))
 
         def dataset(images: np.ndarray, labels: np.ndarray) -> TensorDataset:

@@ -1,8 +1,8 @@
-"""What CTMA adds to a rule: its error goes to 0 with the share of Byzantine workers, which the base rule's doesn't.
+"""What CTMA adds to a rule: an error that goes to 0 with the fraction of Byzantine workers, unlike the base rule's.
 
-``python examples/optimal_order.py`` needs no training. Honest rows are skewed, so that their mean is not their median:
-a base rule then errs even where nobody attacks. Shown is ||x^ - mean of the honest||^2 over the honest rows' variance
-against delta = f / m, for the worst attack, as a mean over draws; with the exponent p of error ~ delta^p.
+``python examples/optimal_order.py`` needs no training. Honest rows are skewed, so that their mean is not their median
+and a base rule has an error even without an attack. The picture shows ||x^ - mean of the honest||^2, divided by the
+honest rows' variance, against delta = f / m, for the worst attack, averaged over draws. p is fitted to error ~ delta^p.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ATTACKS: list[VectorAttack] = [
     *(ALittleIsEnough(z) for z in (0.25, 0.5, 1.0, 2.0, -0.5, -1.0, -2.0)),
     GaussianNoise(std=100.0),
 ]
-# The exponent is that of small delta.
+# The largest delta to fit the exponent to.
 _FITTED = 0.1
 
 Errors = dict[str, dict[float, float]]
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=100, help="m")
     parser.add_argument("--dimensions", type=int, default=32, help="coordinates of a row")
-    parser.add_argument("--draws", type=int, default=10, help="draws of the honest rows that are averaged over")
-    parser.add_argument("--out", type=Path, default=Path("runs/optimal_order"), help="folder of all that is written")
+    parser.add_argument("--draws", type=int, default=10, help="draws of the honest rows to average over")
+    parser.add_argument("--out", type=Path, default=Path("runs/optimal_order"), help="output folder")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     errors = worst_errors(options.workers, options.dimensions, options.draws)
@@ -91,12 +91,12 @@ def worst_errors(num_workers: int, num_dimensions: int, num_draws: int) -> Error
 
 
 def skewed_rows(num_workers: int, num_dimensions: int, generator: torch.Generator) -> Tensor:
-    """Return rows whose coordinates are exponentially distributed: a part of their own plus one that the row shares.
+    """Return rows of exponentially distributed coordinates, plus one such number for the whole row.
 
     Args:
         num_workers: m.
         num_dimensions: d.
-        generator: of the draws.
+        generator: random number generator.
 
     Returns:
         [m, d], float64, with mean 2.

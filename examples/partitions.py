@@ -1,4 +1,4 @@
-"""How the training images are divided among the workers: evenly at random, or so that workers see different classes."""
+"""Partitions of the training images among the workers: at random, or so that workers see different classes."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,16 +13,16 @@ from lightning_byzantine import ByzantineDDPStrategy
 
 
 class Partition(ABC):
-    """Deals images to workers: the same number to each, and no image to two."""
+    """Assigns images to workers: the same number to each, and no image to two."""
 
     @abstractmethod
     def split(self, labels: np.ndarray, num_workers: int, generator: np.random.Generator) -> np.ndarray:
-        """Return which images are whose.
+        """Return the indices of each worker's images.
 
         Args:
             labels: [n], the images' classes.
             num_workers: m.
-            generator: another one in every epoch, for partitions that are drawn anew in each.
+            generator: a different one in every epoch, for partitions that change with each.
 
         Returns:
             [m, n // m], indices of images, a row for each worker.
@@ -31,7 +31,7 @@ class Partition(ABC):
 
 
 class IID(Partition):
-    """All workers draw from the same images, which are shuffled and dealt anew in every epoch.
+    """All workers draw from the same images, which are reshuffled in every epoch.
 
     Example:
         >>> IID().split(np.zeros(7), 2, np.random.default_rng(0)).shape
@@ -40,7 +40,7 @@ class IID(Partition):
     """
 
     def split(self, labels: np.ndarray, num_workers: int, generator: np.random.Generator) -> np.ndarray:
-        """Return a random partition, another one for every state of the generator."""
+        """Return a random partition."""
         return _rows(generator.permutation(len(labels)), num_workers)
 
 
@@ -60,14 +60,14 @@ class LabelSorted(Partition):
 
 
 class Dirichlet(Partition):
-    """Worker i's images are drawn by its own shares of the classes, q_i ~ Dirichlet(alpha, ..., alpha).
+    """Worker i draws images with its own class proportions, q_i ~ Dirichlet(alpha, ..., alpha).
 
-    Images are drawn without replacement. When a class has run out, a worker takes more of its other classes, in
-    proportion to their shares.
+    Images are drawn without replacement. If a class is used up, a worker takes more of its other classes, in
+    proportion.
 
     Args:
-        alpha: above 0. At 0.1, most of a worker's images are of one class; the larger, the more alike workers are.
-        seed: of the shares and of the draws; the partition is the same in every epoch.
+        alpha: above 0. At 0.1, most of a worker's images are of one class; larger values make workers more alike.
+        seed: random seed; the partition is the same in every epoch.
 
     Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
     (arXiv 1909.06335).
@@ -92,7 +92,7 @@ class Dirichlet(Partition):
         piles = [list(own.permutation(np.flatnonzero(labels == label))) for label in classes]
         missing = np.full(num_workers, len(labels) // num_workers)
         hands: list[list[int]] = [[] for _ in range(num_workers)]
-        # Every round ends with all workers served or a class more run out.
+        # Every round ends with all workers served, or one more class used up.
         while missing.any():
             left = np.array([len(pile) for pile in piles])
             for worker in own.permutation(np.flatnonzero(missing)):
@@ -106,23 +106,23 @@ class Dirichlet(Partition):
 
 
 class WorkerSampler(DistributedSampler[list[int]]):
-    """Yields whole batches of indices: batch j of a process is for its worker j modulo the workers it acts as.
+    """Yields batches of indices: batch j of a process that acts as k workers is for its worker j modulo k.
 
-    All workers get the same number of batches, shuffled anew in every epoch; what is left over is dropped. For a
-    ``DataLoader(dataset, batch_size=None, sampler=...)``. Lightning leaves a DistributedSampler as it is, and tells it
-    which epoch begins.
+    All workers get the same number of batches, reshuffled in every epoch; the remainder is dropped. For a
+    ``DataLoader(dataset, batch_size=None, sampler=...)``. Lightning keeps a DistributedSampler, and calls its
+    ``set_epoch``.
 
     Args:
         labels: [n], the images' classes.
-        partition: deals the images to the workers.
+        partition: assigns the images to the workers.
         batch_size: of one worker.
         num_workers: of all processes together.
-        num_processes: how many processes share the work.
-        rank: which of them this one is.
+        num_processes: number of processes.
+        rank: of this process.
         seed: the same on all processes.
 
     Raises:
-        ValueError: if there is not one batch for every worker.
+        ValueError: if there are too few images for one batch per worker.
 
     """
 
@@ -153,7 +153,7 @@ class WorkerSampler(DistributedSampler[list[int]]):
         return self.batches_per_worker * self.workers_per_process
 
     def __iter__(self) -> Iterator[list[int]]:
-        # The same draws on all processes, for their parts to be disjoint.
+        # The same draws on all processes, so that their parts are disjoint.
         generator = np.random.default_rng([self.seed, self.epoch])
         parts = self.partition.split(self.labels, self.num_workers, generator)
         parts = generator.permuted(parts, axis=1)[:, : self.batches_per_worker * self.batch_size]
@@ -185,6 +185,6 @@ def _rows(indices: np.ndarray, num_workers: int) -> np.ndarray:
 
 def _shares_of_what_is_left(shares: np.ndarray, left: np.ndarray) -> np.ndarray:
     available = np.where(left > 0, shares, 0.0)
-    if available.sum() == 0:  # of classes that a worker has no share in at all
+    if available.sum() == 0:  # only classes in which the worker's proportion is 0
         available = left.astype(float)
     return available / available.sum()

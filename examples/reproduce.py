@@ -1,8 +1,8 @@
 """The paper's experiments: rules x attacks x estimators x seeds x numbers of workers, from one YAML.
 
 ``python examples/reproduce.py --config examples/configs/reproduce/mnist.yaml --data.path=mnist.npz``. Each cell of the
-grid is a training run of its own, with Lightning's Trainer and ``ByzantineDDPStrategy``. Give the same command again
-after an interruption: finished cells are not repeated.
+grid is a separate training run, with Lightning's Trainer and ``ByzantineDDPStrategy``. Run the same command again after
+an interruption: finished cells are not repeated.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reference", type=str | None, default=None, help="a CSV to compare the results with")
     options = parser.parse_args(arguments)
     if options.reference is not None and not Path(options.reference).is_file():
-        parser.error(f"--reference must be a CSV, got {options.reference}, where no file is")
+        parser.error(f"--reference must be a CSV, got {options.reference}, which is not a file")
     results = run_grid(parser, options)
     folder = Path(options.out)
     announce([folder / "results.csv", *draw(results, folder)])

@@ -18,7 +18,7 @@ def main() -> None:
     )
     if cli.subcommand == "fit":
         cli.trainer.test(cli.model, cli.datamodule)
-    # gloo's threads would abort a process that ends without this.
+    # Otherwise gloo's threads would abort the process at exit.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

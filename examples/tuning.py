@@ -1,7 +1,7 @@
-"""How much the learning rate matters: final accuracy against it, for each method, with and without an attack.
+"""Final accuracy against the learning rate, for each method, with and without an attack.
 
-``python examples/tuning.py --config examples/configs/reproduce/tuning.yaml --data.path=mnist.npz``. A method's
-plateau are the learning rates around its best one at which it stays within 2 points of it.
+``python examples/tuning.py --config examples/configs/reproduce/tuning.yaml --data.path=mnist.npz``. A method's plateau
+is the range of learning rates around the best one in which its accuracy stays within 2 points of the best.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 
 class Classifier(pl.LightningModule):
-    """A network for classes under SGD, which logs nothing but the validation accuracy: a step is as short as it can be.
+    """A classifier under SGD, which only records the validation accuracy, to keep steps short.
 
     Args:
         network: from images to logits.

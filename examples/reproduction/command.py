@@ -14,7 +14,7 @@ from reproduction.runner import CellError, run_cells
 
 
 def grid_parser(description: str | None, out: str) -> ArgumentParser:
-    """Return a parser of a grid's YAML, and of options that change it.
+    """Return a parser of a grid's YAML, and of options that override it.
 
     Args:
         description: of the command.
@@ -22,9 +22,9 @@ def grid_parser(description: str | None, out: str) -> ArgumentParser:
 
     """
     parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="the grid, a YAML; options after it change what it says")
+    parser.add_argument("--config", action="config", help="YAML of the grid; options after it override it")
     parser.add_class_arguments(Grid)
-    parser.add_argument("--out", default=out, help="folder of all that is written")
+    parser.add_argument("--out", default=out, help="output folder")
     parser.add_argument(
         "--jobs", type=PositiveInt, default=os.cpu_count() or 1, help="how many cells to train at a time"
     )
@@ -32,7 +32,7 @@ def grid_parser(description: str | None, out: str) -> ArgumentParser:
 
 
 def run_grid(parser: ArgumentParser, options: Namespace) -> list[dict[str, Any]]:
-    """Train what is not trained yet, write ``results.csv``, and return the results; end the program on errors."""
+    """Train unfinished cells, write ``results.csv``, and return all results; exit on errors."""
     made = parser.instantiate(options)
     try:
         check(Grid(**{name: made[name] for name in GRID_ARGUMENTS}))
@@ -44,11 +44,11 @@ def run_grid(parser: ArgumentParser, options: Namespace) -> list[dict[str, Any]]
     except CellError as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on with the cells that are not finished") from None
+        raise SystemExit("interrupted; run the same command again to train the unfinished cells") from None
     write_csv(results, folder / "results.csv")
     return results
 
 
 def announce(paths: Sequence[Path]) -> None:
-    """Say where things are."""
+    """Print the paths that were written."""
     print("\n".join(f"wrote {path}" for path in paths))

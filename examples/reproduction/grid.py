@@ -1,4 +1,4 @@
-"""What a YAML says about an experiment, and the cells that follow from it."""
+"""The configuration of an experiment, and the grid of cells that follows from it."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from lightning_byzantine.estimators import Estimator
 
 @dataclass
 class Method:
-    """How gradients are estimated, on both sides.
+    """How gradients are estimated, by the workers and by the optimizer.
 
     Args:
         estimator: what a worker sends. None for its gradient.
@@ -37,11 +37,11 @@ class Method:
 
 @dataclass
 class Setting:
-    """The system.
+    """Numbers of workers.
 
     Args:
         num_workers: m.
-        num_byzantine: f, which the rule is told, and of which all attack: the last ones.
+        num_byzantine: f, for the rule and for the attack, by the last f workers.
 
     """
 
@@ -51,12 +51,12 @@ class Setting:
 
 @dataclass(kw_only=True)
 class Training:
-    """What all cells have in common.
+    """Options that all cells share.
 
     Args:
         network: from images to logits.
         data: the images, and how they are divided among the workers.
-        epochs: how many.
+        epochs: number of epochs.
         max_worker_grad_norm: clips each worker's gradient before the estimator. None for no clipping.
         weight_decay: of SGD.
         accelerator: of the Trainer. On one device, a process acts as all workers.
@@ -73,18 +73,18 @@ class Training:
 
 @dataclass(kw_only=True)
 class Grid(Training):
-    """What a YAML holds. Names are those in tables and pictures.
+    """The contents of a YAML. Its names are used in tables and pictures.
 
     Args:
         network: from images to logits.
         data: the images, and how they are divided among the workers.
-        epochs: how many.
+        epochs: number of epochs.
         settings: numbers of workers, and of Byzantine ones among them.
         attacks: what the Byzantine workers do, by name. None for no attack.
         methods: estimators, each with the momentum of the optimizer, by name.
         rules: aggregation rules by name.
         learning_rates: of SGD.
-        seeds: of the network, the order of images and all else.
+        seeds: of the network, the order of images and everything else.
         max_worker_grad_norm: clips each worker's gradient before the estimator. None for no clipping.
         weight_decay: of SGD.
         accelerator: of the Trainer. On one device, a process acts as all workers.
@@ -117,7 +117,7 @@ GRID_ARGUMENTS = tuple(entry.name for entry in fields(Grid))
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's place in the grid, and what to train there, as plain data."""
+    """A cell's position in the grid, and its configuration as plain data."""
 
     attack: str
     method: str
@@ -130,12 +130,12 @@ class Cell:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """All but what to train."""
+        """All fields but the configuration."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "run"}
 
     @property
     def key(self) -> str:
-        """What the cell's folder is called: another one as soon as anything is trained differently."""
+        """Name of the cell's folder: a hash of the configuration."""
         return hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -179,10 +179,10 @@ def cells(config: Namespace) -> list[Cell]:
 
 
 def check(grid: Grid) -> None:
-    """Raise before anything runs if a part of the grid can't.
+    """Raise before anything runs if a part of the grid can't run.
 
     Raises:
-        ValueError: if an axis is empty, a rule can't serve a setting, or an attack can't be run in it.
+        ValueError: if an axis is empty, or a rule or an attack does not support a setting.
         FileNotFoundError: if the images are missing.
 
     """
@@ -199,7 +199,7 @@ def check(grid: Grid) -> None:
 
 
 def make_run(run: dict[str, Any]) -> Run:
-    """Return a cell's objects; the network draws its weights here."""
+    """Return a cell's objects, with the network's initial weights."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Run)
     return Run(**vars(parser.instantiate(parser.parse_object(run))))

@@ -26,7 +26,7 @@ class DigitNetwork(nn.Sequential):
 
 
 class ResNet18(nn.Sequential):
-    """A residual network of 18 layers for 32 x 32 pixels: its first convolution is 3 x 3, and nothing is pooled there.
+    """A residual network of 18 layers for 32 x 32 pixels: its first convolution is 3 x 3, without pooling.
 
     Args:
         width: channels of the first stage; every other one has twice as many as the one before.

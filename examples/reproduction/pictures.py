@@ -22,7 +22,7 @@ _WORST = "worst case"
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw both pictures for each setting, and return where they are."""
+    """Draw both pictures for each setting, and return their paths."""
     paths = []
     for workers, byzantine in _values(results, "num_workers", "num_byzantine"):
         of_setting = [
@@ -86,7 +86,7 @@ def heat_map(results: Sequence[Result]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture; it is there whole or not at all."""
+    """Write a picture, atomically."""
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, dpi=120)
     plt.close(figure)
@@ -94,7 +94,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _values(results: Sequence[Result], *axes: str) -> list[tuple[Any, ...]]:
-    """Return what there is on these axes, in the order of the grid."""
+    """Return the distinct values on these axes, in the order of the grid."""
     return list(dict.fromkeys(tuple(result[axis] for axis in axes) for result in results))
 
 

@@ -1,4 +1,4 @@
-"""Finished cells as a table, and how they compare with those of a reference."""
+"""Finished cells as a table, and their comparison with a reference."""
 
 import csv
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-# What is accepted in any case, in accuracy; and beyond it, so many standard deviations over the seeds.
+# Accepted difference in accuracy, or in standard deviations over the seeds if that is more.
 _TOLERANCE = 0.03
 _DEVIATIONS = 3
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a row for each cell, with an accuracy for each epoch; the file is there whole or not at all."""
+    """Write a row for each cell, with an accuracy for each epoch, atomically."""
     rows = [
         {
             "attack": result["attack"],
@@ -42,12 +42,12 @@ def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def num_attackers(result: Mapping[str, Any]) -> int:
-    """Return how many workers did attack, which may be fewer than the rule was told."""
+    """Return the number of workers that attacked, which may be less than the rule's f."""
     return 0 if result["run"]["attack"] is None else result["num_byzantine"]
 
 
 def final_accuracies(results: Iterable[Mapping[str, Any]], *axes: str) -> dict[tuple[Any, ...], list[float]]:
-    """Return the accuracies after the last epoch by their place on these axes, a list over all others."""
+    """Return the accuracies after the last epoch, grouped by these axes."""
     grouped = defaultdict(list)
     for result in results:
         grouped[tuple(result[axis] for axis in axes)].append(result["accuracies"][-1])
@@ -56,12 +56,12 @@ def final_accuracies(results: Iterable[Mapping[str, Any]], *axes: str) -> dict[t
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell beside its reference.
+    """One cell and its reference.
 
     Attributes:
         cell: attack, method, rule, numbers of workers and of attackers, images in a worker's batch, learning rate.
         ours: accuracies over the seeds.
-        reference: mean of the reference's.
+        reference: mean accuracy of the reference.
 
     """
 
@@ -71,12 +71,12 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Our mean less the reference's."""
+        """Our mean minus the reference's."""
         return mean(self.ours) - self.reference
 
     @property
     def deviation(self) -> float:
-        """The standard deviation over seeds; of one seed, none."""
+        """The standard deviation over seeds; 0 for one seed."""
         return stdev(self.ours) if len(self.ours) > 1 else 0.0
 
     @property
@@ -91,9 +91,8 @@ def compare(results: Sequence[Mapping[str, Any]], reference: Path) -> list[Compa
 
     Args:
         results: finished cells.
-        reference: a CSV with columns as :func:`write_csv` has them; of accuracies, the last. What is in parentheses
-            after the name of a rule or an attack, if it is a list of parameters, plays no part, nor do numbers after a
-            method's name.
+        reference: a CSV with the columns of :func:`write_csv`, of which the last accuracy is compared. Parameters in
+            parentheses after the name of a rule or an attack are ignored, and so are numbers after a method's name.
 
     """
     known = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Runs the cells of a grid, some at a time, and goes on where it was interrupted."""
+"""Runs the cells of a grid, several at a time, and resumes after an interruption."""
 
 import json
 import multiprocessing
@@ -24,26 +24,26 @@ def run_cells(
     jobs: int,
     work: Callable[[Cell, Path], None] = train_and_write,
 ) -> list[dict[str, Any]]:
-    """Train the cells that have not been yet, each in a process of its own, and return the results of all.
+    """Train the unfinished cells, each in its own process, and return the results of all.
 
     Args:
         cells: of a grid.
         folder: where each finished cell has a folder.
-        jobs: how many processes at a time.
-        work: what a process does; it makes the folder that it is given, at once and last of all.
+        jobs: number of processes at a time.
+        work: what a process does; it creates the given folder, atomically at the end.
 
     Returns:
         For each cell its labels, ``accuracies`` and ``seconds``.
 
     Raises:
-        CellError: at the end, if cells failed. The others are finished then.
+        CellError: at the end, after all other cells, if cells failed.
 
     """
     folder.mkdir(parents=True, exist_ok=True)
     distinct = {cell.key: cell for cell in cells}
     waiting = [cell for key, cell in distinct.items() if not (folder / key / RESULT).is_file()]
-    # Processes fork from a server that has imported all that a cell needs, and has done nothing else. It looks for
-    # modules where its environment says, not where this process does.
+    # Processes fork from a server that has imported all that a cell needs, and has done nothing else. It finds modules
+    # through PYTHONPATH, not through this process's sys.path.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reproduction.training"])
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -73,7 +73,7 @@ def run_cells(
                     progress.console.print(f"{accuracy:.4f}  {futures[future]}", highlight=False, soft_wrap=True)
                 progress.advance(bar)
         except BaseException:
-            # Those under way die of the same interruption, or finish.
+            # Running cells end by the same interruption, or finish.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failures:
@@ -83,10 +83,10 @@ def run_cells(
 
 def _progress() -> Progress:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    # A cell may take longer than the half minute by which rich judges the speed.
+    # A cell may take longer than half a minute, over which rich estimates the speed by default.
     return Progress(TextColumn("{task.description}"), *columns, speed_estimate_period=3600)
 
 
 def _result(cell: Cell, folder: Path) -> dict[str, Any]:
-    # By the names that the cell has now.
+    # Labels may have changed since the cell was trained.
     return json.loads((folder / cell.key / RESULT).read_text()) | cell.labels

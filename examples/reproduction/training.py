@@ -1,4 +1,4 @@
-"""Trains one cell of the grid, with Lightning's Trainer and the strategy, and writes what came of it."""
+"""Trains one cell of the grid, with Lightning's Trainer and the strategy, and writes the result."""
 
 import json
 import os
@@ -21,10 +21,10 @@ RESULT = "result.json"
 
 
 def train_and_write(cell: Cell, folder: Path) -> None:
-    """Train a cell in this process, which is for this alone, and then make ``folder`` at once, with all that is in it.
+    """Train a cell in this process, which runs nothing else, and create ``folder`` atomically at the end.
 
-    That is the result, hyperparameters and accuracies for TensorBoard, and what was printed. Before, they are in a
-    folder beside it whose name begins with a dot; it stays there when anything fails.
+    It holds the result, hyperparameters and accuracies for TensorBoard, and what was printed. Until then, they are in a
+    folder beside it whose name begins with a dot; it remains if anything fails.
     """
     unfinished = unfinished_folder(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -38,13 +38,13 @@ def train_and_write(cell: Cell, folder: Path) -> None:
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Return where a cell is while it is not finished."""
+    """Return the folder of an unfinished cell."""
     return folder.with_name(f".{folder.name}")
 
 
 def train(config: dict[str, Any]) -> tuple[list[float], float]:
-    """Return the accuracies after every epoch, and the seconds that all of it took."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning gives all cores to this process, which is alone in its run
+    """Train a cell, and return the accuracies after every epoch and the seconds that training took."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise Lightning gives all cores to this process
     torch.set_num_threads(1)
     pl.seed_everything(config["seed"], verbose=False)
     run = make_run(config)
@@ -82,7 +82,7 @@ def _trainer(run: Run) -> pl.Trainer:
 
 
 def _print_to(path: Path) -> None:
-    # Below Python, for what libraries print too.
+    # File descriptors, to include what libraries print.
     sys.stdout.flush()
     with path.open("w") as file:
         os.dup2(file.fileno(), 1)

@@ -30,8 +30,8 @@ __all__ = ["ByzantineSimulation"]
 class ByzantineSimulation(pl.Callback):
     """Makes some workers Byzantine during ``fit``, under ``byzantine_ddp`` or stock ``ddp``.
 
-    Attacks on vectors replace what the Byzantine workers sent, on every rank alike; attacks on data poison the
-    Byzantine workers' batches on their way to the device. Logs nothing.
+    Attacks on vectors replace the Byzantine workers' vectors, on every rank; attacks on data poison their batches
+    before these are moved to the device. Logs nothing.
 
     Args:
         attack: what the Byzantine workers do.
@@ -117,7 +117,7 @@ class ByzantineSimulation(pl.Callback):
         self.attack.load_state_dict(state_dict)
 
     def _bind(self, strategy: DDPStrategy) -> None:
-        """Tell the attack which rule it is up against, and check that it can be run."""
+        """Give the rule to the attack, and check that the attack can run."""
         num_workers = strategy.world_size
         if isinstance(strategy, ByzantineDDPStrategy):
             num_workers = strategy.num_workers

@@ -74,7 +74,7 @@ def test_runs_no_code_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     folder = archive(tmp_path)
     write(folder / "data_batch_2", {b"data": Evil(), b"labels": []})
-    with pytest.raises(pickle.UnpicklingError, match="must hold arrays alone, got"):
+    with pytest.raises(pickle.UnpicklingError, match="must only hold arrays, got"):
         Cifar10Data(str(folder)).load()
     assert not (tmp_path / "owned").exists()
 
