@@ -4,10 +4,9 @@ from abc import ABC
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -15,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_byzantine.aggregation.aggregation import Aggregation
 from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregation.engine import AggregationEngine
-from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.estimators import Estimator
+from lightning_byzantine.exchange import Exchange
 from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
 from lightning_byzantine.strategies.fault_tolerant_ddp import FaultTolerantDDP
 from lightning_byzantine.strategies.skipped_steps import SkippedSteps
@@ -26,11 +27,26 @@ from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["AggregatingDDP"]
 
+# Arguments of DDPStrategy and DistributedDataParallel by which gradients would go around the aggregation.
+_DETOURS = (
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "delay_all_reduce_named_params",
+    "device_mesh",
+    "mixed_precision",
+    "model_averaging_period",
+    "param_to_hook_all_reduce",
+    "process_group",
+    "skip_all_reduce_unused_params",
+)
+
 
 class AggregatingDDP(FaultTolerantDDP, ABC):
     """DDP in which every process acts as one worker or several, and an engine aggregates their gradients.
 
-    Which engine is its subclass's business, which hands it over by :meth:`aggregate_by` before training starts.
+    What is sent and how it is aggregated is its subclass's business, which calls :meth:`aggregate_by` before training
+    starts.
 
     Args:
         workers_per_process: how many workers each process acts as, k.
@@ -41,16 +57,26 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         engine: what aggregates, during ``fit``.
         window: which worker a batch belongs to, during ``fit``.
 
+    Raises:
+        MisconfigurationException: if an argument of DDP would take gradients around the aggregation.
+
     """
 
+    _skipped_steps: SkippedSteps
+
     def __init__(self, workers_per_process: int, breakdown: Breakdown, **kwargs: Any) -> None:
+        for name in _DETOURS:
+            if kwargs.get(name):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} aggregates all gradients of all ranks in DDP's only communication hook, so"
+                    f" it can't take `{name}`, got {name}={kwargs[name]!r}. Leave it out, or use `strategy='ddp'`."
+                )
         super().__init__(**kwargs)
         check_integer_at_least("workers_per_process", workers_per_process, 1)
         self.workers_per_process = workers_per_process
         self.engine: AggregationEngine | None = None
         self.window: AccumulationWindow | None = None
         self._breakdown = breakdown
-        self._skipped_steps: SkippedSteps | None = None
         self._unknown_to_ddp: dict[str, nn.Parameter] = {}
 
     @property
@@ -64,25 +90,31 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         """How many steps were skipped in the whole run, by ``on_breakdown="skip"``."""
         return self._breakdown.skipped
 
-    def aggregate_by(self, engine: AggregationEngine) -> None:
-        """Have an engine aggregate the gradients of this ``fit``."""
+    def aggregate_by(
+        self, aggregation: Aggregation, exchange: Exchange, estimator: Estimator | None, max_norm: float | None
+    ) -> None:
+        """Have an engine aggregate the gradients of this ``fit``; see there for the arguments."""
         assert isinstance(self.model, DistributedDataParallel)
-        assert self.lightning_module is not None
-        self.engine = engine
-        AggregationHook(engine, self.lightning_module).register(self.model)
-
-    def skip_step(self, error: ByzantineBreakdownError) -> None:
-        """Leave out the optimizer's step that is under way, and say so."""
-        assert self._skipped_steps is not None
-        self._skipped_steps.skip(error)
+        self.engine = AggregationEngine(
+            dict(self._module.named_parameters()),
+            aggregation,
+            exchange,
+            estimator,
+            max_norm=max_norm,
+            num_local_workers=self.workers_per_process,
+            loss_scale=self._loss_scale,
+            breakdown=self._breakdown,
+            on_skip=self._skipped_steps.skip,
+        )
+        AggregationHook(self.engine, self._module).register(self.model)
 
     @override
-    def setup(self, trainer: Trainer) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.window = AccumulationWindow(trainer, self.workers_per_process)
-            self._skipped_steps = SkippedSteps(trainer, self._breakdown)
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.num_workers == 2:
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        # Before the optimizers: their schedules may depend on `accumulate_grad_batches`, which the window may change.
+        self.window = AccumulationWindow(trainer, self.workers_per_process)
+        self._skipped_steps = SkippedSteps(trainer, self._breakdown)
+        super().setup_optimizers(trainer)
+        if self.num_workers == 2:
             rank_zero_warn(
                 "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
                 " f=0 with 2 workers. Use 3 workers or more."
@@ -92,12 +124,8 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only. Ours waits for the optimizers, in setup_optimizers; what DDP has just
         # left out is known now.
-        assert self.lightning_module is not None
-        self._unknown_to_ddp = {
-            name: parameter
-            for name, parameter in self.lightning_module.named_parameters()
-            if not parameter.requires_grad
-        }
+        parameters = self._module.named_parameters()
+        self._unknown_to_ddp = {name: parameter for name, parameter in parameters if not parameter.requires_grad}
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -129,20 +157,10 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         return loss
 
     @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: pl.LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        def step(guarded: Callable[[], Any]) -> Any:
-            return super(AggregatingDDP, self).optimizer_step(optimizer, guarded, model, **kwargs)
-
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         assert self.window is not None
-        assert self._skipped_steps is not None
         if self.window.is_complete:
-            return self._skipped_steps.step(optimizer, step, closure)
+            return self._skipped_steps.step(super().optimizer_step, optimizer, closure, *args, **kwargs)
         rank_zero_warn(
             f"The epoch has ended after {self.window.position + 1} of workers_per_process={self.workers_per_process}"
             " batches, which are left out, since some workers have none. `limit_train_batches` can end it earlier."
@@ -154,5 +172,12 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
     def teardown(self) -> None:
         if self.window is not None:
             self.window.restore()
-        self.engine = self.window = self._skipped_steps = None
+        self.engine = self.window = None
         super().teardown()
+
+    def _loss_scale(self) -> float | None:
+        """Return the factor that a gradient scaler has multiplied the loss by; None without one."""
+        precision = self.precision_plugin
+        if isinstance(precision, MixedPrecision) and precision.scaler is not None and precision.scaler.is_enabled():
+            return float(precision.scaler.get_scale())
+        return None

@@ -1,7 +1,6 @@
 """The Lightning strategy: DDP with a robust rule in the place of the mean."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from typing_extensions import override
 
 from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorker
 from lightning_byzantine.aggregation.breakdown import Breakdown
-from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
@@ -22,9 +20,7 @@ from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import EXCHANGES, make_exchange
 from lightning_byzantine.optim import DoubleMomentum
 from lightning_byzantine.strategies.aggregating_ddp import AggregatingDDP
-from lightning_byzantine.strategies.detours import refuse_detours
 from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedirection, _optimizer_to_device
-from lightning_byzantine.strategies.loss_scale import loss_scale
 from lightning_byzantine.strategies.second_pass.redirection import PreviousPointRedirection
 from lightning_byzantine.strategies.second_pass.wrapping import find_or_wrap
 from lightning_byzantine.strategies.worker_states import WorkerStates
@@ -103,10 +99,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
-        refuse_detours(kwargs)
-        super().__init__(
-            workers_per_process=workers_per_process, breakdown=Breakdown(on_breakdown, max_skips), **kwargs
-        )
+        super().__init__(workers_per_process, Breakdown(on_breakdown, max_skips), **kwargs)
         self.aggregator = CTMA(NNM(GeometricMedian())) if aggregator is None else aggregator
         if not isinstance(self.aggregator, Aggregator):
             raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
@@ -122,7 +115,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         self.restart_estimator = restart_estimator
         self._num_byzantine = num_byzantine
         self._max_worker_grad_norm = max_worker_grad_norm
-        self._asked_for_estimator = self.estimator if estimator != "auto" else estimator
+        self._asked_for_estimator = estimator
         self._quarantine = Quarantine()
 
     @property
@@ -187,19 +180,8 @@ class ByzantineDDPStrategy(AggregatingDDP):
             self.estimator.reset()
         if self.aggregator.uses_previous:
             self.aggregator.last_aggregate.clear()
-        self.aggregate_by(
-            AggregationEngine(
-                dict(trainer.lightning_module.named_parameters()),
-                self._aggregation(),
-                make_exchange(self.exchange, self.world_size),
-                self.estimator,
-                max_norm=self._max_worker_grad_norm,
-                num_local_workers=self.workers_per_process,
-                loss_scale=partial(loss_scale, self.precision_plugin),
-                breakdown=self._breakdown,
-                on_skip=self.skip_step,
-            )
-        )
+        exchange = make_exchange(self.exchange, self.world_size)
+        self.aggregate_by(self._aggregation(), exchange, self.estimator, self._max_worker_grad_norm)
 
     @override
     def teardown(self) -> None:
@@ -273,7 +255,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         optimizer.receives_estimates = True
         assert self.window is not None
         self._forward_redirection = PreviousPointRedirection(
-            optimizer, self._max_worker_grad_norm, partial(loss_scale, self.precision_plugin), self.window
+            optimizer, self._max_worker_grad_norm, self._loss_scale, self.window
         )
 
     def _check_shadow(self) -> None:
@@ -297,13 +279,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
             self.quarantine(quarantined)
 
     def _states(self) -> WorkerStates:
-        assert self.lightning_module is not None
-        return WorkerStates(
-            dict(self.lightning_module.named_parameters()),
-            self.aggregator,
-            self.estimator,
-            self.global_rank,
-            self.world_size,
-            self.workers_per_process,
-            self.root_device,
-        )
+        first = self.global_rank * self.workers_per_process
+        own = range(first, first + self.workers_per_process)
+        parameters = dict(self._module.named_parameters())
+        return WorkerStates(parameters, self.aggregator, self.estimator, own, self.num_workers, self.root_device)

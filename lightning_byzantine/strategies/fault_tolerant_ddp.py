@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from secrets import randbits  # leaves the random numbers of training alone
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_byzantine.aggregation.observers import Observers
@@ -32,6 +31,8 @@ from lightning_byzantine.strategies.worker_errors import WorkerErrors
 from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
 
 __all__ = ["FaultTolerantDDP"]
+
+_Collective = TypeVar("_Collective", bound=Callable[..., Any])
 
 
 class FaultTolerantDDP(DDPStrategy):
@@ -69,7 +70,7 @@ class FaultTolerantDDP(DDPStrategy):
         self.worker_errors: WorkerErrors | None = None
         self._robust_buffers = robust_buffers
         self._robust_metrics = robust_metrics
-        self._check_every_n_steps = check_consistency_every_n_steps
+        self._check_every = check_consistency_every_n_steps
         self._on_inconsistency = on_inconsistency
         self._on_worker_error = on_worker_error
         self._observers = Observers()
@@ -89,17 +90,15 @@ class FaultTolerantDDP(DDPStrategy):
 
     def shared_state(self) -> dict[str, Any]:
         """Return what is the same on all ranks, as nested dicts and lists of tensors and numbers."""
-        assert self.lightning_module is not None
         return {
-            "parameters": {name: value.detach() for name, value in self.lightning_module.named_parameters()},
+            "parameters": {name: value.detach() for name, value in self._module.named_parameters()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     @torch.no_grad()
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`shared_state` returned on another rank."""
-        assert self.lightning_module is not None
-        for name, parameter in self.lightning_module.named_parameters():
+        for name, parameter in self._module.named_parameters():
             parameter.copy_(state["parameters"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -120,22 +119,16 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        alone = self.world_size == 1
-        if not alone:
+        if self.world_size > 1:
             self._heartbeat = self._start_heartbeat()
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        assert self.lightning_module is not None
         if self._on_worker_error == "exclude" and self.num_workers > 1:
-            self.worker_errors = WorkerErrors(self.lightning_module)
-        if self._check_every_n_steps and not alone:
+            self.worker_errors = WorkerErrors(trainer.lightning_module)
+        if self._check_every and self.world_size > 1:
             self._consistency = ConsistencyCheck(
-                self._check_every_n_steps,
-                self._on_inconsistency,
-                self.shared_state,
-                self.load_shared_state,
-                self.root_device,
+                self._check_every, self._on_inconsistency, self.shared_state, self.load_shared_state, self.root_device
             )
 
     @override
@@ -152,24 +145,17 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = self._watched(super().backward)(closure_loss, *args, **kwargs)
-        return loss
+        return self._watched(super().backward)(closure_loss, *args, **kwargs)
 
     @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
         if self._consistency is not None:
             self._watched(self._consistency.after_step)()
         return output
 
     @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         # What Lightning has to agree on goes by other means than names of reductions, such as whether anybody stops.
         by_name = isinstance(tensor, Tensor) and isinstance(reduce_op, str) and group is None
         if by_name and self._robust_metrics and self.world_size > 1:
@@ -217,28 +203,23 @@ class FaultTolerantDDP(DDPStrategy):
         self._observers.forget_outvoted()
         super().teardown()
 
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
     def _start_heartbeat(self) -> Heartbeat:
         assert self._timeout is not None
-        name = torch.tensor([randbits(62)], device=self.root_device)
+        name, store = torch.tensor([randbits(62)], device=self.root_device), _get_default_store()
         dist.broadcast(name, src=0)
-        heartbeat = Heartbeat(
-            _get_default_store(), f"{name.item():x}", self.global_rank, self.world_size, self._timeout
-        )
+        heartbeat = Heartbeat(store, f"{name.item():x}", self.global_rank, self.world_size, self._timeout)
         heartbeat.start()
         return heartbeat
 
-    def _watched(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, collective: _Collective) -> _Collective:
         """Return what does the same, and says who is missing when it fails."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._heartbeat is None:
-                return collective(*args, **kwargs)
-            with self._heartbeat.watching():
-                return collective(*args, **kwargs)
-
-        return watched
+        return collective if self._heartbeat is None else self._heartbeat.watching()(collective)
 
     def _is_interrupted(self) -> bool:
         # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer.interrupted
+        return self._module.trainer.interrupted

@@ -39,13 +39,17 @@ class SkippedSteps:
         for logger in self._trainer.loggers:
             logger.log_metrics({"byzantine/skipped_steps": self._breakdown.skipped}, step=self._trainer.global_step)
 
-    def step(self, optimizer: Optimizer, step: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
+    def step(
+        self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Take an optimizer's step, unless the aggregation broke down, in its closure or before.
 
         Args:
+            step: takes the step, given the arguments that follow.
             optimizer: whose step it is.
-            step: takes the step, given a closure.
             closure: computes the gradients, and returns the loss.
+            *args: other arguments of ``step``.
+            **kwargs: other arguments of ``step``.
 
         """
 
@@ -57,7 +61,7 @@ class SkippedSteps:
             return loss
 
         try:
-            return step(guarded)
+            return step(optimizer, guarded, *args, **kwargs)
         except _SkipStepError as skip:
             return skip.loss
 

@@ -1,5 +1,7 @@
 """The workers' states in a checkpoint: they differ from rank to rank, and a checkpoint is one file."""
 
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from lightning_byzantine.exchange.collectives import gather, gather_to_first
 __all__ = ["WorkerStates"]
 
 
+@dataclass(frozen=True)
 class WorkerStates:
     """Collects the estimators of all workers, and the rule's own state, into plain tensors and back.
 
@@ -20,30 +23,18 @@ class WorkerStates:
         parameters: the parameters that estimators may know, by name, in the same order on every rank.
         aggregator: the rule.
         estimator: this rank's estimator.
-        rank: this rank.
-        num_ranks: number of ranks.
-        num_local_workers: how many workers each rank acts as, k.
+        own_workers: the workers that this rank acts as.
+        num_workers: number of all ranks' workers, m.
         device: where this rank trains.
 
     """
 
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        aggregator: Aggregator,
-        estimator: Estimator | None,
-        rank: int,
-        num_ranks: int,
-        num_local_workers: int,
-        device: torch.device,
-    ) -> None:
-        self._parameters = parameters
-        self._aggregator = aggregator
-        self._estimator = estimator
-        self._rank = rank
-        self._num_ranks = num_ranks
-        self._num_local_workers = num_local_workers
-        self._device = device
+    parameters: dict[str, nn.Parameter]
+    aggregator: Aggregator
+    estimator: Estimator | None
+    own_workers: range
+    num_workers: int
+    device: torch.device
 
     def save(self, *, alone: bool) -> dict[str, Any]:
         """Return the state for the checkpoint; complete on rank 0, which writes it.
@@ -53,16 +44,16 @@ class WorkerStates:
 
         """
         state: dict[str, Any] = {
-            "num_workers": self._num_ranks * self._num_local_workers,
-            "aggregator": self._aggregator.state_dict(),
-            "estimator": repr(self._estimator),
-            "shared": {} if self._estimator is None else self._estimator.shared_state(),
+            "num_workers": self.num_workers,
+            "aggregator": self.aggregator.state_dict(),
+            "estimator": repr(self.estimator),
+            "shared": {} if self.estimator is None else self.estimator.shared_state(),
             "workers": {},
         }
-        if self._estimator is not None:
-            own = [self._estimator.worker_state(worker) for worker in range(self._num_local_workers)]
-            gathered = alone or self._num_ranks == 1
-            state["workers"] = dict(zip(self._own_workers, own, strict=True)) if gathered else self._gather(own)
+        if self.estimator is not None:
+            own = [self.estimator.worker_state(worker) for worker in range(len(self.own_workers))]
+            gathered = alone or len(own) == self.num_workers
+            state["workers"] = dict(zip(self.own_workers, own, strict=True)) if gathered else self._gather(own)
         return state
 
     def load(self, state: dict[str, Any]) -> None:
@@ -73,27 +64,21 @@ class WorkerStates:
                 this one can't take.
 
         """
-        num_workers = self._num_ranks * self._num_local_workers
-        self._check("number of workers", state["num_workers"], num_workers)
-        self._check("estimator", state["estimator"], repr(self._estimator))
-        self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self._aggregator.state_dict()))
-        self._aggregator.load_state_dict(state["aggregator"])
-        if self._estimator is None:
+        self._check("number of workers", state["num_workers"], self.num_workers)
+        self._check("estimator", state["estimator"], repr(self.estimator))
+        self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self.aggregator.state_dict()))
+        self.aggregator.load_state_dict(state["aggregator"])
+        if self.estimator is None:
             return
-        if len(state["workers"]) != num_workers:
-            self._estimator.reset()
+        if len(state["workers"]) != self.num_workers:
+            self.estimator.reset()
             rank_zero_warn(
                 "The checkpoint was written while its run was being interrupted: it holds"
-                f" {len(state['workers'])} of {num_workers} workers' states, so all estimators start afresh."
+                f" {len(state['workers'])} of {self.num_workers} workers' states, so all estimators start afresh."
             )
             return
-        own = [self._to_device(state["workers"][worker]) for worker in self._own_workers]
-        self._estimator.load_state(own, self._to_device(state["shared"]))
-
-    @property
-    def _own_workers(self) -> range:
-        first = self._rank * self._num_local_workers
-        return range(first, first + self._num_local_workers)
+        own = [self._to_device(state["workers"][worker]) for worker in self.own_workers]
+        self.estimator.load_state(own, self._to_device(state["shared"]))
 
     def _check(self, what: str, saved: Any, current: Any) -> None:
         if saved != current:
@@ -101,26 +86,24 @@ class WorkerStates:
                 f"The checkpoint and this run differ in the {what}: {saved} in the checkpoint, {current} now. Resume"
                 " with what the checkpoint has, or start the estimators and the aggregator afresh with"
                 " `restart_estimator=True` among the strategy's arguments, here"
-                f" `ByzantineDDPStrategy(..., estimator={self._estimator!r}, restart_estimator=True)`."
+                f" `ByzantineDDPStrategy(..., estimator={self.estimator!r}, restart_estimator=True)`."
             )
 
     def _gather(self, own: list[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """Gather states on rank 0. A worker that was dropped since its first step has none for a parameter."""
-        num_workers = self._num_ranks * self._num_local_workers
-        workers: dict[int, dict[str, Tensor]] = {worker: {} for worker in range(num_workers)}
+        workers: dict[int, dict[str, Tensor]] = {worker: {} for worker in range(self.num_workers)}
         # On all ranks, so that they agree on which parameters to gather, whatever one of them claims.
-        known = torch.tensor([[name in state for name in self._parameters] for state in own], dtype=torch.uint8)
-        present = torch.stack(gather(known.flatten().to(self._device))).view(num_workers, len(self._parameters))
-        for index, (name, parameter) in enumerate(self._parameters.items()):
+        known = torch.tensor([[name in state for name in self.parameters] for state in own], dtype=torch.uint8)
+        present = torch.stack(gather(known.flatten().to(self.device))).view(self.num_workers, len(self.parameters))
+        for index, (name, parameter) in enumerate(self.parameters.items()):
             if not present[:, index].any():
                 continue
             zeros = torch.zeros(parameter.numel(), dtype=torch.promote_types(parameter.dtype, torch.float32))
-            values = torch.stack([state.get(name, zeros).to(self._device) for state in own])
-            rows = [row for rank_rows in gather_to_first(values) or [] for row in rank_rows]
-            for worker, row in enumerate(rows):
+            values = torch.stack([state.get(name, zeros).to(self.device) for state in own])
+            for worker, row in enumerate(chain.from_iterable(gather_to_first(values) or [])):
                 if present[worker, index]:
                     workers[worker][name] = row
         return workers
 
     def _to_device(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self._device) for name, value in state.items()}
+        return {name: value.to(self.device) for name, value in state.items()}
