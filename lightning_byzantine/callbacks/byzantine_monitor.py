@@ -208,7 +208,9 @@ class ByzantineMonitor(pl.Callback):
         except (KeyError, ValueError) as error:
             # The first one may have been loaded.
             self._start_afresh(len(self._suspicion.scores))
-            rank_zero_warn(f"ByzantineMonitor starts from zero, since its state in the checkpoint does not fit: {error!r}.")
+            rank_zero_warn(
+                f"ByzantineMonitor starts from zero, since its state in the checkpoint does not fit: {error!r}."
+            )
 
     def _start_afresh(self, num_workers: int) -> None:
         self._suspicion = Suspicion(num_workers, self.threshold)

@@ -105,7 +105,10 @@ def test_errors_in_a_yaml_name_the_key_before_anything_runs(
     [
         ({"settings": [{"num_workers": 4, "num_byzantine": 2}]}, "0 <= f < m / 2, got f=2 with m=4"),
         ({"seeds": []}, "seeds must have at least one entry"),
-        ({"data": {"class_path": "DigitData", "init_args": {"path": "nowhere.npz"}}}, "got nowhere.npz, which is not a file"),
+        (
+            {"data": {"class_path": "DigitData", "init_args": {"path": "nowhere.npz"}}},
+            "got nowhere.npz, which is not a file",
+        ),
         ({"data": {"class_path": "Cifar10Data", "init_args": {"path": "nowhere"}}}, "To fetch it: curl"),
     ],
 )
