@@ -37,9 +37,7 @@ class Bucketing(MetaAggregator):
         super().__init__(base)
         if any(isinstance(rule, MoNNA) for rule in base.modules()):
             raise ValueError("base must not be MoNNA nor contain it: random buckets have no trusted worker's row")
-        if bucket_size is not None:
-            check_integer_at_least("bucket_size", bucket_size, 1)
-        self.bucket_size = bucket_size
+        self.bucket_size = None if bucket_size is None else check_integer_at_least("bucket_size", bucket_size, 1)
         self.draws = StepSeed(seed)
 
     def check(self, num_workers: int, num_byzantine: int) -> None:

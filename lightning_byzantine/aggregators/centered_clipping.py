@@ -37,10 +37,8 @@ class CenteredClipping(Aggregator):
 
     def __init__(self, tau: float = 10.0, num_iterations: int = 1) -> None:
         super().__init__()
-        check_positive("tau", tau)
-        check_integer_at_least("num_iterations", num_iterations, 1)
-        self.tau = tau
-        self.num_iterations = num_iterations
+        self.tau = check_positive("tau", tau)
+        self.num_iterations = check_integer_at_least("num_iterations", num_iterations, 1)
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return v after the last iteration."""

@@ -30,8 +30,7 @@ class Clipping(MetaAggregator):
 
     def __init__(self, base: Aggregator, max_norm: float = 2.0) -> None:
         super().__init__(base)
-        check_positive("max_norm", max_norm)
-        self.max_norm = max_norm
+        self.max_norm = check_positive("max_norm", max_norm)
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the base's result on the clipped rows."""

@@ -53,14 +53,11 @@ class GeometricMedian(Aggregator):
         init: Literal["medoid", "median", "mean", "zero"] = "medoid",
     ) -> None:
         super().__init__()
-        check_integer_at_least("max_iterations", max_iterations, 1)
-        check_at_least("tolerance", tolerance, 0)
-        check_at_least("smoothing", smoothing, 0)
+        self.max_iterations = check_integer_at_least("max_iterations", max_iterations, 1)
+        self.tolerance = check_at_least("tolerance", tolerance, 0)
+        self.smoothing = check_at_least("smoothing", smoothing, 0)
         if init not in ("medoid", "median", "mean", "zero"):
             raise ValueError(f"init must be 'medoid', 'median', 'mean' or 'zero', got {init!r}")
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
-        self.smoothing = smoothing
         self.init = init
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:

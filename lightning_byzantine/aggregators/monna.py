@@ -31,8 +31,7 @@ class MoNNA(Aggregator):
 
     def __init__(self, reference: int = 0) -> None:
         super().__init__()
-        check_integer_at_least("reference", reference, 0)
-        self.reference = reference
+        self.reference = check_integer_at_least("reference", reference, 0)
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` if there is no worker ``reference``."""

@@ -27,9 +27,7 @@ class MultiKrum(Aggregator):
 
     def __init__(self, num_selected: int | None = None) -> None:
         super().__init__()
-        if num_selected is not None:
-            check_integer_at_least("num_selected", num_selected, 1)
-        self.num_selected = num_selected
+        self.num_selected = None if num_selected is None else check_integer_at_least("num_selected", num_selected, 1)
 
     def check(self, num_workers: int, num_byzantine: int) -> None:
         """Raise :class:`ValueError` if ``num_selected`` is more than m - f."""

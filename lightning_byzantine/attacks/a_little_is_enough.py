@@ -1,6 +1,5 @@
 """ALIE: a small shift, hidden in the noise of the honest workers."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -35,9 +34,7 @@ class ALittleIsEnough(VectorAttack):
 
     def __init__(self, z: float | None = None) -> None:
         super().__init__()
-        if z is not None:
-            check_finite("z", z)
-        self.z = z
+        self.z = None if z is None else check_finite("z", z)
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if z has no value for these numbers of workers; warn if it does no harm."""
@@ -61,7 +58,7 @@ class ALittleIsEnough(VectorAttack):
         if self.z is not None:
             return self.z
         num_honest = num_workers - num_byzantine
-        num_supporters = math.floor(num_workers / 2 + 1) - num_byzantine
+        num_supporters = num_workers // 2 + 1 - num_byzantine
         quantile = (num_honest - num_supporters) / num_honest
         if not 0 < quantile < 1:
             raise ValueError(

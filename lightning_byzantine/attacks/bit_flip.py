@@ -41,13 +41,9 @@ class BitFlip(VectorAttack):
 
     def __init__(self, bit: int | None = None, probability: float = 1.0, fraction: float = 1.0, seed: int = 0) -> None:
         super().__init__()
-        if bit is not None:
-            check_integer_at_least("bit", bit, 0)
-        check_probability("probability", probability)
-        check_probability("fraction", fraction)
-        self.bit = bit
-        self.probability = probability
-        self.fraction = fraction
+        self.bit = None if bit is None else check_integer_at_least("bit", bit, 0)
+        self.probability = check_probability("probability", probability)
+        self.fraction = check_probability("fraction", fraction)
         self.steps = StepSeed(seed)
         self.draws = StepSeed(seed)
 

@@ -34,8 +34,7 @@ class GaussianNoise(VectorAttack):
 
     def __init__(self, std: float = 1.0, seed: int = 0) -> None:
         super().__init__()
-        check_at_least("std", std, 0)
-        self.std = std
+        self.std = check_at_least("std", std, 0)
         self.draws = StepSeed(seed)
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:

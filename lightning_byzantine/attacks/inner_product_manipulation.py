@@ -27,8 +27,7 @@ class InnerProductManipulation(VectorAttack):
 
     def __init__(self, epsilon: float = 0.5) -> None:
         super().__init__()
-        check_at_least("epsilon", epsilon, 0)
-        self.epsilon = epsilon
+        self.epsilon = check_at_least("epsilon", epsilon, 0)
 
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
         """Return -epsilon times the honest mean, once for each Byzantine worker."""

@@ -36,9 +36,8 @@ class Intermittent(Attack):
         super().__init__()
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be an Attack, such as SignFlip(), got {attack!r}")
-        check_probability("probability", probability)
         self.attack = attack
-        self.probability = probability
+        self.probability = check_probability("probability", probability)
         self.draws = StepSeed(seed)
         self.on_vectors = attack.on_vectors
         self.on_data = attack.on_data

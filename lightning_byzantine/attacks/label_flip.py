@@ -28,10 +28,9 @@ class LabelFlip(DataAttack):
 
     def __init__(self, num_classes: int, target: int | str = 1) -> None:
         super().__init__()
-        check_integer_at_least("num_classes", num_classes, 2)
+        self.num_classes = check_integer_at_least("num_classes", num_classes, 2)
         if isinstance(target, bool) or not isinstance(target, int | str):
             raise TypeError(f"target must be an index or a key of a batch, got {target!r}")
-        self.num_classes = num_classes
         self.target = target
 
     def poison(self, batch: Any) -> Any:

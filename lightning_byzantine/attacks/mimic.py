@@ -32,9 +32,7 @@ class Mimic(VectorAttack):
 
     def __init__(self, worker: int | None = None) -> None:
         super().__init__()
-        if worker is not None:
-            check_integer_at_least("worker", worker, 0)
-        self.worker = worker
+        self.worker = None if worker is None else check_integer_at_least("worker", worker, 0)
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if the worker to copy does not exist or is not honest."""

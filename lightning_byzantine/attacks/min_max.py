@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_byzantine.attacks.attack import VectorAttack, forge_rows, honest_workers
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.utilities.checks import check_choice
 
 __all__ = ["MinMax"]
 
@@ -43,9 +44,7 @@ class MinMax(VectorAttack):
 
     def __init__(self, perturbation: Literal["std", "unit", "sign"] = "std") -> None:
         super().__init__()
-        if perturbation not in _PERTURBATIONS:
-            raise ValueError(f"perturbation must be one of {', '.join(_PERTURBATIONS)}, got {perturbation!r}")
-        self.perturbation = perturbation
+        self.perturbation = check_choice("perturbation", perturbation, _PERTURBATIONS)
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with forged Byzantine rows, by the distances between the honest ones."""

@@ -48,10 +48,9 @@ class OptimalAttack(VectorAttack):
             raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
         if num_byzantine is not None:
             check_integer_at_least("num_byzantine", num_byzantine, 0)
-        check_integer_at_least("evaluations", evaluations, 2)
-        self.check_step(step)
         self.num_byzantine = num_byzantine
-        self.evaluations = evaluations
+        self.evaluations = check_integer_at_least("evaluations", evaluations, 2)
+        self.check_step(step)
         self.step = step
         # In lists, so that torch does not register them as submodules: a rule's state is not part of the attack's.
         self._given = [aggregator]

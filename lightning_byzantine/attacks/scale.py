@@ -26,8 +26,7 @@ class Scale(VectorAttack):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        check_finite("factor", factor)
-        self.factor = factor
+        self.factor = check_finite("factor", factor)
 
     def forge(self, honest: Tensor, own: Tensor) -> Tensor:
         """Return ``factor`` times what the Byzantine workers computed."""

@@ -36,8 +36,7 @@ class StaleGradient(VectorAttack):
 
     def __init__(self, delay: int) -> None:
         super().__init__()
-        check_integer_at_least("delay", delay, 1)
-        self.delay = delay
+        self.delay = check_integer_at_least("delay", delay, 1)
         # Per step: which rows and columns, in which order, and what the Byzantine workers computed.
         self._kept: deque[tuple[tuple[Any, ...], list[Tensor]]] = deque(maxlen=delay + 1)
 

@@ -1,9 +1,8 @@
-"""Checks of arguments."""
+"""Checks of arguments. Those of a single value return it, so that it can be checked where it is stored."""
 
 import math
 from collections.abc import Collection, Iterable
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +72,7 @@ def check_worker_indices(name: str, workers: Iterable[int], num_workers: int) ->
         raise TypeError(f"{name} must be a list of worker indices, got {workers!r}")
     indices = list(workers)
     for index in indices:
-        _check_integer(f"each of {name}", index)
-        if not 0 <= index < num_workers:
+        if not 0 <= _check_integer(f"each of {name}", index) < num_workers:
             raise ValueError(f"{name} must be indices in [0, {num_workers}) for {num_workers} workers, got {index}")
     if not indices or len(set(indices)) != len(indices):
         raise ValueError(f"{name} must name at least one worker, and each once, got {indices}")
@@ -82,8 +80,8 @@ def check_worker_indices(name: str, workers: Iterable[int], num_workers: int) ->
         raise ValueError(f"{name} must leave at least one honest worker, got all {num_workers} of them: {indices}")
 
 
-def check_at_least(name: str, value: float, bound: int) -> None:
-    """Raise unless ``value`` is a finite number of at least ``bound``.
+def check_at_least(name: str, value: float, bound: int) -> float:
+    """Return ``value`` if it is a finite number of at least ``bound``; raise otherwise.
 
     Example:
         >>> check_at_least("std", -0.5, 0)
@@ -92,13 +90,13 @@ def check_at_least(name: str, value: float, bound: int) -> None:
         ValueError: std must be finite and at least 0, got -0.5
 
     """
-    check_number(name, value)
-    if not value >= bound or not math.isfinite(value):
+    if not bound <= check_number(name, value) < math.inf:
         raise ValueError(f"{name} must be finite and at least {bound}, got {value}")
+    return value
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise unless ``value`` is a finite number above 0.
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number above 0; raise otherwise.
 
     Example:
         >>> check_positive("max_worker_grad_norm", 0)
@@ -107,13 +105,13 @@ def check_positive(name: str, value: float) -> None:
         ValueError: max_worker_grad_norm must be finite and above 0, got 0
 
     """
-    check_number(name, value)
-    if not value > 0 or not math.isfinite(value):
+    if not 0 < check_number(name, value) < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
+    return value
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raise unless ``value`` is a finite number.
+def check_finite(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number; raise otherwise.
 
     Example:
         >>> check_finite("factor", float("inf"))
@@ -122,13 +120,13 @@ def check_finite(name: str, value: float) -> None:
         ValueError: factor must be finite, got inf
 
     """
-    check_number(name, value)
-    if not math.isfinite(value):
+    if not math.isfinite(check_number(name, value)):
         raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raise unless ``value`` is a number in [0, 1].
+def check_probability(name: str, value: float) -> float:
+    """Return ``value`` if it is a number in [0, 1]; raise otherwise.
 
     Example:
         >>> check_probability("probability", 1.5)
@@ -137,13 +135,13 @@ def check_probability(name: str, value: float) -> None:
         ValueError: probability must be in [0, 1], got 1.5
 
     """
-    check_number(name, value)
-    if not 0 <= value <= 1:
+    if not 0 <= check_number(name, value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Raise unless ``value`` is one of ``choices``.
+def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; raise otherwise.
 
     Example:
         >>> check_choice("exchange", "ring", ["all_gather", "all_to_all"])
@@ -154,10 +152,11 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
-def check_integer_at_least(name: str, value: int, bound: int) -> None:
-    """Raise unless ``value`` is an integer of at least ``bound``.
+def check_integer_at_least(name: str, value: int, bound: int) -> int:
+    """Return ``value`` if it is an integer of at least ``bound``; raise otherwise.
 
     Example:
         >>> check_integer_at_least("bucket_size", 0, 1)
@@ -166,13 +165,13 @@ def check_integer_at_least(name: str, value: int, bound: int) -> None:
         ValueError: bucket_size must be at least 1, got 0
 
     """
-    _check_integer(name, value)
-    if value < bound:
+    if _check_integer(name, value) < bound:
         raise ValueError(f"{name} must be at least {bound}, got {value}")
+    return value
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless ``value`` is an int or a float.
+def check_number(name: str, value: float) -> float:
+    """Return ``value`` if it is an int or a float; raise otherwise.
 
     Example:
         >>> check_number("beta", "high")
@@ -183,8 +182,10 @@ def check_number(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
 
 
-def _check_integer(name: str, value: Any) -> None:
+def _check_integer(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
+    return value

@@ -7,14 +7,14 @@ from hashlib import sha256
 
 import numpy as np  # comes with torchmetrics
 import torch
-from torch import nn
 
 from lightning_byzantine.utilities.checks import check_integer_at_least
+from lightning_byzantine.utilities.showing_arguments import ShowsArguments
 
 __all__ = ["StepSeed", "replayed_rng"]
 
 
-class StepSeed(nn.Module):
+class StepSeed(ShowsArguments):
     """A new generator for each call, the same on every rank.
 
     Its only state is the number of calls, which is part of the ``state_dict``.
@@ -31,8 +31,7 @@ class StepSeed(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        check_integer_at_least("seed", seed, 0)
-        self.seed = seed
+        self.seed = check_integer_at_least("seed", seed, 0)
         # Not a buffer: Lightning's spawn launcher moves buffers to shared memory, where all ranks would count in one.
         self._calls = 0
 
@@ -60,10 +59,6 @@ class StepSeed(nn.Module):
     def set_extra_state(self, state: int) -> None:
         """Restore the number of calls."""
         self._calls = state
-
-    def extra_repr(self) -> str:
-        """Show the seed in ``repr``."""
-        return f"seed={self.seed}"
 
 
 @contextmanager
