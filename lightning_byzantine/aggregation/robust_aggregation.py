@@ -1,7 +1,5 @@
 """The aggregation by a robust rule."""
 
-from dataclasses import replace
-
 from lightning_byzantine.aggregation.aggregation import Aggregated
 from lightning_byzantine.aggregation.bit_count import BitCount
 from lightning_byzantine.aggregation.observers import Observers
@@ -52,11 +50,10 @@ class RobustAggregation:
             ByzantineBreakdownError: if more rows are non-finite, or overflow, than may be Byzantine.
 
         """
-        bits = BitCount(matrix) if self._observers.want_bits_of(matrix) else None
-        counted = matrix if bits is None else matrix.completed_by(bits.along_with)
+        bits = BitCount(matrix, wanted=self._observers.want_bits_of(matrix))
         num_byzantine = max(0, self._num_byzantine - len(self._quarantine.workers))
         try:
-            decision = self._aggregator.decide(self._quarantine.without(counted), num_byzantine)
+            decision = self._aggregator.decide(self._quarantine.without(bits.counted_with(matrix)), num_byzantine)
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
             self._observers.tell(lambda: report, cleared=self._quarantine.workers)
@@ -69,8 +66,8 @@ class RobustAggregation:
         trusted = self._quarantine.without(matrix)
         return Aggregated(trusted.materialize(trusted.mean()), sorted(self._quarantine.workers))
 
-    def _report(self, decision: Decision, bits: BitCount | None, num_workers: int) -> Report:
+    def _report(self, decision: Decision, bits: BitCount, num_workers: int) -> Report:
         report = decision.report()
         if self._quarantine.workers:
             report = report.among(decision.offered.workers, num_workers, measurable=True)
-        return report if bits is None else replace(report, unlikely=bits.unlikely(decision.seen.workers))
+        return bits.added_to(report, decision.seen.workers)

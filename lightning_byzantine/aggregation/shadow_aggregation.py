@@ -1,7 +1,5 @@
 """What a rule would have done, beside a training by the plain mean."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -60,19 +58,15 @@ class ShadowAggregation(PlainMean):
     def _report(self, matrix: WorkerMatrix) -> Report:
         self._restart_if_new(matrix)
         # Of the gradients: momentum has bits of its own.
-        bits = BitCount(matrix) if self._observers.want_bits_of(matrix) else None
+        bits = BitCount(matrix, wanted=self._observers.want_bits_of(matrix))
         sent = matrix if self._beta == 0 else matrix.with_blocks(self._moved(matrix))
-        sent = sent.with_previous(self._previous)
-        if bits is not None:
-            sent = sent.completed_by(bits.along_with)
+        sent = bits.counted_with(sent.with_previous(self._previous))
         try:
             decision = self._aggregator.decide(sent, self._num_byzantine)
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
         else:
-            report = decision.report()
-            if bits is not None:
-                report = replace(report, unlikely=bits.unlikely(decision.seen.workers))
+            report = bits.added_to(decision.report(), decision.seen.workers)
             if self._aggregator.uses_previous:
                 self._previous = decision.values()
         if self._beta > 0:
