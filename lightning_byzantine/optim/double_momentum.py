@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_byzantine.estimators.double_momentum_estimator import DoubleMomentumEstimator
-from lightning_byzantine.optim.base_optimizer import check_base, check_dtypes
-from lightning_byzantine.optim.swapping import swapped_data, swapped_gradients
+from lightning_byzantine.optim.swapping import swapped
 from lightning_byzantine.utilities.rng import replayed_rng
 
 __all__ = ["DoubleMomentum"]
@@ -84,7 +83,11 @@ class DoubleMomentum(Optimizer):
         weighted: bool = True,
         schedule: Literal["paper", "code"] = "paper",
     ) -> None:
-        check_base(base, refused=(DoubleMomentum, LBFGS, SparseAdam))
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base must be a torch.optim.Optimizer, such as SGD(model.parameters()), got {base!r}")
+        if isinstance(base, DoubleMomentum | LBFGS | SparseAdam):
+            raise TypeError(f"base must take one dense gradient a step, which {type(base).__name__} does not")
+        _check_dtypes(base.param_groups)
         self.base = base
         self.estimator = DoubleMomentumEstimator(beta, gamma, min_beta, min_gamma, weighted, schedule)
         self.receives_estimates = False
@@ -112,7 +115,7 @@ class DoubleMomentum(Optimizer):
         else:
             parameters = param_group["params"]
             param_group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-            check_dtypes([param_group])
+            _check_dtypes([param_group])
             self.base.add_param_group(param_group)
 
     @torch.no_grad()
@@ -157,7 +160,7 @@ class DoubleMomentum(Optimizer):
         # Autocast caches casts by parameter, and would use those of the other values.
         torch.clear_autocast_cache()
         try:
-            with swapped_data(moved, [self.state[parameter]["previous"] for parameter in moved]):
+            with swapped(moved, "data", [self.state[parameter]["previous"] for parameter in moved]):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -210,7 +213,7 @@ class DoubleMomentum(Optimizer):
             )
         if closure is not None and self.estimator.step > 1:
             parameters = list(self._parameters())
-            with swapped_gradients(parameters, [None] * len(parameters)):
+            with swapped(parameters, "grad", [None] * len(parameters)):
                 with replayed_rng(parameters[0].device), self.swapped_to_previous_point():
                     _call(closure)
                 # Copies, because DDP writes all gradients into the same buffers.
@@ -236,7 +239,7 @@ class DoubleMomentum(Optimizer):
                 self.state[parameter] = {"iterate": parameter.clone(), "previous": parameter.clone()}
         iterates = [self.state[parameter]["iterate"] for parameter in parameters]
         gradients = [estimate if alpha == 1 else estimate * alpha for _, estimate in estimates]
-        with swapped_data(parameters, iterates), swapped_gradients(parameters, gradients):
+        with swapped(parameters, "data", iterates), swapped(parameters, "grad", gradients):
             self.base.step()
         # Also for parameters that do not move in this step.
         for parameter, state in self.state.items():
@@ -250,6 +253,17 @@ class DoubleMomentum(Optimizer):
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         return ((str(index), parameter) for index, parameter in enumerate(self._parameters()))
+
+
+def _check_dtypes(param_groups: list[dict[str, Any]]) -> None:
+    for group in param_groups:
+        for named in group["params"]:
+            parameter = named[1] if isinstance(named, tuple) else named
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"DoubleMomentum needs parameters of float32 or float64, got {parameter.dtype}, in which its small"
+                    " steps are lost to rounding. With Lightning, use precision='bf16-mixed' or '16-mixed'."
+                )
 
 
 def _call(closure: Callable[[], Any] | None) -> Any:
