@@ -16,16 +16,21 @@ from training import trainer
 from lightning_byzantine import attacks
 from lightning_byzantine.callbacks import ByzantineSimulation
 
-SEEDS = [pytest.param((1,), id="one seed"), pytest.param((1, 2, 3), id="three seeds", marks=pytest.mark.slow)]
+# Seeds and epochs.
+RUNS = [
+    pytest.param(((3,), 12), id="one seed"),
+    pytest.param(((1, 2, 3), 16), id="three seeds", marks=pytest.mark.slow),
+]
 
 
-def accuracy_on_digits(strategy: str, seeds: tuple[int, ...], attack: str | None = None) -> float:
+def accuracy_on_digits(strategy: str, run: tuple[tuple[int, ...], int], attack: str | None = None) -> float:
     """Return the test accuracy as a mean over seeds."""
+    seeds, epochs = run
     accuracies = []
     for seed in seeds:
         pl.seed_everything(seed)
         callbacks = [ByzantineSimulation(getattr(attacks, attack)(**ATTACKS[attack]), [0, 3])] if attack else []
-        runner = trainer(strategy, callbacks=callbacks, max_epochs=16)
+        runner = trainer(strategy, callbacks=callbacks, max_epochs=epochs)
         model, data = DigitClassifier(), DigitData()
         runner.fit(model, data)
         accuracies.append(runner.test(model, data, verbose=False)[0]["test_accuracy"])
@@ -33,29 +38,29 @@ def accuracy_on_digits(strategy: str, seeds: tuple[int, ...], attack: str | None
 
 
 @cache
-def clean_accuracy(ranks: RankPool, seeds: tuple[int, ...]) -> float:
-    return ranks.run(accuracy_on_digits, "ddp", seeds)[0]
+def clean_accuracy(ranks: RankPool, run: tuple[tuple[int, ...], int]) -> float:
+    return ranks.run(accuracy_on_digits, "ddp", run)[0]
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
-def test_trains_without_an_attack(five_ranks: RankPool, seeds: tuple[int, ...]) -> None:
-    clean = clean_accuracy(five_ranks, seeds)
+@pytest.mark.parametrize("run", RUNS)
+def test_trains_without_an_attack(five_ranks: RankPool, run: tuple[tuple[int, ...], int]) -> None:
+    clean = clean_accuracy(five_ranks, run)
     assert clean > 0.95
-    assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", seeds)[0] > clean - 0.04
+    assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", run)[0] > clean - 0.04
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_byzantine_ddp_survives(five_ranks: RankPool, attack: str, seeds: tuple[int, ...]) -> None:
-    clean = clean_accuracy(five_ranks, seeds)
-    assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", seeds, attack)[0] > clean - 0.04
+def test_byzantine_ddp_survives(five_ranks: RankPool, attack: str, run: tuple[tuple[int, ...], int]) -> None:
+    clean = clean_accuracy(five_ranks, run)
+    assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", run, attack)[0] > clean - 0.04
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("attack", ["GaussianNoise", "NonFinite", "LabelFlip"])
-def test_stock_ddp_does_not(five_ranks: RankPool, attack: str, seeds: tuple[int, ...]) -> None:
-    clean = clean_accuracy(five_ranks, seeds)
-    assert five_ranks.run(accuracy_on_digits, "ddp", seeds, attack)[0] < clean - 0.2
+def test_stock_ddp_does_not(five_ranks: RankPool, attack: str, run: tuple[tuple[int, ...], int]) -> None:
+    clean = clean_accuracy(five_ranks, run)
+    assert five_ranks.run(accuracy_on_digits, "ddp", run, attack)[0] < clean - 0.2
 
 
 def archive(folder: Path, **arrays: Any) -> Path:
