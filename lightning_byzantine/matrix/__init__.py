@@ -1,4 +1,4 @@
-"""The matrix of all workers' vectors, m rows x d columns, as aggregation rules and attacks see it."""
+"""The matrix of all workers' vectors, m rows x d columns, which aggregation rules and attacks work on."""
 
 from lightning_byzantine.matrix.measurement import Measurement
 from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point

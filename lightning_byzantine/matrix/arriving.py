@@ -1,4 +1,4 @@
-"""Column blocks that are on their way from other ranks."""
+"""Column blocks that are still being received from other ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,15 +8,15 @@ __all__ = ["Arriving"]
 
 
 class Arriving:
-    """Blocks that are waited for one by one, each when somebody first reads it: work on those before it goes on.
+    """Blocks that are waited for one by one, each when it is first read, so that communication and work overlap.
 
     Args:
-        memory: where the blocks' values are, or will be.
-        waits: for each block, functions that return when its values may be read, on a GPU by what is launched from then
-            on; none for blocks that are there.
+        memory: the blocks' memory, whether received or not.
+        waits: for each block, functions that return when its values may be read, on a GPU by kernels launched from then
+            on; empty for received blocks.
 
     Attributes:
-        memory: as given, for whom shapes, dtypes and devices will do.
+        memory: as given, for reading shapes, dtypes and devices.
 
     Example:
         >>> import torch
@@ -37,16 +37,16 @@ class Arriving:
         self._waits = [list(functions) for functions in waits] if waits else [[] for _ in self.memory]
 
     def __len__(self) -> int:
-        """Return how many blocks there are."""
+        """Return the number of blocks."""
         return len(self.memory)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return a block as soon as its values are there."""
+        """Wait for a block and return it."""
         while self._waits[index]:
             self._waits[index][0]()
-            self._waits[index].pop(0)  # one that has failed stays
+            self._waits[index].pop(0)  # after success only
         return self.memory[index]
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield every block as soon as its values are there."""
+        """Wait for each block and yield it."""
         return (self[index] for index in range(len(self)))

@@ -9,28 +9,28 @@ from lightning_byzantine.matrix.arriving import Arriving
 
 __all__ = ["Blocks", "at_least_float32", "float64"]
 
-# Bytes of one chunk: small enough that a CPU's cache holds it through all that is done to it but large enough to be
-# shared among its cores, and on an accelerator so large that launching kernels costs nothing beside running them.
+# Bytes of one chunk. On a CPU, small enough to stay in the cache, and large enough to be divided among cores; on an
+# accelerator, large enough that the cost of launching kernels is negligible.
 _CPU_CHUNK = 2**22
 _ACCELERATOR_CHUNK = 2**27
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which values are computed: half precision is too coarse to add up in."""
+    """Return the dtype to compute in: half precision is too coarse for sums."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def float64(_: torch.dtype) -> torch.dtype:
-    """Return float64, whatever the block's dtype: for statistics."""
+    """Return float64 for any dtype of the block: for statistics."""
     return torch.float64
 
 
 class Blocks:
-    """The stored rows, as column blocks [m, c_b] of any floating dtypes. Nothing is ever written to them.
+    """The stored rows, as column blocks [m, c_b] of any floating-point dtypes, which are never written to.
 
     Args:
-        blocks: on one device. Passes over the columns wait for each when they come to it.
-        complete: sums a float64 statistic over all ranks, where each holds other columns of the same rows.
+        blocks: on one device. Passes over the columns wait for each block when they reach it.
+        complete: sums a float64 statistic over all ranks, if these hold different columns of the same rows.
 
     Example:
         >>> blocks = Blocks([torch.ones(2, 3), torch.ones(2, 1)], complete=lambda total: total)
@@ -45,7 +45,7 @@ class Blocks:
 
     @property
     def memory(self) -> list[Tensor]:
-        """Where the values are, or will be: for shapes, dtypes and devices."""
+        """Memory of the blocks, received or not, for reading shapes, dtypes and devices."""
         return self.arriving.memory
 
     @property
@@ -60,18 +60,18 @@ class Blocks:
 
     @property
     def device(self) -> torch.device:
-        """Where the blocks are."""
+        """Device of the blocks."""
         return self.memory[0].device
 
     @property
     def are_quick(self) -> bool:
-        """Whether float32 arithmetic is quicker than float64's, and as good: for float32 blocks on a CPU."""
+        """Whether float32 arithmetic is faster than float64's and as good: for float32 blocks on a CPU."""
         return self.device.type == "cpu" and all(block.dtype == torch.float32 for block in self.memory)
 
     def chunks(
         self, index: int, rows: Tensor, dtype: Callable[[torch.dtype], torch.dtype]
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (columns, the given rows of those columns) of one block, cut to fit the cache.
+        """Yield (columns, the given rows of these columns) of one block, in chunks that fit the cache.
 
         Args:
             index: which block.
@@ -84,7 +84,7 @@ class Blocks:
         size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
         working_dtype = dtype(block.dtype)
         width = max(1, size // (len(rows) * working_dtype.itemsize))
-        # A block without columns has one empty chunk, so that its result is empty and not missing.
+        # A block without columns yields one empty chunk, so that its result is empty instead of missing.
         for start in range(0, max(1, block.shape[1]), width):
             columns = slice(start, start + width)
             chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]

@@ -1,4 +1,4 @@
-"""What `torch.compile` makes of a selection network: one kernel in the place of an operation for every comparison."""
+"""Selection networks compiled into one kernel, instead of one operation for each comparison."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lightning_byzantine.utilities.torch_internals import BackendCompilerFailed,
 
 __all__ = ["Compiled"]
 
-# Fewer columns than this are computed faster than a kernel is called, and `torch.compile` takes 1 for a special case.
+# With fewer columns, the call of a kernel takes longer than eager mode, and `torch.compile` specializes on 1.
 _FEW = 4096
 
 _Kernel = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
@@ -20,15 +20,15 @@ _Kernel = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A function of every column, compiled: the same to the bit, only quicker.
+    """A compiled function of every column: bit-identical, but faster.
 
-    A process's first call for a function, a number of rows and their dtype compiles; any number of columns will do.
+    A process compiles once for each function, number of rows and dtype, for any number of columns.
 
     Args:
-        function: what to compile.
+        function: the function to compile.
 
     Raises:
-        RuntimeError: by a call, if `torch.compile` does not work here.
+        RuntimeError: in a call, if `torch.compile` does not work here.
 
     Example:
         >>> Compiled(MeanOfRanks((1,)))(torch.tensor([[3.0, 1.0], [1.0, 1.0], [2.0, 9.0]]))
@@ -39,16 +39,16 @@ class Compiled:
     function: MeanOfRanks
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Map m rows, [m, c], which are not written to, to [c]: float32, or float64 for float64 rows."""
+        """Map m rows [m, c], without writing to them, to [c]: float32, or float64 for float64 rows."""
         return self.with_squares(rows)[0]
 
     def with_squares(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same, and the sum of all squares: a float64 scalar, finite only if all rows are."""
+        """Return the same, and the sum of squares of all rows: a float64 scalar, finite only if all rows are."""
         if rows.shape[1] < _FEW:
             return self.function(rows.to(_widened(rows.dtype), copy=True)), rows.double().square().sum()
         kernel = _kernel(self.function, len(rows), rows.dtype)
         try:
-            # `torch.compile` would make another kernel for each kind of view and each grad mode, and where a stride, an
+            # Otherwise `torch.compile` would recompile for each kind of view and each grad mode, and where a stride, an
             # offset and a length happen to be equal.
             with torch.no_grad(), separate_symbols():
                 return kernel([row.data for row in rows])
@@ -66,8 +66,8 @@ def _kernel(function: MeanOfRanks, num_rows: int, dtype: torch.dtype) -> _Kernel
         squares = sum((value * value for value in values[1:]), start=values[0] * values[0])
         return function.unrolled(values), squares.sum(dtype=torch.float64)
 
-    # Unrolled here and not by `torch.compile`, which takes many times longer for it; and with a code object of its
-    # own, for those are what it counts recompilations by.
+    # Unrolled here, because `torch.compile` would take many times longer, and with a separate code object for each
+    # kernel, because it limits recompilations per code object.
     unrolled = torch.fx.symbolic_trace(kernel)
     return torch.compile(unrolled, dynamic=True, fullgraph=True)
 

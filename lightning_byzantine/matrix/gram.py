@@ -7,21 +7,21 @@ from torch import Tensor
 
 __all__ = ["ROUNDING", "Gram", "are_sharp", "centred_gram", "differences", "most_central_row", "sums_of_squares"]
 
-# A squared distance below this part of the squared norms it is the difference of has lost too many of their 16 digits.
+# A squared distance below this fraction of the squared norms has lost too many of their 16 digits to cancellation.
 _LOST = 1e-6
-# Below this part it is rounding alone.
+# Below this fraction it is only rounding error.
 ROUNDING = 1e-13
-# A squared distance is sharp if it is known to this part of itself.
+# A squared distance is sharp if its relative error is at most this.
 _SHARP = 1e-6
 
 
 @dataclass(frozen=True)
 class Gram:
-    """Inner products of rows as seen from some origin, and how far rounding may have moved them.
+    """Inner products of rows relative to some origin, with bounds of their rounding errors.
 
     Args:
         products: [m, m] float64.
-        errors: [m, m] float64, 0 where all digits of float64 are right.
+        errors: [m, m] float64, 0 where products are accurate to float64.
 
     Example:
         >>> import torch
@@ -41,12 +41,12 @@ class Gram:
         return Gram(self.products[indices][:, indices], self.errors[indices][:, indices])
 
     def mixed(self, weights: Tensor) -> "Gram":
-        """Return that of rows sum_j weights[i, j] x_j; any origin will do where weights sum to 1, or to 0."""
+        """Return the Gram matrix of sum_j weights[i, j] x_j; the origin is arbitrary if weights sum to 1, or to 0."""
         size = weights.abs()
         return Gram(weights @ self.products @ weights.T, size @ self.errors @ size.T)
 
     def points(self, weights: Tensor) -> "Gram":
-        """Return that of the points sum_j weights[i, j] x_j, seen from anywhere."""
+        """Return the Gram matrix of the points sum_j weights[i, j] x_j, about any origin."""
         return self.mixed(weights)
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
@@ -56,28 +56,28 @@ class Gram:
     def squared_distances(self) -> tuple[Tensor, Tensor]:
         """Return ||x_i - x_j||^2, [m, m], and their errors.
 
-        A squared distance below 1e-13 of the squared norms, seen from the origin, counts as 0.
+        A squared distance below 1e-13 of the squared norms, relative to the origin, counts as 0.
         """
         errors = sums_of_squares(self.errors) + 2 * self.errors
         return _squared_distances(self.products), errors.fill_diagonal_(0)
 
     def is_sharp(self) -> bool:
-        """Tell whether all distances between rows are known to six digits."""
+        """Return whether all distances between rows are known to six digits."""
         return are_sharp(*self.squared_distances())
 
 
 def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
-    """Tell whether all squared distances are known to six digits."""
+    """Return whether all squared distances are known to six digits."""
     return bool((errors <= _SHARP * squared_distances).all())
 
 
 def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
-    """Return the inner products of rows as seen from one of them, or from 0 where that is accurate already.
+    """Return the inner products of rows about 0 or, if that is not accurate enough, about one of the rows.
 
-    ||x_i||^2 + ||x_j||^2 - 2 x_i.x_j loses all digits when rows share an offset far larger than their spread, and
-    momentum makes that normal. Only then the origin moves, to a row that at least half of the rows are near to, so that
-    nobody can choose it far from the honest rows. Every product involves its own two rows and the origin alone: no
-    other row can take digits from it, which a mean as the origin would allow.
+    ||x_i||^2 + ||x_j||^2 - 2 x_i.x_j loses all digits when rows share an offset far larger than their spread, which is
+    normal under momentum. Only then the origin moves, to a row that is near to at least half of the rows, so that
+    attackers can't move it far from the honest rows. Every product involves only its own two rows and the origin, so
+    that no other row can reduce its accuracy, as it could if the origin were the mean.
 
     Args:
         gram: computes (x_i - o).(x_j - o), [m, m] float64, where o is the row of that index, or 0 for None. Costs
@@ -121,7 +121,7 @@ def differences(products: Tensor) -> Tensor:
 
 def _squared_distances(gram: Tensor) -> Tensor:
     sums, squared = sums_of_squares(gram), differences(gram)
-    # Colluders' copies must tie exactly.
+    # Identical rows, such as colluders', must tie exactly.
     squared[squared <= ROUNDING * sums] = 0
     return squared.fill_diagonal_(0)
 
@@ -132,7 +132,7 @@ def _lost_digits(gram: Tensor) -> bool:
 
 
 def most_central_row(distances: Tensor) -> int:
-    """Return the row with the nearest majority: it is within two honest diameters of every honest row.
+    """Return the row with the smallest distance to a majority: it is within two honest diameters of every honest row.
 
     Args:
         distances: [m, m], squared or not.

@@ -1,4 +1,4 @@
-"""What a first look at the rows finds out."""
+"""The result of the first pass over the rows."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ __all__ = ["Measurement"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Which rows a rule can use, and what else came of the pass that told.
+    """Which rows a rule can use, and what else the same pass has computed.
 
     Args:
         is_measurable: [m] bool: rows that are finite and whose squared norm does not overflow.
-        norms: [m] float64, ||x_i||; NaN where the pass did not need them.
-        point: what was asked for along with it, computed; of use if all rows are measurable.
+        norms: [m] float64, ||x_i||; NaN if the pass did not compute them.
+        point: the point that the same pass has computed, valid if all rows are measurable.
 
     """
 

@@ -1,4 +1,4 @@
-"""Order statistics of every column, by a network of minima and maxima."""
+"""Order statistics of every column, computed by a network of minima and maxima."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["MeanOfRanks", "order_statistics"]
 
 @dataclass(frozen=True)
 class MeanOfRanks:
-    """The mean, in every column, of the values that would stand at some ranks if the column was sorted.
+    """The mean, in every column, of the values at certain ranks of the sorted column.
 
     Args:
         ranks: in [0, m); 0 is the smallest value.
@@ -26,11 +26,11 @@ class MeanOfRanks:
     ranks: tuple[int, ...]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Map m rows, [m, c], which are overwritten, to [c]."""
+        """Map m rows [m, c], which are overwritten, to [c]."""
         return self._mean(order_statistics(rows, self.ranks))
 
     def unrolled(self, rows: Sequence[Tensor]) -> Tensor:
-        """Return the same without writing to anything: for a compiler, which keeps all values in registers."""
+        """Return the same without writing in place: for a compiler, which keeps all values in registers."""
         values = list(rows)
         for low, high, keeps_low, keeps_high in _network(len(values), self.ranks):
             first, second = values[low], values[high]
@@ -41,18 +41,18 @@ class MeanOfRanks:
         return self._mean([values[rank] for rank in self.ranks])
 
     def _mean(self, values: list[Tensor]) -> Tensor:
-        # Row by row, so that a coordinate's result does not depend on where its chunk was cut.
+        # Row by row, so that the result of a coordinate does not depend on the chunk it is in.
         return reduce(torch.add, values) / len(values) if len(values) > 1 else values[0]
 
 
 def order_statistics(rows: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Return the values that would stand at ``ranks`` if every column was sorted.
+    """Return the values at ``ranks`` of every sorted column.
 
-    A sorting network on whole rows, without the comparisons that the ranks asked for don't depend on: as many
-    operations for any values, each of them vectorised, where sorting along columns goes from one value to the next.
+    A sorting network on whole rows, without comparisons that ``ranks`` don't depend on. Its operations are vectorized
+    and do not depend on the values, while sorting columns goes from one value to the next.
 
     Args:
-        rows: [m, c] without NaN; overwritten, so that everything happens in the same few rows of the cache.
+        rows: [m, c] without NaN; overwritten, so that these rows stay in the cache.
         ranks: in [0, m); 0 is the smallest value.
 
     Returns:
@@ -82,7 +82,7 @@ def order_statistics(rows: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
 @cache
 def _network(num_rows: int, ranks: tuple[int, ...]) -> list[tuple[int, int, bool, bool]]:
-    """Return (low, high, whether the minimum is needed, whether the maximum is) in the order of execution."""
+    """Return (low, high, whether the minimum is needed, whether the maximum is needed) in order of execution."""
     needed = set(ranks)
     kept = []
     for low, high in reversed(list(_merge_exchange(num_rows))):

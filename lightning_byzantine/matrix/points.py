@@ -1,4 +1,4 @@
-"""Vectors that rules speak of before anybody computes them."""
+"""Vectors that are computed lazily, such as the results of rules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,39 +13,39 @@ from lightning_byzantine.matrix.scratch import Scratch
 
 __all__ = ["Combination", "Coordinatewise", "Given", "LazyPoint", "Point", "as_lazy"]
 
-# Of a squared distance that is added up in float32 over one chunk: some times the rounding of float32.
+# Relative error of a squared distance that is summed in float32 over one chunk: a multiple of float32's rounding.
 _ROUNDING_OF_NORMS = 16 * 2.0**-24
 
 
 class LazyPoint(ABC):
-    """A vector in R^d that knows how to compute itself, and how far rows are from it."""
+    """A vector in R^d that is computed on request, and its distances from rows."""
 
     @abstractmethod
     def values(self, view: RowView) -> list[Tensor]:
-        """Return one [c_b] tensor for each block, in float32 at least.
+        """Return one [c_b] tensor for each block, in float32 or float64.
 
         Args:
-            view: any view of the rows that the point was made of.
+            view: any view of the rows from which the point was computed.
 
         """
 
     @abstractmethod
     def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return ||x_i - point||^2 of the rows of a view, [m] float64, with all digits."""
+        """Return ||x_i - point||^2 of the rows of a view, [m] float64, accurate to float64."""
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
-        """Return the same as quickly as possible, and how far rounding may have moved each: two [m]."""
+        """Return the same as quickly as possible, with bounds of the rounding errors: two [m]."""
         squared = self.exact_squared_distances(view)
         return squared, torch.zeros_like(squared)
 
 
 @dataclass(frozen=True)
 class Combination(LazyPoint):
-    """A point sum_i w_i x_i, whose distances need no pass over the columns beside that of the inner products.
+    """A point sum_i w_i x_i, whose distances follow from inner products without another pass over the columns.
 
     Args:
-        weights: [n] float64 on the CPU, one for each row that the view of it may read.
-        is_affine: whether the sum of the weights is 1. Otherwise 0 has the rest of it.
+        weights: [n] float64 on the CPU, one for each row that the view may read.
+        is_affine: whether the weights sum to 1. Otherwise 0 has the remaining weight.
 
     """
 
@@ -68,13 +68,13 @@ class Combination(LazyPoint):
         return gram.mixed(view.weights - self.weights).squared_norms()
 
     def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return squared distances, from inner products with all digits."""
+        """Return squared distances, from inner products accurate to float64."""
         gram = view.products.serving(self.is_affine).exact_gram
         return gram.mixed(view.weights - self.weights).squared_norms()[0]
 
 
 class _PointOfValues(LazyPoint):
-    """A point that is not a combination of rows, so that distances take a pass over its values."""
+    """A point that is not a combination of rows, so that its distances need a pass over its values."""
 
     def exact_squared_distances(self, view: RowView) -> Tensor:
         """Return squared distances, in one pass."""
@@ -87,7 +87,7 @@ class _PointOfValues(LazyPoint):
 
 
 class Given(_PointOfValues):
-    """A point whose values are there.
+    """A point whose values are known.
 
     Args:
         blocks: one [c_b] tensor for each column block.
@@ -103,13 +103,13 @@ class Given(_PointOfValues):
 
 
 class Coordinatewise(_PointOfValues):
-    """A point whose every coordinate is a function of the workers' values of it.
+    """A point of which each coordinate is a function of the workers' values of that coordinate.
 
     Args:
         made_of: the rows.
         function: maps m rows [m, c] (float32, or float64 for float64 blocks) to [c].
-        overwrites: whether the function may write to its input, which then has to be a copy.
-        values: one [c_b] tensor for each block, if they have been computed already.
+        overwrites: whether the function may write to its input, which is then a copy.
+        values: one [c_b] tensor for each block, if already computed.
 
     """
 
@@ -127,7 +127,7 @@ class Coordinatewise(_PointOfValues):
         self._values = values
 
     def values(self, view: RowView) -> list[Tensor]:
-        """Return the function's values, computed in one pass, once."""
+        """Return the function's values, computed once, in one pass."""
         if self._values is None:
             values, scratch = [], Scratch()
             for index, block in enumerate(view.blocks.arriving):
@@ -139,8 +139,8 @@ class Coordinatewise(_PointOfValues):
         return self._values
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
-        """Return squared distances and their errors, in the pass that computes the values if that is yet to come."""
-        # A rule may have left out rows before it asked for the point, whose distances to the point matter all the same.
+        """Return squared distances and their errors, in the pass that computes the values unless they are known."""
+        # The point may have been computed without some rows whose distances from it are still needed.
         same_rows = torch.equal(view.rows, self._made_of.rows)
         if self._values is not None or not view.blocks.are_quick or not same_rows:
             return super().squared_distances(view)
@@ -152,7 +152,7 @@ class Coordinatewise(_PointOfValues):
                 value.copy_(self._at(chunk, scratch))
                 own = view.mixed(chunk, scratch)
                 difference = torch.sub(own, value, out=differences.like(own))
-                # Float32 within a chunk, float64 over the chunks.
+                # Float32 within a chunk, float64 over chunks.
                 norms.append(torch.linalg.vector_norm(difference, dim=1))
             values.append(whole)
         self._values = values
@@ -170,5 +170,5 @@ Point = LazyPoint | list[Tensor]
 
 
 def as_lazy(point: Point) -> LazyPoint:
-    """Return a point that knows its distances."""
+    """Return the point as a :class:`LazyPoint`."""
     return Given(point) if isinstance(point, list) else point

@@ -1,4 +1,4 @@
-"""Inner products of rows, taken once for all rules and views that need them."""
+"""Inner products of rows, computed once for all rules and views that need them."""
 
 from functools import cached_property
 
@@ -14,9 +14,9 @@ __all__ = ["Products", "StoredProducts"]
 
 
 class StoredProducts:
-    """Inner products of all stored rows about 0, from which those of any selection can be read.
+    """Inner products of all stored rows about 0, which include those of any selection.
 
-    Rows that are not finite spoil their own products only.
+    Non-finite rows only affect their own products.
 
     Args:
         blocks: the stored rows.
@@ -33,24 +33,24 @@ class StoredProducts:
 
     @cached_property
     def quick(self) -> Gram | None:
-        """The products by float32 arithmetic, with their errors, where that is quicker; None elsewhere."""
+        """The products in float32 arithmetic, with their errors, where that is faster; None elsewhere."""
         if not self.blocks.are_quick:
             return None
         sums = self.blocks.complete(torch.stack([quick_products(block) for block in self.blocks.arriving]).sum(0))
-        # Every rank holds as many columns of each of the rows, or all of them.
+        # Every rank holds the same number of columns, or all of them.
         return quick_gram(sums, num_columns=self.blocks.num_rows * self.blocks.num_columns)
 
     def squared_norms(self) -> Tensor:
-        """Return ||x_i||^2, [n], from what distances need as well: an accelerator is waited for once."""
+        """Return ||x_i||^2, [n], from the products that distances need as well, which synchronizes a GPU only once."""
         return (self.exact if self.quick is None else self.quick.products).diagonal()
 
     def about(self, origin: int | None, rows: Tensor, know_zero: bool) -> Tensor:
-        """Return the inner products of some rows as seen from one of them, in a pass of their own.
+        """Return the inner products of some rows about one of them, in a separate pass.
 
         Args:
-            origin: index into ``rows``, or into those and 0; None for 0.
+            origin: index into ``rows``, or into these and 0; None for 0.
             rows: indices of stored rows.
-            know_zero: whether 0 is a row as well, the last one.
+            know_zero: whether to append 0 as the last row.
 
         """
         size = len(rows) + know_zero
@@ -65,17 +65,17 @@ class StoredProducts:
 
 
 class Products:
-    """The inner products of some of the stored rows: in float32 where that is sharp enough, else with all digits.
+    """The inner products of some of the stored rows: in float32 if that is accurate enough, otherwise in float64.
 
-    Whatever is made of the same rows shares them, so that they cost one pass over the columns, or two.
+    All views and points of the same rows share them, so that they cost one pass over the columns, or two.
 
     Args:
-        stored: those of all stored rows.
+        stored: the products of all stored rows.
         rows: [n], indices of the rows whose products these are.
-        know_zero: whether 0 counts as one more row, which makes lengths known and not only distances.
+        know_zero: whether 0 counts as one more row, which gives lengths in addition to distances.
 
     Attributes:
-        known_gram: the products, if they have been computed already.
+        known_gram: the products, if already computed.
 
     """
 
@@ -90,7 +90,7 @@ class Products:
         return Products(self._stored, rows)
 
     def serving(self, is_affine: bool) -> "Products":
-        """Return what tells distances from a combination, whose weights sum to 1 if it is affine: else 0 has a part."""
+        """Return the products for distances from a combination, with 0 unless it is affine (weights sum to 1)."""
         return self if is_affine or self.know_zero else self._with_zero
 
     @cached_property
@@ -99,20 +99,20 @@ class Products:
 
     @property
     def gram(self) -> Gram:
-        """The products, about an origin that leaves the rows' distances sharp."""
+        """The products, about an origin for which the rows' distances are accurate."""
         if self.known_gram is None:
             self.known_gram = self._sharp_quick_gram() or self._exact_gram()
         return self.known_gram
 
     @property
     def exact_gram(self) -> Gram:
-        """The products with all the digits of float64."""
+        """The products, accurate to float64."""
         if self.gram.errors.any():
             self.known_gram = self._exact_gram()
         return self.gram
 
     def squared_norms(self) -> Tensor:
-        """Return ||x_i||^2, [n], without a pass of their own."""
+        """Return ||x_i||^2, [n], without a separate pass."""
         return self._stored.squared_norms()[self._rows]
 
     def _sharp_quick_gram(self) -> Gram | None:

@@ -1,4 +1,4 @@
-"""Inner products by float32 arithmetic, with bounds of their errors."""
+"""Inner products in float32 arithmetic, with bounds of their errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,20 +14,20 @@ __all__ = ["all_digits", "quick_gram", "quick_products"]
 _PIECE = 4096
 # Four times the rounding of float32.
 _ROUNDING_OF_PIECES = 4 * 2.0**-24
-# What a product may lose by underflow.
+# Largest error of a product by underflow.
 _TINY = 2.0**-126
 
 
 def quick_products(rows: Tensor) -> Tensor:
-    """Return inner products by float32 arithmetic, and what their errors are to be judged by.
+    """Return inner products in float32 arithmetic, and the sums that bound their errors.
 
-    4096 columns at a time are multiplied and summed up in float32, and the sums are added up in float64.
+    4096 columns at a time are multiplied and summed in float32; these sums are added up in float64.
 
     Args:
-        rows: [m, c] float32 on the CPU. Rows that are not finite spoil their own products only.
+        rows: [m, c] float32 on the CPU. Non-finite rows only affect their own products.
 
     Returns:
-        [2, m, m] float64: the products, and the sums over all pieces of ||x_i||^2 ||x_j||^2. Both may be added up over
+        [2, m, m] float64: the products, and the sums over all pieces of ||x_i||^2 ||x_j||^2. Both may be summed over
         blocks and ranks, for :func:`quick_gram`.
 
     Example:
@@ -47,11 +47,11 @@ def quick_products(rows: Tensor) -> Tensor:
 def quick_gram(sums: Tensor, num_columns: int) -> Gram:
     """Return the Gram matrix about 0 from the sums of :func:`quick_products` over all columns.
 
-    Rounding errors of the pieces are independent, so that they add up as the root of the sum of their squares.
+    Rounding errors of the pieces are independent, so they add up to the root of the sum of their squares.
 
     Args:
         sums: [2, m, m].
-        num_columns: at least as many as there were; each may have lost a product that is too small for float32.
+        num_columns: upper bound of their number; in each, a product may have underflowed.
 
     """
     products, squares = sums
@@ -60,7 +60,7 @@ def quick_gram(sums: Tensor, num_columns: int) -> Gram:
 
 @contextmanager
 def all_digits() -> Iterator[None]:
-    """Keep autocast out, and `torch.set_float32_matmul_precision`: both would have factors rounded to three digits."""
+    """Disable autocast and `torch.set_float32_matmul_precision`, which would round factors to three digits."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no stub of it
     setting = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -72,7 +72,7 @@ def all_digits() -> Iterator[None]:
 
 
 def _products(pieces: Tensor) -> Tensor:
-    # Row counts that vector registers don't like cost twice the time, so what is left over goes on its own.
+    # Row counts that are not multiples of vector registers take twice the time, so the remainder is separate.
     even = pieces.shape[1] // 8 * 8
     if even in (0, pieces.shape[1]):
         return torch.bmm(pieces, pieces.mT)

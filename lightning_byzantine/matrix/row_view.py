@@ -1,4 +1,4 @@
-"""Which rows of the blocks a matrix is made of, and how they are mixed."""
+"""Lazy selections and combinations of the stored rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ _REGISTERS = 64
 
 @dataclass(frozen=True)
 class RowView:
-    """m rows, each an affine combination of n stored rows, of which nothing has been computed.
+    """m rows, each an affine combination of n stored rows, computed lazily.
 
     Args:
         blocks: the stored rows.
         rows: [n], indices of those that may be read.
-        products: their inner products; where they know 0, lengths matter, since rows have been scaled.
-        mixing: [m, n] float64, the weights of each row; None for the n rows as they are.
+        products: their inner products; these include 0 if rows have been scaled, which makes lengths matter.
+        mixing: [m, n] float64, the weights of each row; None for the n rows unchanged.
 
     """
 
@@ -37,7 +37,7 @@ class RowView:
 
     @classmethod
     def of_all(cls, blocks: Blocks) -> "RowView":
-        """Return a view of all stored rows as they are."""
+        """Return a view of all stored rows, unchanged."""
         rows = torch.arange(blocks.num_rows)
         return cls(blocks, rows, Products(StoredProducts(blocks), rows))
 
@@ -53,11 +53,11 @@ class RowView:
 
     @property
     def is_everything(self) -> bool:
-        """Whether these are all stored rows as they are."""
+        """Whether these are all stored rows, unchanged."""
         return self.mixing is None and torch.equal(self.rows, torch.arange(self.blocks.num_rows))
 
     def select(self, rows: Tensor) -> "RowView":
-        """Keep the given rows only; stored rows of no use are not read any more."""
+        """Keep the given rows only; without mixing, the other stored rows are not read any more."""
         if self.mixing is not None:
             return self.mix(torch.eye(self.num_rows, dtype=torch.float64)[rows])
         stored = self.rows[rows]
@@ -68,26 +68,26 @@ class RowView:
         return replace(self, mixing=weights.double() @ self.weights)
 
     def scale(self, factors: Tensor) -> "RowView":
-        """Multiply every row by a number of its own, [m]."""
+        """Multiply each row by its factor, [m]."""
         return replace(self.mix(factors.double().diag()), products=self.products.serving(is_affine=False))
 
     def gram(self, of_rows: Gram) -> Gram:
-        """Return the inner products of these rows, given those of the n they are made of."""
+        """Return the inner products of these rows, given those of the n stored rows."""
         return of_rows if self.mixing is None else of_rows.points(self.mixing)
 
     def mixed(self, chunk: Tensor, scratch: Scratch) -> Tensor:
-        """Return these rows, [m, c], of a chunk of the n they are made of; only mixed ones need the memory."""
+        """Return these rows, [m, c], given a chunk of the n stored rows; only mixed rows use ``scratch``."""
         return chunk if self.mixing is None else self._mixed(chunk, self.mixing, scratch)
 
     def writable(self, chunk: Tensor, scratch: Scratch) -> Tensor:
-        """Return the same in memory that may be written to."""
+        """Return the same as a copy that may be written to."""
         return scratch.like(chunk).copy_(chunk) if self.mixing is None else self.mixed(chunk, scratch)
 
     def sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 statistic [m] of chunks [m, c] over all columns of all ranks.
 
         Args:
-            statistic: takes a chunk and ``at``; ``at(vector)`` is the vector's part that the chunk covers.
+            statistic: takes a chunk and ``at``; ``at(vector)`` is the part of a vector in the chunk's columns.
 
         """
         total = torch.zeros(self.num_rows, dtype=torch.float64, device=self.blocks.device)
@@ -106,7 +106,7 @@ class RowView:
         return self.sum_over_columns(lambda chunk, _: chunk.square().sum(1))
 
     def quick_squared_norms(self) -> Tensor:
-        """Return ||x_i||^2, [m], to six digits, where float32 arithmetic is quicker."""
+        """Return ||x_i||^2, [m], to six digits where float32 arithmetic is faster."""
         if not self.blocks.are_quick:
             return self.squared_norms()
         scratch = Scratch()
@@ -123,8 +123,8 @@ class RowView:
             for row, weights in zip(mixed, mixing, strict=True):
                 weighted_sum(chunk, weights, out=row)
             return mixed
-        # The last columns of a product are computed in another way if vector registers are not full, and then come
-        # out different in the last digit, depending on where the chunk was cut.
+        # Otherwise the last columns, which don't fill vector registers, would be computed in another way, with other
+        # last digits that depend on the chunk.
         missing = -chunk.shape[1] % _REGISTERS
         padded = nn.functional.pad(chunk, (0, missing)) if missing else chunk
         with all_digits():
@@ -141,9 +141,9 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
         out: [c].
 
     """
-    # Row by row and without fused operations, not as a product of matrices: each coordinate then comes out the same
-    # to the bit wherever DDP's buckets or the chunks are cut, which a resumed run needs, and as stock DDP has it; and
-    # neither autocast nor TensorFloat-32, which round to three digits, have a say in it.
+    # Row by row and without fused operations, not as a product of matrices: each coordinate is then the same to the bit
+    # for any buckets of DDP and any chunks, which a resumed run needs, and the same as in stock DDP. It also avoids
+    # autocast and TensorFloat-32, which round to three digits.
     used = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
     if not used:  # a row that was scaled to 0
         out.zero_()

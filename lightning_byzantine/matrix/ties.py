@@ -1,13 +1,12 @@
-"""How ties are broken, once for all rules."""
+"""Tie-breaking for all rules."""
 
 import torch
 from torch import Tensor
 
 __all__ = ["is_decided", "mean_of", "nearest"]
 
-# Distances that should be equal differ by rounding, 1e-10 of them at worst where they come from a Gram matrix, and
-# depending on how columns are cut into blocks. Anything this close counts as a tie, so that rounding never decides
-# which worker is kept.
+# Equal distances differ by rounding, by a fraction of at most 1e-10 if they come from a Gram matrix, which depends on
+# the column blocks. Anything this close counts as a tie, so that rounding never decides which worker is kept.
 _TIE = 1e-9
 
 
@@ -18,7 +17,7 @@ def nearest(distances: Tensor, count: int) -> Tensor:
 
     Args:
         distances: [.., m], float64, non-negative.
-        count: how many to keep, at most m.
+        count: number of indices, at most m.
 
     Returns:
         [.., count]: exactly ``count`` indices, nearest first.
@@ -36,7 +35,7 @@ def nearest(distances: Tensor, count: int) -> Tensor:
 
 
 def is_decided(low: Tensor, high: Tensor, count: int) -> bool:
-    """Tell whether the ``count`` smallest values are known, of values that are known to be between two bounds.
+    """Return whether bounds on values are tight enough to know which ``count`` values are the smallest.
 
     Args:
         low: [.., n], lower bounds.

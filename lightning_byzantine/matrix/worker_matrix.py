@@ -1,4 +1,4 @@
-"""The matrix of all workers' vectors, cut into column blocks: what rules and attacks see of it."""
+"""The matrix of all workers' vectors, stored in column blocks, which rules and attacks work on."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -17,31 +17,30 @@ from lightning_byzantine.matrix.ties import is_decided, nearest
 
 __all__ = ["Names", "WorkerMatrix"]
 
-# The parameters that make up a block, in order; None for one that is switched off, as `toggle_optimizer` does.
+# The parameters of a block, in order; None for a frozen one, such as by `toggle_optimizer`.
 Names = tuple[str | None, ...]
 
-# Largest squared norm of float64 rows: sums of squared distances over the workers must not overflow either.
+# Largest squared norm of float64 rows, so that sums of squared distances over the workers don't overflow either.
 _LARGEST_SQUARED_NORM = 1e300
 
 
 class WorkerMatrix:
-    """m rows (workers) x d columns (coordinates), stored as column blocks [m, c_b] of any floating dtypes.
+    """m rows (workers) x d columns (coordinates), stored as column blocks [m, c_b] of any floating-point dtypes.
 
-    Rows can be dropped (:meth:`select`), replaced by affine combinations of themselves (:meth:`mix`) and made shorter
-    (:meth:`scale`) at no cost: all give a lazy view. All statistics are float64 tensors on the CPU, so that a rule's
-    small mathematics needs one copy off the device for each pass over the columns. Nothing is ever written to the
-    blocks.
+    Rows can be dropped (:meth:`select`), replaced by affine combinations (:meth:`mix`) and scaled (:meth:`scale`) at no
+    cost: all return a lazy view. All statistics are float64 tensors on the CPU, so that each pass over the columns
+    copies from the device once. The blocks are never written to.
 
     Args:
-        blocks: column blocks, each [m, c_b], on one device. Passes over the columns wait for each when they come to it.
-        complete: sums a statistic over all ranks, where each holds other columns of the same rows.
-        shard: which of those columns these are; 0 where a rank holds them all.
-        layout: for each block, the names of the parameters whose flattened values its columns are, or were before the
-            matrix was cut into shards; None for a plain tensor. DDP changes it once, after a process's first step.
+        blocks: column blocks, each [m, c_b], on one device. Passes over the columns wait for each when they reach it.
+        complete: sums a statistic over all ranks, if these hold different columns of the same rows.
+        shard: index of this rank's columns; 0 if each rank holds all of them.
+        layout: for each block, the names of the parameters whose flattened values are its columns (before the matrix
+            was divided into shards); None for a plain tensor. DDP changes it once, after a process's first step.
 
     Attributes:
-        previous: what was aggregated in the step before, one [c_b] tensor for each block; None in the first step, and
-            where the rule has no use for it.
+        previous: the aggregate of the previous step, one [c_b] tensor for each block; None in the first step, and if
+            the rule does not use it.
 
     Example:
         >>> matrix = WorkerMatrix([torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [4.0]])])
@@ -64,11 +63,11 @@ class WorkerMatrix:
         self.layout = layout
         self.previous: list[Tensor] | None = None
         self._view = RowView.of_all(Blocks(blocks, complete))
-        self._distances_from_center: Tensor | None = None  # of the center that was measured last
+        self._distances_from_center: Tensor | None = None  # for the last center
 
     @property
     def blocks(self) -> list[Tensor]:
-        """The blocks, all of them arrived; other rows than :attr:`workers` must not be read."""
+        """All blocks, after waiting for them; only the rows of :attr:`workers` may be read."""
         return list(self._view.blocks.arriving)
 
     @property
@@ -78,7 +77,7 @@ class WorkerMatrix:
 
     @property
     def workers(self) -> Tensor:
-        """Indices of the workers whose rows this matrix, or the one it mixes, was made of: some may be dropped."""
+        """Indices of the workers whose rows this matrix contains or mixes, without dropped ones."""
         return self._view.rows
 
     def select(self, rows: Tensor) -> "WorkerMatrix":
@@ -100,7 +99,7 @@ class WorkerMatrix:
         return self._seen_by(self._view.mix(weights))
 
     def scale(self, factors: Tensor) -> "WorkerMatrix":
-        """Multiply every row by a number of its own: lengths are about 0, which the inner products then have to know.
+        """Multiply each row by its factor.
 
         Args:
             factors: [m].
@@ -109,7 +108,7 @@ class WorkerMatrix:
         return self._seen_by(self._view.scale(factors))
 
     def map_blocks(self, function: Callable[[Tensor], Tensor]) -> "WorkerMatrix":
-        """Return a matrix of new blocks, each ``function`` of an old one: how simulated attacks rewrite rows."""
+        """Return a matrix of ``function(block)`` for each block; simulated attacks use this to rewrite rows."""
         return self.with_blocks([function(block) for block in self._view.blocks.arriving])
 
     def with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
@@ -117,16 +116,16 @@ class WorkerMatrix:
         return self._seen_by(RowView.of_all(Blocks(blocks, self._view.blocks.complete)))
 
     def with_previous(self, previous: list[Tensor] | None) -> "WorkerMatrix":
-        """Return the same rows, knowing what was aggregated in the step before."""
+        """Return the same rows with :attr:`previous` set."""
         matrix = copy(self)
         matrix.previous = previous
         return matrix
 
     def completed_by(self, wrap: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> "WorkerMatrix":
-        """Return the same blocks with another way to sum a statistic over all ranks.
+        """Return the same blocks with another function that sums a statistic over all ranks.
 
         Args:
-            wrap: makes it of the present way.
+            wrap: maps the current function to the new one.
 
         """
         blocks = self._view.blocks
@@ -146,33 +145,33 @@ class WorkerMatrix:
         return self.combine(torch.full((self.num_workers,), 1 / self.num_workers, dtype=torch.float64))
 
     def coordinatewise(self, function: Callable[[Tensor], Tensor], overwrites: bool = True) -> Coordinatewise:
-        """Return the point whose every coordinate is a function of m values, lazily; one pass when it is computed.
+        """Return the point of which each coordinate is a function of m values, lazily, in one pass when computed.
 
         Args:
             function: maps m rows [m, c] (float32, or float64 for float64 blocks) to [c].
-            overwrites: whether it may write to these rows, which are a copy then.
+            overwrites: whether it may write to these rows, which are then a copy.
 
         """
         return Coordinatewise(self._view, function, overwrites)
 
     def squared_norms(self) -> Tensor:
-        """Return ||x_i||^2, [m], in one pass; non-finite where the row or the float64 sum is."""
+        """Return ||x_i||^2, [m], in one pass; non-finite if the row is, or the float64 sum overflows."""
         return self._view.squared_norms()
 
     def squared_distances(self) -> Tensor:
-        """Return ||x_i - x_j||^2, [m, m]: through the Gram matrix, one pass for all rules and views together."""
+        """Return ||x_i - x_j||^2, [m, m], from the Gram matrix: one pass for all rules and views together."""
         return self._gram().squared_distances()[0]
 
     def exact_squared_distances(self) -> Tensor:
-        """Return ||x_i - x_j||^2, [m, m], in float64: for what is not lowest where distances are."""
+        """Return ||x_i - x_j||^2, [m, m], in float64: for statistics that don't grow with each of the distances."""
         return self._view.gram(self._view.products.exact_gram).squared_distances()[0]
 
     def lowest(self, statistic: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        """Return where a statistic of the squared distances is lowest, ties broken by index.
+        """Return the indices of the lowest values of a statistic of squared distances, ties broken by index.
 
         Args:
             statistic: maps [m, m] to [k, n], or [n]; must grow with each of the distances.
-            count: how many to find, at most n.
+            count: number of indices, at most n.
 
         Returns:
             [k, count], or [count]: indices in [0, n), lowest first.
@@ -201,18 +200,18 @@ class WorkerMatrix:
         return steps.squared_norms()[0].sqrt().squeeze(0)
 
     def materialize(self, point: Point) -> list[Tensor]:
-        """Compute a point: one [c_b] tensor a block, in the block's dtype. One pass for a :class:`Combination`."""
+        """Compute a point: one [c_b] tensor per block, in the block's dtype. One pass for a :class:`Combination`."""
         values = as_lazy(point).values(self._view)
         return [part.to(block.dtype) for part, block in zip(values, self._view.blocks.memory, strict=True)]
 
     def measure(self, from_products: bool = False) -> Measurement:
-        """Tell which rows are finite and have a squared norm that does not overflow the columns' dtype.
+        """Return which rows are finite and have a squared norm that does not overflow the columns' dtype.
 
         The limit is float32's for half-precision columns, whose sums are never kept in half precision, and 1e300 for
-        float64 columns, which leaves room for sums over the workers.
+        float64 columns, so that sums over the workers don't overflow either.
 
         Args:
-            from_products: look at the inner products, which somebody is going to need: no pass of its own then.
+            from_products: whether to use the inner products, if these are needed anyway, instead of another pass.
 
         """
         view = self._view
@@ -221,7 +220,7 @@ class WorkerMatrix:
         return self._measurement(norms)
 
     def measure_and_compute(self, function: Compiled) -> Measurement:
-        """Do what :meth:`measure` does, in the pass that computes a point, unless rows are missing or too large.
+        """Do the same as :meth:`measure` in the pass that computes a point, unless rows are missing or too large.
 
         Args:
             function: of every column.
@@ -238,14 +237,14 @@ class WorkerMatrix:
         return self._measurement(self._view.quick_squared_norms(), point)
 
     def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
-        """Return distances that need neither a pass over the columns nor a collective, and what they are from.
+        """Return distances that are known without a pass over the columns or a collective.
 
         Args:
             point: the rule's result.
 
         Returns:
-            [m] and True for ||x_i - point||, where there are inner products already; [m] and False for distances from
-            the center that was measured last; None and False where there is neither.
+            [m] and True for ||x_i - point||, if inner products are known; [m] and False for distances from the center
+            of the last :meth:`nearest` or :meth:`distances`; None and False if neither is known.
 
         """
         if isinstance(point, Combination):
