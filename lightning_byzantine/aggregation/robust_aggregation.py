@@ -1,7 +1,7 @@
 """The aggregation by a robust rule."""
 
 from lightning_byzantine.aggregation.aggregation import Aggregated
-from lightning_byzantine.aggregation.bit_count import BitCount
+from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregators import Aggregator, Report

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregation.aggregation import Aggregated, PlainMean
-from lightning_byzantine.aggregation.bit_count import BitCount
+from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.errors import ByzantineBreakdownError
