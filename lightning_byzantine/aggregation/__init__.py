@@ -1,1 +1,1 @@
-"""What happens to the workers' rows in one step."""
+"""Aggregation of the workers' gradients in each step, without Lightning."""

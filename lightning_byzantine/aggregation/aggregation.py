@@ -1,4 +1,4 @@
-"""What is made of the matrix of all workers' vectors in one step."""
+"""The interface of aggregations, and the simplest of them."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +17,7 @@ class Aggregated:
 
     Args:
         parts: one [c_b] tensor for each block of the matrix.
-        dropped: indices of the workers whose vectors had no say, whatever they are worth.
+        dropped: indices of the workers whose vectors were dropped before the rule ran.
 
     """
 
@@ -26,11 +26,11 @@ class Aggregated:
 
 
 class Aggregation(Protocol):
-    """Makes one vector of all workers' vectors.
+    """Combines all workers' vectors into one.
 
     Attributes:
-        takes_estimates: whether workers are to send what the estimator makes of their gradients, not the gradients.
-        last_aggregate: keeps what was aggregated last, for a rule that starts from it; None for others.
+        takes_estimates: whether workers send the estimator's estimates instead of gradients.
+        last_aggregate: keeps the previous aggregate, for a rule that starts from it; None for others.
 
     """
 
@@ -45,7 +45,7 @@ class Aggregation(Protocol):
 
 
 class PlainMean:
-    """What stock DDP does."""
+    """The mean, as in stock DDP."""
 
     takes_estimates = False
     last_aggregate: LastAggregate | None = None
@@ -55,13 +55,13 @@ class PlainMean:
         return self.mean(matrix)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the mean of all rows, not by the rule Mean, which would drop what stock DDP lets through."""
+        """Return the mean of all rows, including non-finite ones, which the rule ``Mean`` would drop."""
         return Aggregated(matrix.materialize(matrix.mean()))
 
 
 class SingleWorker(PlainMean):
-    """What is left to do where there is nobody else: nothing."""
+    """The identity, for a single worker."""
 
     def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the only row as it is."""
+        """Return the only row."""
         return Aggregated([block[0] for block in matrix.blocks])
