@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
 
@@ -85,33 +85,28 @@ class Heartbeat:
 
     def _beat(self) -> None:
         published = 0
-        try:
+        with suppress(RuntimeError):  # raised if the store is gone
             while not self._stopped.wait(_PERIOD):
                 reached = self._collectives
                 self._store.add(f"reached/{self._rank}", reached - published)
                 self._store.add(f"beats/{self._rank}", 1)
                 published = reached
-        except RuntimeError:
-            return  # the store is gone
 
     def _find_lost(self, timed_out: bool) -> WorkerLostError | None:
         # In another thread, because the store of a stopped process does not answer, and calls have no timeout.
         found: list[WorkerLostError | None] = []
-        thread = Thread(target=lambda: found.append(self._find_and_wait(timed_out)), daemon=True)
+
+        def find() -> None:
+            with suppress(RuntimeError):  # raised if the store is gone
+                lost = self._judge(timed_out)
+                if lost is not None:
+                    self._wait_for_others(lost)
+                found.append(lost)
+
+        thread = Thread(target=find, daemon=True)
         thread.start()
         thread.join(4 * _PATIENCE)
         return found[0] if found else _without_store()
-
-    def _find_and_wait(self, timed_out: bool) -> WorkerLostError | None:
-        try:
-            lost = self._judge(timed_out)
-            if lost is not None:
-                self._store.add(f"judged/{self._rank}", 1)
-                if self._rank == 0:
-                    self._wait_for({*range(1, self._num_ranks)} - {*lost.ranks})
-        except RuntimeError:
-            return _without_store()
-        return lost
 
     def _judge(self, timed_out: bool) -> WorkerLostError | None:
         before = self._read("beats")
@@ -124,25 +119,23 @@ class Heartbeat:
         silent = [rank for rank in range(self._num_ranks) if rank != self._rank and before[rank] == after[rank]]
         behind = [rank for rank, reached in enumerate(self._read("reached")) if reached < self._collectives]
         if silent:
-            lost = WorkerLostError(
-                silent, f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
-            )
+            reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
         elif timed_out and behind and self._rank not in behind:
-            lost = WorkerLostError(
-                behind, f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
-            )
+            reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
         else:
             return None
+        lost = WorkerLostError(silent or behind, reason)
         self._store.set("lost", f"{','.join(map(str, lost.ranks))}:{lost.reason}")
         return lost
 
-    def _wait_for(self, others: set[int]) -> None:
-        """Wait until the others have found out as well, because the store may end with this process."""
+    def _wait_for_others(self, lost: WorkerLostError) -> None:
+        """Tell the others that this rank has found out; rank 0 waits for them, because the store may end with it."""
+        self._store.add(f"judged/{self._rank}", 1)
+        unaware = set(range(self._num_ranks)) - set(lost.ranks) if self._rank == 0 else set()
         deadline = time.monotonic() + 2 * _PATIENCE
-        while time.monotonic() < deadline:
+        while unaware and time.monotonic() < deadline:
             judged = self._read("judged")
-            if all(judged[rank] for rank in others):
-                return
+            unaware = {rank for rank in unaware if not judged[rank]}
             time.sleep(_PERIOD / 5)
 
     def _read(self, what: str) -> list[int]:

@@ -37,16 +37,12 @@ def gather_identities(device: torch.device) -> list[Identity]:
         device: where this rank trains.
 
     """
-    own = f"{socket.gethostname()}\n{_describe(device)}".encode()[:_LENGTH].ljust(_LENGTH, b"\0")
-    sent = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    own = f"{socket.gethostname()}\n{device}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        own += f" {properties.name} {properties.uuid}"
+    sent = torch.frombuffer(bytearray(own.encode()[:_LENGTH].ljust(_LENGTH, b"\0")), dtype=torch.uint8)
     return [_parse(received) for received in gather(sent.to(device))]
-
-
-def _describe(device: torch.device) -> str:
-    if device.type != "cuda":
-        return str(device)
-    properties = torch.cuda.get_device_properties(device)
-    return f"{device} {properties.name} {properties.uuid}"
 
 
 def _parse(received: Tensor) -> Identity:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.torch_internals import _BufferCommHookLocation
 from lightning_byzantine.exchange.votes import majority, median, outvoted
 
@@ -34,15 +33,12 @@ class RobustBuffers:
     """
 
     def __init__(
-        self,
-        model: DistributedDataParallel,
-        gather: Callable[[Tensor], Tensor] = gather_rows,
-        notice: Callable[[Tensor], None] = lambda outvoted: None,
+        self, model: DistributedDataParallel, gather: Callable[[Tensor], Tensor], notice: Callable[[Tensor], None]
     ) -> None:
         self._model = model
         self._gather = gather
         self._notice = notice
-        model._register_buffer_comm_hook(self, _hook, _BufferCommHookLocation.PRE_FORWARD)
+        model._register_buffer_comm_hook(self, RobustBuffers.vote, _BufferCommHookLocation.PRE_FORWARD)
 
     def synchronize(self) -> None:
         """Vote now instead of before the next forward, for example to save the buffers in a checkpoint."""
@@ -50,17 +46,17 @@ class RobustBuffers:
             self._model._sync_buffers()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def vote(self, buffers: list[Tensor]) -> None:
+    def vote(self, buffers: dict[str, Tensor]) -> None:
         """Overwrite the buffers with the result of the vote.
 
         Args:
-            buffers: of any shapes and dtypes, the same on all ranks.
+            buffers: by name, of any shapes and dtypes, the same on all ranks.
 
         """
         if not buffers:
             return
         # As bytes, so that buffers of all dtypes need one collective.
-        parts = [torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers]
+        parts = [torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers.values()]
         parts.sort(key=lambda part: str(part.dtype))
         groups = [list(group) for _, group in groupby(parts, key=lambda part: part.dtype)]
         flats = [torch.cat([part.flatten() for part in group]) for group in groups]
@@ -76,7 +72,3 @@ class RobustBuffers:
                 voted = majority(reports)
             for part, value in zip(group, torch.split(voted, [part.numel() for part in group]), strict=True):
                 part.copy_(value.view(part.shape))
-
-
-def _hook(state: RobustBuffers, buffers: dict[str, Tensor]) -> None:
-    state.vote(list(buffers.values()))

@@ -10,12 +10,7 @@ from lightning_byzantine.exchange.votes import median, order_statistic, outvoted
 __all__ = ["robust_reduce"]
 
 
-def robust_reduce(
-    tensor: Tensor,
-    reduce_op: str,
-    num_byzantine: int,
-    notice: Callable[[Tensor], None] = lambda outvoted: None,
-) -> Tensor:
+def robust_reduce(tensor: Tensor, reduce_op: str, num_byzantine: int, notice: Callable[[Tensor], None]) -> Tensor:
     """Reduce a tensor over all ranks, in place as Lightning does. NaN counts as the largest value.
 
     ::
