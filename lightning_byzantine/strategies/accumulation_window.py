@@ -51,7 +51,7 @@ class AccumulationWindow:
     @property
     def position(self) -> int:
         """Index of the current batch in the window, from 0."""
-        return self._position_of(self._num_started - 1)
+        return (self._num_started - 1) % self._trainer.accumulate_grad_batches
 
     @property
     def worker(self) -> int:
@@ -61,7 +61,8 @@ class AccumulationWindow:
     @property
     def next_worker(self) -> int:
         """The worker that the next batch, which is being moved to the device, belongs to, in [0, k)."""
-        return self._position_of(self._num_started) % self.num_local_workers
+        # A window has a multiple of k batches, so this starts at 0 with each window.
+        return self._num_started % self.num_local_workers
 
     @property
     def is_complete(self) -> bool:
@@ -77,6 +78,3 @@ class AccumulationWindow:
     def _num_started(self) -> int:
         # In this epoch. Lightning counts a batch once it is on the device.
         return self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def _position_of(self, batch: int) -> int:
-        return batch % self._trainer.accumulate_grad_batches

@@ -220,13 +220,11 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        self._load_quarantine(checkpoint.get(_CHECKPOINT_KEY, {}))
-        if self.restart_estimator:
-            if self.estimator is not None:
-                self.estimator.reset()
-        elif _CHECKPOINT_KEY in checkpoint:
-            self._states().load(checkpoint[_CHECKPOINT_KEY])
-        else:
+        state = checkpoint.get(_CHECKPOINT_KEY, {})
+        self._load_quarantine(state)
+        if state and not self.restart_estimator:
+            self._states().load(state)
+        elif not self.restart_estimator:
             rank_zero_warn(
                 f"The checkpoint was not written by {type(self).__name__}, so the estimator and the aggregator start"
                 " afresh."
@@ -235,8 +233,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     def _aggregation(self) -> Aggregation:
         """Return what is to be made of the workers' vectors."""
-        is_transparent = self.estimator is None or self.estimator.transparent
-        if self.num_workers == 1 and is_transparent:
+        if self.num_workers == 1 and (self.estimator is None or self.estimator.transparent):
             return SingleWorker()
         if self.shadow:
             beta = 0.0 if self.estimator is None else self.estimator.memory

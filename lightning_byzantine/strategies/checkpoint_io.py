@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_byzantine.strategies.lightning_internals import _PATH, _is_local_file_protocol, get_filesystem
+from lightning_byzantine.strategies.lightning_internals import _is_local_file_protocol, get_filesystem
 
 __all__ = ["AtomicCheckpointIO"]
 
@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_byzantine.errors import InconsistentRanksError
 from lightning_byzantine.exchange.collectives import gather
@@ -16,6 +16,7 @@ from lightning_byzantine.exchange.fingerprint import fingerprints, leaves, with_
 __all__ = ["ConsistencyCheck"]
 
 
+@dataclass
 class ConsistencyCheck:
     """Compares fingerprints of the state that should be the same on all ranks, every few steps.
 
@@ -32,20 +33,12 @@ class ConsistencyCheck:
 
     """
 
-    def __init__(
-        self,
-        every_n_steps: int,
-        on_inconsistency: Literal["raise", "restore"],
-        state: Callable[[], dict[str, Any]],
-        load: Callable[[dict[str, Any]], None],
-        device: torch.device,
-    ) -> None:
-        self._every_n_steps = every_n_steps
-        self._restores = on_inconsistency == "restore"
-        self._state = state
-        self._load = load
-        self._device = device
-        self._steps = 0
+    every_n_steps: int
+    on_inconsistency: Literal["raise", "restore"]
+    state: Callable[[], dict[str, Any]]
+    load: Callable[[dict[str, Any]], None]
+    device: torch.device
+    _steps: int = field(default=0, init=False)
 
     def after_step(self) -> None:
         """Count a step, and compare after every ``every_n_steps``.
@@ -57,13 +50,13 @@ class ConsistencyCheck:
 
         """
         self._steps += 1
-        if self._steps % self._every_n_steps == 0:
+        if self._steps % self.every_n_steps == 0:
             self._compare()
 
     def _compare(self) -> None:
-        state = self._state()
+        state = self.state()
         own = torch.frombuffer(bytearray(b"".join(fingerprints(state))), dtype=torch.uint8)
-        reports = [bytes(report.tolist()) for report in gather(own.to(self._device))]
+        reports = [bytes(report.tolist()) for report in gather(own.to(self.device))]
         most, votes = Counter(reports).most_common(1)[0]
         if votes == len(reports):
             return
@@ -72,19 +65,16 @@ class ConsistencyCheck:
         minority = [rank for rank, report in enumerate(reports) if report != most]
         error = InconsistentRanksError(minority, len(reports), self._steps)
         layouts = {report[: len(report) // 2] for report in reports}
-        if not self._restores or len(layouts) > 1:
+        if self.on_inconsistency == "raise" or len(layouts) > 1:
             raise error
-        values = self._receive(leaves(state), source=reports.index(most))
+        source = reports.index(most)
+        # Tensors only: unpickling an object from another rank could run its code.
+        values = [value.detach().to(self.device, copy=True).contiguous() for value in leaves(state)]
+        for value in values:
+            dist.broadcast(value, src=source)
         if dist.get_rank() in minority:
             restored = with_leaves(state, iter(values))
             if b"".join(fingerprints(restored)) != most:
-                raise InconsistentRanksError([reports.index(most)], len(reports), self._steps)
-            self._load(restored)
-        rank_zero_warn(f"{error}. They were replaced by those of rank {reports.index(most)}.")
-
-    def _receive(self, values: list[Tensor], source: int) -> list[Tensor]:
-        # Tensors only: unpickling an object from another rank could run its code.
-        copies = [value.detach().to(self._device, copy=True).contiguous() for value in values]
-        for value in copies:
-            dist.broadcast(value, src=source)
-        return copies
+                raise InconsistentRanksError([source], len(reports), self._steps)
+            self.load(restored)
+        rank_zero_warn(f"{error}. They were replaced by those of rank {source}.")

@@ -10,9 +10,6 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_fil
 # Moves the states of optimizers to the CPU when a run ends, as Lightning does with the optimizers that it knows.
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 
-# The type of paths in the signature of CheckpointIO, which the overrides have to repeat.
-from lightning.fabric.utilities.types import _PATH
-
 # Base class of asynchronous checkpoints, which have another CheckpointIO inside that can be replaced.
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
@@ -20,7 +17,6 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 
 __all__ = [
-    "_PATH",
     "_DDPForwardRedirection",
     "_WrappingCheckpointIO",
     "_is_local_file_protocol",

@@ -63,12 +63,8 @@ class SkippedSteps:
         try:
             return step(optimizer, guarded, *args, **kwargs)
         except _SkipStepError as skip:
-            return skip.loss
+            return skip.args[0]
 
 
 class _SkipStepError(Exception):
-    """Leaves an optimizer's step after the closure and before anything has moved: neither parameters nor state."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__()
-        self.loss = loss
+    """Leaves an optimizer's step before parameters or state have changed; holds the loss that the closure returned."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -54,10 +55,10 @@ def isolated(module: pl.LightningModule, batch: Any) -> Iterator[None]:
             stack.enter_context(replaced(results, log=_nothing))
         for part in own.modules:
             if isinstance(part, pl.LightningModule):
-                all_gather = _warning(part.all_gather)
+                all_gather = partial(_warn_and_gather, part.all_gather)
                 stack.enter_context(replaced(part, log=_nothing, print=_nothing, all_gather=all_gather))
             elif isinstance(part, Metric):
-                stack.enter_context(replaced(part, distributed_available_fn=_never))
+                stack.enter_context(replaced(part, distributed_available_fn=lambda: False))
         yield
         if handed_in.changed:
             raise MisconfigurationException(
@@ -90,15 +91,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, whatever the arguments."""
 
 
-def _never() -> bool:
-    return False
-
-
-def _warning(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    def warn_and_gather(*args: Any, **kwargs: Any) -> Any:
-        rank_zero_warn(
-            "`self.all_gather` in `training_step` runs twice a step under double momentum, since the loss may need it."
-        )
-        return all_gather(*args, **kwargs)
-
-    return warn_and_gather
+def _warn_and_gather(all_gather: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    rank_zero_warn(
+        "`self.all_gather` in `training_step` runs twice a step under double momentum, since the loss may need it."
+    )
+    return all_gather(*args, **kwargs)

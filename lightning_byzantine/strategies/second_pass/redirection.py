@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -21,6 +22,7 @@ from lightning_byzantine.utilities.replacing import replaced
 __all__ = ["PreviousPointRedirection"]
 
 
+@dataclass(eq=False)
 class PreviousPointRedirection(_DDPForwardRedirection):
     """Runs ``training_step`` at x_{t-1} first, for the gradient g~_t alone, and then as Lightning does.
 
@@ -36,27 +38,15 @@ class PreviousPointRedirection(_DDPForwardRedirection):
 
     """
 
-    def __init__(
-        self,
-        optimizer: DoubleMomentum,
-        max_norm: float | None,
-        loss_scale: Callable[[], float | None],
-        window: AccumulationWindow,
-    ) -> None:
-        self._optimizer = optimizer
-        self._max_norm = max_norm
-        self._loss_scale = loss_scale
-        self._window = window
-        self._sums: list[dict[str, Tensor]] = []
+    optimizer: DoubleMomentum
+    max_norm: float | None
+    loss_scale: Callable[[], float | None]
+    window: AccumulationWindow
+    _sums: list[dict[str, Tensor]] = field(default_factory=list, init=False)
 
     @override
     def __call__(
-        self,
-        wrapper_module: nn.Module,
-        original_module: pl.LightningModule,
-        method_name: str,
-        *args: Any,
-        **kwargs: Any,
+        self, wrapper_module: nn.Module, original_module: LightningModule, method_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         if method_name != "training_step" or skips_backward(original_module.trainer):
             return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
@@ -65,7 +55,9 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         def both_passes(*args: Any, **kwargs: Any) -> Any:
             replacement.close()  # so that the module is as its user made it when its step runs
             assert isinstance(wrapper_module, DistributedDataParallel)
-            self._collect(original_module, training_step, args, kwargs, wrapper_module.require_backward_grad_sync)
+            self._collect(original_module, training_step, args, kwargs)
+            if wrapper_module.require_backward_grad_sync:
+                self.optimizer.estimator.begin(*map(self._clipped, self._sums))
             return training_step(*args, **kwargs)
 
         with replacement:
@@ -73,41 +65,34 @@ class PreviousPointRedirection(_DDPForwardRedirection):
             return super().__call__(wrapper_module, original_module, method_name, *args, **kwargs)
 
     def _collect(
-        self,
-        module: pl.LightningModule,
-        training_step: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_last: bool,
+        self, module: LightningModule, training_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._window.position == 0:
-            self._sums = [{} for _ in range(self._window.num_local_workers)]
+        if self.window.position == 0:
+            self._sums = [{} for _ in range(self.window.num_local_workers)]
         # In the same steps on all ranks, because a training step may contain collectives.
-        if self._optimizer.estimator.step > 1:
-            with isolated(module, (args, kwargs)), self._optimizer.swapped_to_previous_point():
+        if self.optimizer.estimator.step > 1:
+            with isolated(module, (args, kwargs)), self.optimizer.swapped_to_previous_point():
                 gradients = self._gradients(module, training_step(*args, **kwargs))
-            total = self._sums[self._window.worker]
+            total = self._sums[self.window.worker]
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient
-        if is_last:
-            self._optimizer.estimator.begin(*map(self._clipped, self._sums))
 
     def _clipped(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self._max_norm is None:
+        if self.max_norm is None:
             return gradients
-        factor = clipping_factor(list(gradients.values()), self._max_norm)
+        factor = clipping_factor(list(gradients.values()), self.max_norm)
         return {name: gradient * factor for name, gradient in gradients.items()}
 
-    def _gradients(self, module: pl.LightningModule, output: Any) -> dict[str, Tensor]:
+    def _gradients(self, module: LightningModule, output: Any) -> dict[str, Tensor]:
         """Return the gradients of the training step's loss, flat and without the loss scale."""
         loss = output["loss"] if isinstance(output, Mapping) else output
         if loss is None:
             return {}  # Lightning warns of it, or raises, after the ordinary pass
-        scale = self._loss_scale()
+        scale = self.loss_scale()
         parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         # As in the ordinary pass, where backward runs outside of autocast.
         with torch.autocast(module.device.type, enabled=False):
-            loss = loss / self._window.batches_of_a_worker * (1.0 if scale is None else scale)
+            loss = loss / self.window.batches_of_a_worker * (1.0 if scale is None else scale)
             gradients = _gradients_of(loss, list(parameters.values()))
         return {
             name: unscaled(flattened(gradient, parameters[name]), scale)

@@ -86,8 +86,6 @@ class Snapshot:
         if id(value) in self._seen:
             return ()
         self._seen[id(value)] = value
-        if isinstance(value, Tensor):
-            return self._visit_tensor(value)
         if isinstance(value, nn.Module):
             self.modules.append(value)
             return self._visit_dict(vars(value), skip=_HOOKS)
@@ -101,27 +99,26 @@ class Snapshot:
             return ()
         return self._visit_dict(vars(value)) if _has_own_state(value) else ()
 
-    def _visit_tensor(self, tensor: Tensor) -> Iterable[Any]:
+    def _visit_tensor(self, tensor: Tensor) -> None:
         if tensor.is_inference():  # has no version, and can't be written to outside of inference mode
-            return ()
+            return
         self._versions.append((tensor, version_of(tensor)))
         if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
-            self._undo.append(partial(_set_gradient, tensor, tensor.requires_grad, tensor.grad))
+            self._undo.append(partial(tensor.requires_grad_, tensor.requires_grad))
+            self._undo.append(partial(setattr, tensor, "grad", tensor.grad))
         is_trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
         # Versions do not tell which tensors to restore: writes by batch normalization and through `.data` don't count.
         # Expanded tensors can't be written to.
         if self._copy_tensors and not is_trainable and not _is_expanded(tensor):
             self._undo.append(partial(tensor.detach().copy_, tensor.detach().clone()))
-        return ()
 
     def _visit_dict(self, value: dict[Any, Any], skip: frozenset[str] = frozenset()) -> Iterable[Any]:
         items = dict(value)
 
         def undo() -> None:
-            if list(map(id, value)) == list(map(id, items)) and all(value[key] is items[key] for key in items):
-                return
-            value.clear()
-            value.update(items)
+            if list(map(id, value)) != list(map(id, items)) or any(value[key] is not items[key] for key in items):
+                value.clear()
+                value.update(items)
 
         self._undo.append(undo)
         return [item for key, item in items.items() if key not in skip]
@@ -137,24 +134,20 @@ class Snapshot:
         return items
 
     def _visit_leaf(self, value: Any) -> bool:
-        if isinstance(value, np.ndarray):
+        if isinstance(value, Tensor):
+            self._visit_tensor(value)
+        elif isinstance(value, np.ndarray):
             if not self._copy_tensors:
                 self._arrays.append((value, value.tobytes()))
             elif value.flags.writeable:
-                array = value.copy()
-                self._undo.append(lambda: np.copyto(value, array))
-        elif isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
+                self._undo.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, torch.Generator | np.random.RandomState):
+            state: Any = value.get_state()
+            self._undo.append(partial(value.set_state, state))
         elif isinstance(value, np.random.Generator):
-            position = value.bit_generator.state
-            self._undo.append(lambda: setattr(value.bit_generator, "state", position))
-        elif isinstance(value, np.random.RandomState):
-            numbers = value.get_state()
-            self._undo.append(lambda: value.set_state(numbers))
+            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         elif isinstance(value, random.Random):
-            place = value.getstate()
-            self._undo.append(lambda: value.setstate(place))
+            self._undo.append(partial(value.setstate, value.getstate()))
         elif isinstance(value, Iterator):
             self.iterators.append(value)
         else:
@@ -167,11 +160,6 @@ def _has_own_state(value: Any) -> bool:
         return False
     package = type(value).__module__.partition(".")[0]
     return package not in _FRAMEWORK or isinstance(value, SimpleNamespace)
-
-
-def _set_gradient(tensor: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
-    tensor.requires_grad_(requires_grad)
-    tensor.grad = gradient
 
 
 def _is_expanded(tensor: Tensor) -> bool:
