@@ -83,8 +83,8 @@ class ByzantineSimulation(pl.Callback):
         assert isinstance(strategy, DDPStrategy)
         if strategy._ddp_comm_hook is not None:
             raise MisconfigurationException(
-                "ByzantineSimulation attacks stock ddp in DDP's only communication hook, got a strategy with a"
-                f" `ddp_comm_hook` of its own: {strategy._ddp_comm_hook!r}"
+                "ByzantineSimulation attacks stock ddp in DDP's only communication hook, got a strategy with another"
+                f" `ddp_comm_hook`: {strategy._ddp_comm_hook!r}"
             )
         assert isinstance(strategy.model, DistributedDataParallel)
         exchange = make_exchange("all_gather", strategy.world_size)

@@ -129,7 +129,7 @@ class Heartbeat:
         return lost
 
     def _wait_for_others(self, lost: WorkerLostError) -> None:
-        """Tell the others that this rank has found out; rank 0 waits for them, because the store may end with it."""
+        """Mark this rank as done; rank 0 waits for the others, because the store may end with its process."""
         self._store.add(f"judged/{self._rank}", 1)
         unaware = set(range(self._num_ranks)) - set(lost.ranks) if self._rank == 0 else set()
         deadline = time.monotonic() + 2 * _PATIENCE
