@@ -1,4 +1,4 @@
-"""How a test file declares a rule or an attack, so that the tests that all of its kind share find it.
+"""How a test file declares a rule or an attack, so that the tests of all rules or attacks find it.
 
 A test file in ``tests/aggregators`` has a list named CASES of :class:`RuleCase`, one in ``tests/attacks`` of
 :class:`AttackCase` or :class:`DataAttackCase`.
@@ -40,13 +40,13 @@ class Exempt:
 
 @dataclass(frozen=True)
 class Case:
-    """What is held to an oracle and to the properties of all of its kind.
+    """A rule or an attack, with its oracle and the properties that it does not have.
 
     Args:
-        subject: the rule or the attack; never called itself, since it may keep something between calls: see `fresh`.
-        oracle: its formula in float64 loops over the rows; None only where it is exempt from having one.
+        subject: the rule or the attack. It may have state, so tests call a copy of it: see `fresh`.
+        oracle: the same formula in float64 loops over the rows. None only with an exemption that says why.
         exempt: properties that it does not have, with reasons.
-        name: of the case. None for the names of the class and of what it is built on, such as CTMA(NNM(Mean)).
+        name: name of the case. None for the name of the class and of what it is built on, such as CTMA(NNM(Mean)).
 
     """
 

@@ -87,7 +87,7 @@ def test_bucketing_draws_anew_and_resumes() -> None:
     assert torch.equal(other(rows, 2), results[1])
 
 
-def test_a_rule_in_buckets_copes_with_fewer_of_them() -> None:
+def test_fewer_buckets_are_left_when_rows_are_dropped() -> None:
     rows = torch.ones(7, 2)
     rows[0] = torch.nan
     rule = Bucketing(MultiKrum(num_selected=3))

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 from cases import Exempt, RuleCase
+from exemptions import MIXED_TIES
 from vectors import workers
 
 from lightning_byzantine import ByzantineBreakdownError
@@ -22,9 +23,14 @@ def trusting_2(rows: oracles.Rows, f: int) -> np.ndarray:
 
 CASES = [
     RuleCase(MoNNA(), oracles.monna, [BY_INDEX, TRUSTS_BAD]),
-    RuleCase(CTMA(MoNNA()), oracles.ctma(oracles.monna), [BY_INDEX, TRUSTS_BAD]),
+    RuleCase(CTMA(MoNNA()), oracles.ctma(oracles.monna), [BY_INDEX, TRUSTS_BAD, MIXED_TIES]),
     RuleCase(MoNNA(reference=2), trusting_2, [BY_INDEX, MOVES_UP], name="MoNNA of worker 2"),
-    RuleCase(CTMA(MoNNA(reference=2)), oracles.ctma(trusting_2), [BY_INDEX, MOVES_UP], name="CTMA(MoNNA of worker 2)"),
+    RuleCase(
+        CTMA(MoNNA(reference=2)),
+        oracles.ctma(trusting_2),
+        [BY_INDEX, MOVES_UP, MIXED_TIES],
+        name="CTMA(MoNNA of worker 2)",
+    ),
 ]
 
 

@@ -6,9 +6,7 @@ from cases import AttackCase, AttackOracle, Exempt
 from torch import Tensor
 from vectors import rows
 
-from lightning_byzantine.attacks import (
-    BitFlip,
-)
+from lightning_byzantine.attacks import BitFlip
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 

@@ -3,9 +3,7 @@ import torch
 from cases import AttackCase, DataAttackCase, Exempt
 from vectors import rows
 
-from lightning_byzantine.aggregators import (
-    Krum,
-)
+from lightning_byzantine.aggregators import Krum
 from lightning_byzantine.attacks import (
     GaussianNoise,
     Intermittent,

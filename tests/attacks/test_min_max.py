@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vectors import honest_rows, rows
 
-from lightning_byzantine.attacks import (
-    MinMax,
-)
+from lightning_byzantine.attacks import MinMax
 
 PERTURBATIONS = ["std", "unit", "sign"]
 

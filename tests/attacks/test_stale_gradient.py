@@ -5,9 +5,7 @@ import torch
 from cases import AttackCase, Exempt
 from vectors import rows
 
-from lightning_byzantine.attacks import (
-    StaleGradient,
-)
+from lightning_byzantine.attacks import StaleGradient
 from lightning_byzantine.matrix import WorkerMatrix
 
 CASES = [
