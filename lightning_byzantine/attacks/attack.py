@@ -133,42 +133,30 @@ def honest_workers(matrix: WorkerMatrix, byzantine: Sequence[int]) -> list[int]:
     return [worker for worker in range(matrix.num_workers) if worker not in byzantine]
 
 
-def forge_rows(
-    matrix: WorkerMatrix, byzantine: Sequence[int], forge: Callable[[Tensor, Tensor], Tensor]
-) -> WorkerMatrix:
+def forge_rows(matrix: WorkerMatrix, rows: Sequence[int], forge: Callable[[Tensor, Tensor], Tensor]) -> WorkerMatrix:
     """Return a matrix with the Byzantine rows replaced by ``forge(honest, own)``.
 
     Args:
         matrix: not written to.
-        byzantine: the f rows to replace.
+        rows: the f rows to replace.
         forge: called for each block of columns, as :meth:`VectorAttack.forge`.
 
     """
 
-    def function(block: Tensor, is_byzantine: Tensor) -> Tensor:
-        rows = block.to(torch.promote_types(block.dtype, torch.float32))
-        return forge(rows[~is_byzantine], rows[is_byzantine])
+    def forge_in_float32(honest: Tensor, own: Tensor) -> Tensor:
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        return forge(honest.to(dtype), own.to(dtype))
 
-    return replace_rows(matrix, byzantine, function)
+    return replace_rows(matrix, rows, forge_in_float32)
 
 
-def replace_rows(
-    matrix: WorkerMatrix, rows: Sequence[int], function: Callable[[Tensor, Tensor], Tensor]
-) -> WorkerMatrix:
-    """Return a matrix with some rows replaced.
-
-    Args:
-        matrix: not written to.
-        rows: the k rows to replace.
-        function: called with each block [m, c] and the mask [m] of these rows; returns the new rows [k, c], in order.
-
-    """
+def replace_rows(matrix: WorkerMatrix, rows: Sequence[int], forge: Callable[[Tensor, Tensor], Tensor]) -> WorkerMatrix:
+    """Do what :func:`forge_rows` does, but call ``forge`` with rows in the dtype of the block."""
+    honest, own = honest_workers(matrix, rows), sorted(rows)
 
     def replaced(block: Tensor) -> Tensor:
-        is_replaced = torch.zeros(len(block), dtype=torch.bool, device=block.device)
-        is_replaced[list(rows)] = True
         result = block.clone()
-        result[is_replaced] = function(block, is_replaced).to(block.dtype)
+        result[own] = forge(block[honest], block[own]).to(block.dtype)
         return result
 
     return matrix.map_blocks(replaced)

@@ -52,19 +52,16 @@ class BitFlip(VectorAttack):
         generator = self.draws.next(stream=1 + matrix.shard)
         if not self.steps.happens(self.probability):
             return matrix
-        return replace_rows(matrix, byzantine, lambda block, rows: self._flip(block[rows], generator))
+        return replace_rows(matrix, byzantine, lambda honest, own: self._flip(own, generator))
 
     def _flip(self, values: Tensor, generator: torch.Generator) -> Tensor:
         integers = _INTEGERS[values.itemsize]
         width = 8 * values.itemsize
-        if self.bit is None:
-            bits = torch.randint(width, values.shape, generator=generator).to(values.device)
-        elif self.bit < width:
-            bits = torch.full(values.shape, self.bit, device=values.device)
-        else:
+        if self.bit is not None and self.bit >= width:
             raise ValueError(f"bit must be in [0, {width}) for {values.dtype}, got {self.bit}")
+        bits = torch.randint(width, values.shape, generator=generator) if self.bit is None else torch.tensor(self.bit)
         # For the highest bit, the cast wraps around to the smallest negative integer, which has just that bit set.
-        masks = torch.ones_like(bits).bitwise_left_shift(bits).to(integers)
+        masks = torch.ones_like(bits).bitwise_left_shift(bits).to(values.device, integers)
         if self.fraction < 1:
-            masks *= (torch.rand(values.shape, generator=generator) < self.fraction).to(masks)
+            masks = masks * (torch.rand(values.shape, generator=generator) < self.fraction).to(masks)
         return values.contiguous().view(integers).bitwise_xor(masks).view(values.dtype)

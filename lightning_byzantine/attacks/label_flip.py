@@ -45,24 +45,22 @@ class LabelFlip(DataAttack):
 
         """
         if isinstance(batch, dict):
-            return {**batch, self.target: self._flip(self._labels(batch))}
+            return {**batch, self.target: self._flipped_labels(batch)}
         if isinstance(batch, tuple | list):
             items = list(batch)
-            items[int(self.target)] = self._flip(self._labels(batch))
+            items[int(self.target)] = self._flipped_labels(batch)
             # Named tuples are built from positional arguments, not from an iterable.
             return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
         raise TypeError(f"LabelFlip needs a tuple, list or dict as a batch, got {type(batch).__name__}")
 
-    def _labels(self, batch: Any) -> Any:
+    def _flipped_labels(self, batch: Any) -> Tensor:
         try:
-            return batch[self.target]
+            labels = batch[self.target]
         except (LookupError, TypeError) as error:
             found = sorted(batch) if isinstance(batch, dict) else f"{len(batch)} items"
             raise ValueError(
                 f"target must be where the batch has its labels, got target={self.target!r} with {found}"
             ) from error
-
-    def _flip(self, labels: Any) -> Tensor:
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels to flip must be an integer tensor, got {kind} at target={self.target!r}")

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from lightning_byzantine.attacks.attack import VectorAttack, forge_rows, honest_workers
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_integer_at_least
@@ -37,9 +35,7 @@ class Mimic(VectorAttack):
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if the worker to copy does not exist or is not honest."""
         super().check(num_workers, byzantine)
-        if self.worker is None:
-            return
-        if self.worker >= num_workers:
+        if self.worker is not None and self.worker >= num_workers:
             raise ValueError(f"worker must be in [0, {num_workers}) for {num_workers} workers, got {self.worker}")
         if self.worker in byzantine:
             raise ValueError(
@@ -49,8 +45,4 @@ class Mimic(VectorAttack):
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with copies in the Byzantine rows."""
         copied = 0 if self.worker is None else honest_workers(matrix, byzantine).index(self.worker)
-
-        def forge(honest: Tensor, own: Tensor) -> Tensor:
-            return honest[copied].expand_as(own)
-
-        return forge_rows(matrix, byzantine, forge)
+        return forge_rows(matrix, byzantine, lambda honest, own: honest[copied].expand_as(own))

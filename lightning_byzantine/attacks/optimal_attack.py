@@ -52,35 +52,28 @@ class OptimalAttack(VectorAttack):
         self.evaluations = check_integer_at_least("evaluations", evaluations, 2)
         self.check_step(step)
         self.step = step
-        # In lists, so that torch does not register them as submodules: a rule's state is not part of the attack's.
-        self._given = [aggregator]
-        self._in_use: list[tuple[Aggregator, int]] = []
+        # In tuples, so that torch does not register them as submodules: a rule's state is not part of the attack's.
+        self._given = (aggregator,)
+        self._in_use: tuple[Aggregator | None, int | None] = (None, None)
 
     @property
     def aggregator(self) -> Aggregator | None:
         """The rule to attack; None until it is known."""
-        return self._given[0] or (self._in_use[0][0] if self._in_use else None)
+        return self._given[0] or self._in_use[0]
 
     def extra_repr(self) -> str:
         """Show the arguments in ``repr``."""
-        return (
-            f"aggregator={self._given[0]!r}, num_byzantine={self.num_byzantine}, evaluations={self.evaluations},"
-            f" step={self.step}"
-        )
+        return f"aggregator={self._given[0]!r}, {super().extra_repr()}"
 
     def bind(self, aggregator: Aggregator, num_byzantine: int) -> None:
         """Receive the rule in use and the f that it is called with."""
-        self._in_use = [(aggregator, num_byzantine)]
+        self._in_use = (aggregator, num_byzantine)
 
     def check(self, num_workers: int, byzantine: Sequence[int]) -> None:
         """Raise :class:`ValueError` if no rule is known, or the rule does not allow these workers."""
         super().check(num_workers, byzantine)
-        if self.aggregator is None:
-            raise ValueError(
-                "aggregator must be given where no strategy provides one, got aggregator=None. Pass"
-                f" {type(self).__name__}(aggregator=...)."
-            )
-        self.aggregator.check(num_workers, self._bound(byzantine))
+        aggregator, num_byzantine = self._called_as(byzantine)
+        aggregator.check(num_workers, num_byzantine)
 
     @abstractmethod
     def with_factor(self, factor: float) -> VectorAttack:
@@ -94,27 +87,29 @@ class OptimalAttack(VectorAttack):
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with the Byzantine rows forged with the factor that does the most harm."""
+        aggregator, num_byzantine = self._called_as(byzantine)
         honest = honest_workers(matrix, byzantine)
         mean = matrix.map_blocks(lambda block: block[honest].double().mean(dim=0, keepdim=True))
 
         def harm(factor: float) -> float:
-            return self._distance(self.with_factor(factor).tamper(matrix, byzantine), mean, byzantine)
+            forged = self.with_factor(factor).tamper(matrix, byzantine)
+            try:
+                return mean.distances(deepcopy(aggregator).aggregate(forged, num_byzantine)).item()
+            except ByzantineBreakdownError:
+                return -torch.inf  # stopping the training would expose the attackers
 
         factor = line_search(harm, self.step, self.evaluations)
         return self.with_factor(factor).tamper(matrix, byzantine)
 
-    def _distance(self, forged: WorkerMatrix, mean: WorkerMatrix, byzantine: Sequence[int]) -> float:
-        assert self.aggregator is not None  # see check
-        try:
-            result = deepcopy(self.aggregator).aggregate(forged, self._bound(byzantine))
-        except ByzantineBreakdownError:
-            return -torch.inf  # stopping the training would expose the attackers
-        return mean.distances(result).item()
-
-    def _bound(self, byzantine: Sequence[int]) -> int:
-        if self.num_byzantine is not None:
-            return self.num_byzantine
-        return self._in_use[0][1] if self._in_use else len(byzantine)
+    def _called_as(self, byzantine: Sequence[int]) -> tuple[Aggregator, int]:
+        """Return the rule to attack, and the f that it is called with."""
+        if self.aggregator is None:
+            raise ValueError(
+                "aggregator must be given where no strategy provides one, got aggregator=None. Pass"
+                f" {type(self).__name__}(aggregator=...)."
+            )
+        bounds = (self.num_byzantine, self._in_use[1], len(byzantine))
+        return self.aggregator, next(bound for bound in bounds if bound is not None)
 
 
 def line_search(harm: Callable[[float], float], step: float, evaluations: int) -> float:

@@ -46,4 +46,4 @@ class StaleGradient(VectorAttack):
         columns = (matrix.layout, matrix.shard, tuple(rows), tuple(block.shape[1] for block in matrix.blocks))
         self._kept.append((columns, [block[rows] for block in matrix.blocks]))
         oldest = iter(next(blocks for kept_columns, blocks in self._kept if kept_columns == columns))
-        return replace_rows(matrix, rows, lambda block, _: next(oldest))
+        return replace_rows(matrix, rows, lambda honest, own: next(oldest))
