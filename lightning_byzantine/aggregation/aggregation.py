@@ -17,7 +17,7 @@ class Aggregated:
 
     Args:
         parts: one [c_b] tensor for each block of the matrix.
-        dropped: indices of the workers whose vectors were dropped before the rule ran.
+        dropped: indices of the workers whose vectors are unusable, or that are in quarantine.
 
     """
 

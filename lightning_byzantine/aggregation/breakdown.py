@@ -1,4 +1,4 @@
-"""What is done when more workers are provably bad than the rule withstands."""
+"""The policy for steps in which more than ``num_byzantine`` workers send unusable vectors."""
 
 from typing import Literal
 
@@ -8,15 +8,15 @@ __all__ = ["Breakdown"]
 
 
 class Breakdown:
-    """One policy for steps whose aggregation broke down, the same on every rank.
+    """The policy for steps in which more workers than f send unusable vectors, the same on every rank.
 
     Args:
-        policy: "raise" ends the run, "skip" leaves out the optimizer's step, "propagate" takes the plain mean, as stock
-            DDP does.
-        max_skips: how many steps in a row "skip" may leave out; one more raises.
+        policy: "raise" ends the run, "skip" skips the optimizer step, "propagate" uses the plain mean, as stock DDP
+            does.
+        max_skips: maximum number of consecutive skipped steps; one more raises.
 
     Attributes:
-        skipped: how many steps were left out in the whole run.
+        skipped: number of skipped steps in the whole run.
 
     Raises:
         ValueError: if the policy is unknown, or ``max_skips`` below 1.
@@ -38,11 +38,11 @@ class Breakdown:
 
     @property
     def propagates(self) -> bool:
-        """Whether the plain mean takes the place of the aggregate."""
+        """Whether the plain mean replaces the aggregate."""
         return self._policy == "propagate"
 
     def skips(self) -> bool:
-        """Count a step that broke down, and tell whether the run goes on without it."""
+        """Count a step without a result, and return whether to skip it and continue."""
         if self._policy != "skip" or self._in_a_row == self.max_skips:
             return False
         self.skipped += 1
@@ -50,5 +50,5 @@ class Breakdown:
         return True
 
     def succeeded(self) -> None:
-        """Begin to count skips in a row anew: a step was aggregated."""
+        """Reset the count of consecutive skips, after a step was aggregated."""
         self._in_a_row = 0

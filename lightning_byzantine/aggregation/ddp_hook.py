@@ -1,4 +1,4 @@
-"""DDP's communication hook: where buckets of gradients leave backward, and come back aggregated."""
+"""DDP's communication hook, which sends buckets of gradients and returns them aggregated."""
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ __all__ = ["AggregationHook"]
 
 
 class AggregationHook:
-    """Hands DDP's buckets to the engine, and gives DDP the aggregated gradient when the last one has come.
+    """Passes DDP's buckets to the engine, and the aggregated gradient back to DDP after the last bucket.
 
-    Each bucket is sent as soon as backward has filled it, and DDP gets an unfinished future for it.
+    Each bucket is sent as soon as backward has filled it; DDP receives an unfinished future.
 
     Args:
-        engine: what happens to them.
-        module: the module inside DDP. Parameters are known by their names there, since DDP rebuilds its buckets after
+        engine: aggregates the buckets.
+        module: the module inside DDP. Its parameters are identified by name, because DDP rebuilds its buckets after
             the first step.
 
     """
@@ -34,7 +34,7 @@ class AggregationHook:
         model.register_comm_hook(self, _hook)
 
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
-        """Send one bucket, and after the last one aggregate."""
+        """Send one bucket, and aggregate after the last one."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = tuple(self._names[parameter] if parameter.requires_grad else None for parameter in parameters)
         block = GradientBlock(names, [parameter.numel() for parameter in parameters], buffer)
@@ -51,5 +51,5 @@ class AggregationHook:
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:
-    # DDP insists on a parameter called `bucket`, and on these annotations if there are any.
+    # DDP requires a parameter called `bucket`, and checks annotations.
     return state(bucket)

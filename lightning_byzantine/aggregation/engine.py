@@ -1,4 +1,4 @@
-"""What happens to the workers' gradients in one step, whoever computed them and whoever takes the step."""
+"""The aggregation of the workers' gradients in one step, for any training loop."""
 
 from collections.abc import Callable, Iterable
 
@@ -20,28 +20,28 @@ __all__ = ["AggregationEngine"]
 
 
 class AggregationEngine:
-    """Clips, estimates, exchanges and aggregates the gradients of one step after the other.
+    """Clips, estimates, exchanges and aggregates the gradients in each step.
 
-    A step is one :meth:`send` for every block of the gradient, as soon as it is known, and then :meth:`aggregate`. The
-    rule runs once on the whole matrix: block by block it would be another algorithm, that may follow another worker in
-    each block. It knows neither DDP nor Lightning, whose hook is one way to use it.
+    A step calls :meth:`send` for every block of the gradient, as soon as it is computed, and then :meth:`aggregate`.
+    The rule runs once on the whole matrix: applied to each block, it would be another algorithm, which may choose a
+    different worker in each block. The engine depends on neither DDP nor Lightning; DDP's hook is one way to use it.
 
     Args:
         parameters: all parameters, by name.
-        aggregation: what is made of the workers' vectors.
-        exchange: brings them together.
-        estimator: what a worker sends, where the aggregation takes estimates; None for the raw gradient.
-        max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. Nothing is sent
-            then before all blocks are there, for only then is the norm known.
-        num_local_workers: how many workers this process acts as, k.
-        loss_scale: returns the factor that the loss was multiplied by, None without a gradient scaler.
-        breakdown: what to do when more workers are provably bad than may be Byzantine.
-        on_skip: called when a step is to be skipped for that reason, with the error.
+        aggregation: combines the workers' vectors.
+        exchange: gathers the workers' vectors.
+        estimator: what a worker sends, if the aggregation takes estimates; None for the raw gradient.
+        max_norm: clips each worker's gradient to this norm before the estimator; None for no clipping. With clipping,
+            nothing is sent before the last block, because the norm is not known earlier.
+        num_local_workers: number of workers that this process acts as, k.
+        loss_scale: returns the factor on the loss; None without a gradient scaler.
+        breakdown: what to do when more workers send unusable vectors than may be Byzantine.
+        on_skip: called with the error when a step is skipped for that reason.
 
     Attributes:
         exchange: as given.
         estimator: as given.
-        local: keeps the local workers' gradients apart.
+        local: the local workers' gradients.
 
     Example:
         >>> from lightning_byzantine.aggregation.aggregation import SingleWorker
@@ -81,14 +81,14 @@ class AggregationEngine:
         self._blocks: list[GradientBlock] = []
 
     def forge_with(self, attack: Callable[[WorkerMatrix], WorkerMatrix]) -> None:
-        """Let a simulated attack rewrite the rows of every step from now on, on all ranks alike."""
+        """Let a simulated attack rewrite the rows of every step from now on, the same on all ranks."""
         self._attacks.append(attack)
 
     @torch.no_grad()
     def send(self, block: GradientBlock) -> None:
-        """Begin to send one block of this process's gradients."""
+        """Start sending one block of this process's gradients."""
         if not self._blocks:
-            self._scale = self._loss_scale()  # once a step, since a GPU has to be waited for
+            self._scale = self._loss_scale()  # once per step, because it synchronizes a GPU
         self._blocks.append(block)
         if self._max_norm is None:
             self._send(block)
@@ -98,8 +98,8 @@ class AggregationEngine:
         """End the step: write the aggregated gradient into the buffers of all blocks.
 
         Raises:
-            ByzantineBreakdownError: if more workers are provably bad than may be Byzantine, and the policy is not to
-                go on. Under a gradient scaler, gradients are NaN instead.
+            ByzantineBreakdownError: if more workers send unusable vectors than may be Byzantine, and the policy is not
+                to continue. Under a gradient scaler, gradients are NaN instead.
 
         """
         blocks, self._blocks = self._blocks, []
@@ -120,7 +120,7 @@ class AggregationEngine:
 
     def _clipping_factors(self, blocks: list[GradientBlock], max_norm: float) -> list[Tensor]:
         parts = {name: part for block in blocks for name, part in block.by_name(block.buffer).items()}
-        # By name, for the last digit not to depend on how DDP made its buckets.
+        # Sorted by name, so that the last digit does not depend on DDP's buckets.
         return [
             clipping_factor(
                 [unscaled(self.local.of(worker, name, parts[name]), self._scale) for name in sorted(parts)], max_norm
@@ -144,7 +144,7 @@ class AggregationEngine:
                 part.zero_()
                 continue
             for worker, out in enumerate(part):
-                # Momentum mixes steps, and lengths that rules are told are of gradients: no loss scale that changes.
+                # Without the loss scale, which changes: momentum mixes steps, and rules have thresholds for gradients.
                 gradient = unscaled(self.local.of(worker, name, arrived), self._scale)
                 if factors is not None:
                     gradient = gradient * factors[worker]
@@ -163,11 +163,11 @@ class AggregationEngine:
         return matrix
 
     def _aggregated(self, matrix: WorkerMatrix) -> Aggregated | None:
-        """Return what came of the aggregation; None where it broke down, and the run goes on without this step."""
+        """Return the result; None if there is none, and the run continues without this step."""
         try:
             aggregated = self._aggregation.aggregate(matrix)
         except ByzantineBreakdownError as error:
-            # An overflow of most workers is the scaler's business: it sees it, skips the step and lowers the scale.
+            # If most workers overflow, the scaler finds NaN, skips the step and lowers the scale.
             if self._scale is not None:
                 return None
             if self._breakdown.propagates:
@@ -185,7 +185,7 @@ class AggregationEngine:
             return
         first = self.exchange.rank * self.local.num_workers
         for worker in range(self.local.num_workers):
-            # What everybody else has dropped must not stay in a worker's own state either.
+            # A dropped vector must not enter the worker's own state.
             if first + worker not in dropped:
                 sent = {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
                 self._sends.commit(sent, worker)
@@ -193,7 +193,7 @@ class AggregationEngine:
     def _write_gradient(self, block: GradientBlock, whole: Tensor) -> None:
         if self._aggregation.last_aggregate is not None:
             self._aggregation.last_aggregate.keep_parts(block.by_name(whole))
-        # Into the block's own buffer, as DDP's all-reduce does, which saves a copy.
+        # Into the block's own buffer, like DDP's all-reduce, to save a copy.
         for name, part, target in block.parts(whole, block.buffer):
             if name is None or self._sends is None:
                 target.copy_(part)
@@ -204,7 +204,7 @@ class AggregationEngine:
 
 
 def _last_values(block: GradientBlock, last: LastAggregate) -> Tensor:
-    """Return what was aggregated last for the parameters of a block, [c]; 0 where there was nothing."""
+    """Return the previous aggregate for the parameters of a block, [c]; 0 where there is none."""
     whole = block.sent.new_zeros(block.sent.shape[1])
     for name, part in block.by_name(whole).items():
         if name in last.parts:

@@ -1,4 +1,4 @@
-"""One block of the gradient on its way through a step."""
+"""One block of the gradient, such as a bucket of DDP."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ __all__ = ["GradientBlock"]
 
 @dataclass
 class GradientBlock:
-    """Some parameters' gradients in one flat buffer, in whose place the aggregated gradient is going to come.
+    """Some parameters' gradients in one flat buffer, which the aggregated gradient overwrites.
 
     Args:
-        names: the parameters, in order; None for one that is switched off.
-        sizes: how many elements each has.
+        names: the parameters, in order; None for a frozen one.
+        sizes: number of elements of each.
         buffer: [c], this process's gradient.
 
     Attributes:
-        sent: [k, c], what the k workers of this process send for it.
+        sent: [k, c], vectors that the k workers of this process send.
 
     """
 
@@ -33,7 +33,7 @@ class GradientBlock:
 
     @classmethod
     def of(cls, gradients: dict[str, Tensor]) -> "GradientBlock":
-        """Return a block of flat gradients by parameter name, with a buffer of its own.
+        """Return a block with a copy of flat gradients, given by parameter name.
 
         Example:
             >>> block = GradientBlock.of({"weight": torch.ones(2), "bias": torch.zeros(1)})
@@ -45,9 +45,9 @@ class GradientBlock:
         return cls(tuple(gradients), [gradient.numel() for gradient in flat], torch.cat(flat))
 
     def parts(self, *buffers: Tensor) -> Iterable[tuple[Any, ...]]:
-        """Return each parameter's name with its part, the last dimension, of each buffer."""
+        """Return each parameter's name with its part of each buffer, along the last dimension."""
         return zip(self.names, *(torch.split(buffer, self.sizes, dim=-1) for buffer in buffers), strict=True)
 
     def by_name(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return each parameter's part of a buffer, without those that are switched off."""
+        """Return each parameter's part of a buffer, without frozen parameters."""
         return {name: part for name, part in self.parts(buffer) if name is not None}

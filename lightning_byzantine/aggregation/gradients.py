@@ -1,4 +1,4 @@
-"""What is done to a raw gradient before anything else."""
+"""Memory order, loss scale and clipping of raw gradients."""
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,9 @@ __all__ = ["clipping_factor", "flattened", "unscaled"]
 
 
 def flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return the gradient as [n], in the order in which the parameter's values are in memory, as in DDP's buckets.
+    """Return the gradient as [n], in the memory order of the parameter, as in DDP's buckets.
 
-    That is another order than the indices' where a network is in ``torch.channels_last``.
+    With ``torch.channels_last``, this differs from the order of indices.
 
     Example:
         >>> flattened(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), parameter=torch.zeros(2, 2).T)
@@ -26,7 +26,7 @@ def flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def unscaled(gradient: Tensor, scale: float | None) -> Tensor:
-    """Return the gradient without the loss scale, in float32 at least: half precision is too coarse to add steps up in.
+    """Return the gradient without the loss scale, in float32 or float64: half precision is too coarse to sum steps.
 
     Args:
         gradient: [n].
@@ -42,9 +42,9 @@ def unscaled(gradient: Tensor, scale: float | None) -> Tensor:
 
 
 def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)), as :func:`torch.nn.utils.clip_grad_norm_` has it, a tensor [].
+    """Return min(1, max_norm / (norm + 1e-6)), as in :func:`torch.nn.utils.clip_grad_norm_`, a tensor [].
 
-    NaN where the norm overflows: a gradient that can't be measured is dropped by everybody, and not to be taken for 0.
+    NaN if the norm overflows, so that all ranks drop this gradient instead of taking it for 0.
 
     Args:
         gradients: [n] each, together one vector; empty for the vector 0.

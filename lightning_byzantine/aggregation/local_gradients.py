@@ -10,16 +10,16 @@ __all__ = ["LocalGradients"]
 
 
 class LocalGradients:
-    """Keeps apart by worker what backward would add up in ``parameter.grad`` over an accumulation window.
+    """Keeps each worker's gradients, which backward would add up in ``parameter.grad`` over an accumulation window.
 
-    DDP hands over the gradient of a window's last batch only, so those of the other batches wait here.
+    DDP's hook only receives the gradient of a window's last batch; those of the other batches are kept here.
 
     Args:
         parameters: the parameters, by name.
-        num_workers: how many workers this process acts as, k.
+        num_workers: number of workers that this process acts as, k.
 
     Attributes:
-        worker: whose batch is being worked on, in [0, k).
+        worker: the worker that the current batch belongs to, in [0, k).
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -38,18 +38,18 @@ class LocalGradients:
         self._kept: list[dict[str, Tensor]] = [{} for _ in range(num_workers)]
 
     def take(self) -> None:
-        """Move what backward has left in ``parameter.grad`` to the worker whose batch it was."""
+        """Move the gradients in ``parameter.grad`` to the current batch's worker."""
         kept = self._kept[self.worker]
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                # DDP may have made it a view of a bucket, which is going to hold another worker's gradient.
+                # It may be a view of a DDP bucket, which the next worker's gradient overwrites.
                 own = parameter.grad.clone() if is_view(parameter.grad) else parameter.grad
                 gradient = flattened(own, parameter)
                 kept[name] = kept[name] + gradient if name in kept else gradient
                 parameter.grad = None
 
     def define(self) -> None:
-        """Put zeros where a parameter has no gradient but some worker's batch used it, as DDP's bookkeeping expects."""
+        """Fill missing gradients with zeros if any worker's batch used the parameter, as DDP expects."""
         for name, parameter in self._parameters.items():
             if parameter.grad is None and any(name in kept for kept in self._kept):
                 parameter.grad = torch.zeros_like(parameter)
@@ -59,8 +59,8 @@ class LocalGradients:
 
         Args:
             worker: in [0, k).
-            name: the parameter's.
-            arrived: [n], what DDP has handed over for it, of the worker whose batch is being worked on.
+            name: of the parameter.
+            arrived: [n], its gradient from DDP's hook, for the current batch's worker.
 
         """
         kept = self._kept[worker].get(name)
@@ -69,6 +69,6 @@ class LocalGradients:
         return arrived.new_zeros(arrived.shape) if kept is None else kept
 
     def clear(self) -> None:
-        """Forget all: a new window begins."""
+        """Discard all gradients, for a new window."""
         for kept in self._kept:
             kept.clear()

@@ -1,4 +1,4 @@
-"""Bits that a broken chip sets or flips, in values that look plausible."""
+"""Detection of mantissa bits that a faulty chip sets or flips, in values that look plausible."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,37 +13,37 @@ from lightning_byzantine.utilities.medians import known_median
 
 __all__ = ["BitCount", "count_bits", "unlikely_bits"]
 
-# Of a float32's mantissa, without its lowest three bits, which depend on what numbers a value was multiplied by.
+# Bits of a float32's mantissa, without the lowest three, which depend on the factors that a value was multiplied by.
 _BITS = range(3, 23)
-# About how many of a row's columns are looked at: enough for the highest bit's bias, and quick.
+# Approximate number of sampled columns of a row: enough for the bias of the highest bit, and fast.
 _SAMPLE = 4096
-# Of fewer values nothing can be told.
+# Rows with fewer values are not judged.
 _FEW = 100
-# From how many standard deviations on a bit is unlikely. Sound workers' double momentum is in one of a hundred steps.
+# Standard deviations from which a bit is unlikely. Honest double momentum exceeds this in one of a hundred steps.
 _UNLIKELY = 8.0
 # Median of the square of a standard normal variable.
 _MEDIAN_OF_SQUARES = 0.4549
 
 
 def count_bits(rows: Tensor, num_columns: int) -> Tensor:
-    """Count, in each row, the values that have all digits, and among these, for each bit, those in which it is set.
+    """Count the normal values in each row and, for each bit, those in which it is set.
 
-    It looks at the 20 highest bits of the mantissa in up to 4096 columns, evenly spread. Neither 0 nor what is
-    subnormal in its dtype, infinite or NaN is counted.
+    The 20 highest bits of the mantissa are counted in up to 4096 evenly spaced columns. Zeros, subnormal numbers of the
+    dtype, infinities and NaN are not counted.
 
     Args:
-        rows: [m, c], of any floating-point dtype; other than float32 are converted.
-        num_columns: of all blocks together, c being those of one.
+        rows: [m, c], of any floating-point dtype; converted to float32.
+        num_columns: number of columns of all blocks, of which ``rows`` is one.
 
     Returns:
-        [m, 21] float64, on the device of ``rows``; may be added up over blocks and ranks.
+        [m, 21] float64, on the device of ``rows``; may be summed over blocks and ranks.
 
     Example:
         >>> count_bits(torch.tensor([[1.0, 1.5, -3.0, 0.0]]), num_columns=4)[0, [0, -1]]  # 1.5 and 3 = 2 x 1.5
         tensor([3., 2.], dtype=torch.float64)
 
     """
-    # An odd stride meets every column of a layer's weights, whose widths are even as a rule.
+    # An odd stride reaches every column of a layer's weights, whose widths are usually even.
     sample = rows[:, :: max(1, -(-num_columns // _SAMPLE)) | 1].contiguous()
     values = sample.float()
     smallest = max(torch.finfo(dtype).tiny for dtype in (rows.dtype, torch.float32))
@@ -54,7 +54,7 @@ def count_bits(rows: Tensor, num_columns: int) -> Tensor:
 
 
 def unlikely_bits(counts: Tensor) -> Tensor | None:
-    """Return whose mantissas are not like those of the others, [m] bool, or None if nobody can be judged.
+    """Return which workers' mantissas differ from the others', [m] bool, or None if there are too few values.
 
     ::
 
@@ -62,10 +62,10 @@ def unlikely_bits(counts: Tensor) -> Tensor | None:
         z_ib = (p_ib - c_b) / sqrt(c_b (1 - c_b) (1 / n_i + 1 / median n))
         unlikely where |z_ib| > 8 max(1, s_i, s);  s_i^2 = median_b z_ib^2 / 0.4549, s^2 = median_ib z_ib^2 / 0.4549
 
-    Values of many sizes begin with 1 more often than with larger digits (Benford's law), so that even the highest bit's
-    flip shows. s and s_i are above 1 where values depend on one another: a bit has to stand out from all others and,
-    since colluders can make s small, from the worker's own. While fewer than half of those with 100 values or more are
-    faulty, c lies within what the sound ones have; unless more than half of all have as many, nobody is judged.
+    Values of many magnitudes begin with 1 more often than with larger digits (Benford's law), so that a flip shows even
+    in the highest bit. s and s_i are above 1 if values depend on one another: a bit has to stand out from all workers'
+    bits and, because colluders can make s small, from the worker's own. While fewer than half of the workers with 100
+    values or more are faulty, c lies within the range of the sound ones. None unless more than half have that many.
 
     Args:
         counts: [m, 21], of :func:`count_bits`.
@@ -85,10 +85,10 @@ def unlikely_bits(counts: Tensor) -> Tensor | None:
     shares = counts[:, 1:] / sizes
     center = torch.tensor([known_median(of_bit) for of_bit in shares.T.tolist()], dtype=torch.float64)
     usual = known_median(sizes.flatten().tolist())
-    # A single value's weight where a bit is the same in all of them.
+    # At least that of a single value, for bits that are the same in all values.
     variance = (center * (1 - center)).clamp(min=1 / usual) * (1 / sizes + 1 / usual)
     squares = (shares - center).square() / variance
-    # What half precision does not have is 0 in all values.
+    # Bits that half precision does not have are 0 in all values.
     varied = torch.where((center > 0) & (center < 1), squares, torch.nan).tolist()
     of_all = known_median(chain.from_iterable(varied))
     usual_square = torch.tensor([[max(known_median(of_row), of_all)] for of_row in varied], dtype=torch.float64)
@@ -97,11 +97,11 @@ def unlikely_bits(counts: Tensor) -> Tensor | None:
 
 
 class BitCount:
-    """How often each mantissa bit is set in each worker's row, summed over ranks along with the first statistic.
+    """How often each mantissa bit is set in each worker's row, summed over ranks together with the first statistic.
 
     Args:
         matrix: the rows.
-        wanted: whether to count at all.
+        wanted: whether to count.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -119,15 +119,15 @@ class BitCount:
         self._counts: Tensor | None = None
 
     def counted_with(self, matrix: WorkerMatrix) -> WorkerMatrix:
-        """Return a matrix whose first statistic brings the counts along: one collective for both."""
+        """Return a matrix whose first statistic is summed over ranks in one collective with the counts."""
         return matrix.completed_by(self._complete_both) if self._wanted else matrix
 
     def added_to(self, report: Report, workers: Tensor) -> Report:
-        """Return the report, with whose bits are unlike the others'.
+        """Return the report with :attr:`~lightning_byzantine.aggregators.Report.unlikely` set.
 
         Args:
             report: on all workers.
-            workers: indices of those to compare; the others' bits are not called unlikely.
+            workers: indices of the workers to compare; the bits of others do not count as unlikely.
 
         """
         unlikely = None if self._counts is None else unlikely_bits(self._counts.cpu()[workers])
@@ -141,7 +141,7 @@ class BitCount:
         def completed(total: Tensor) -> Tensor:
             if self._counts is not None:
                 return complete(total)
-            # Only now, when all blocks have arrived for the statistic.
+            # Here, because all blocks have arrived for the statistic.
             blocks = self._matrix.blocks
             num_columns = sum(block.shape[1] for block in blocks)
             counts = torch.stack([count_bits(block, num_columns) for block in blocks]).sum(0)

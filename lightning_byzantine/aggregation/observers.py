@@ -1,4 +1,4 @@
-"""Those who are told what each aggregation found out about the workers."""
+"""Observers of each aggregation's report on the workers."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
@@ -13,7 +13,7 @@ from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["Observers"]
 
-# Counting bits takes longer than all else that observers are told, and a fault in a chip stays.
+# Counting bits takes longer than the rest of the report, and faults of a chip are permanent.
 _BITS_EVERY_N_STEPS = 10
 
 
@@ -36,25 +36,25 @@ class Observers:
         self._outvoted: Tensor | None = None
 
     def add(self, observer: Callable[[Report], None]) -> RemovableHandle:
-        """Call a function from now on, until ``remove()`` of the handle that is returned."""
+        """Call a function with every report, until ``remove()`` of the returned handle."""
         handle = RemovableHandle(self._functions)
         self._functions[handle.id] = observer
         return handle
 
     def note_outvoted(self, outvoted: Tensor) -> None:
-        """Remember for the next report which ranks were outvoted in buffers or metrics, [n] bool."""
-        # On their device until somebody asks: a GPU would have to be waited for.
+        """Add to the next report which ranks were outvoted in buffers or metrics, [n] bool."""
+        # On their device until needed, so as not to synchronize a GPU.
         self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted.to(self._outvoted.device)
 
     def forget_outvoted(self) -> None:
-        """Forget who was outvoted: the run has ended."""
+        """Clear outvoted ranks, at the end of the run."""
         self._outvoted = None
 
     def want_bits_of(self, matrix: WorkerMatrix) -> bool:
-        """Count an aggregation, and tell whether bits are to be counted in it."""
+        """Count an aggregation, and return whether to count bits in it."""
         if not self._functions:
             return False
-        # Not the Trainer's step: of networks that take turns, it might only ever meet one.
+        # Not the Trainer's step, which could always select the same one of several alternating networks.
         parameters = frozenset(chain.from_iterable(matrix.layout or ()))
         self._aggregations[parameters] += 1
         return self._aggregations[parameters] % _BITS_EVERY_N_STEPS == 1
@@ -63,8 +63,8 @@ class Observers:
         """Call all observers.
 
         Args:
-            report: makes the report, if there is anybody to read it.
-            cleared: workers whose votes are held against them no more.
+            report: makes the report; not called without observers.
+            cleared: workers that are not reported as outvoted, such as quarantined ones.
 
         """
         if not self._functions:

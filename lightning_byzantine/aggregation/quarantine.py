@@ -1,4 +1,4 @@
-"""Workers whose vectors don't count any more."""
+"""Workers whose vectors are always dropped."""
 
 from collections.abc import Iterable
 
@@ -27,12 +27,12 @@ class Quarantine:
 
         Args:
             workers: indices.
-            aggregator: the rule, which has to do with those that are left.
-            num_workers: m, all of them.
-            num_byzantine: f, which falls by one for each worker in quarantine.
+            aggregator: the rule, which must support the remaining workers.
+            num_workers: m, including workers in quarantine.
+            num_byzantine: f, which is reduced by one for each worker in quarantine.
 
         Raises:
-            ValueError: if the indices are wrong, or the rule can't serve the workers that are left.
+            ValueError: if the indices are wrong, or the rule does not support the remaining workers.
 
         """
         together = self.workers | set(workers)
@@ -41,7 +41,7 @@ class Quarantine:
         self.workers = frozenset(together)
 
     def without(self, matrix: WorkerMatrix) -> WorkerMatrix:
-        """Return the rows of all others."""
+        """Return the rows of all other workers."""
         if not self.workers:
             return matrix
         return matrix.select(torch.tensor([row for row in range(matrix.num_workers) if row not in self.workers]))

@@ -1,4 +1,4 @@
-"""The aggregation by a robust rule."""
+"""Aggregation by a robust rule."""
 
 from lightning_byzantine.aggregation.aggregation import Aggregated
 from lightning_byzantine.aggregation.mantissas import BitCount
@@ -13,13 +13,13 @@ __all__ = ["RobustAggregation"]
 
 
 class RobustAggregation:
-    """Applies a rule to the rows of all workers that are not in quarantine, and tells observers what it found out.
+    """Applies a rule to the rows of all workers that are not in quarantine, and calls observers with the report.
 
     Args:
         aggregator: the rule.
-        num_byzantine: f; it falls by one for each worker in quarantine.
-        quarantine: whose rows are dropped in any case.
-        observers: who gets the reports.
+        num_byzantine: f; reduced by one for each worker in quarantine.
+        quarantine: workers whose rows are always dropped.
+        observers: called with the reports.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What a rule would have done, beside a training by the plain mean."""
+"""Training by the plain mean, with reports of what a rule would have done."""
 
 import torch
 from torch import Tensor
@@ -15,18 +15,18 @@ __all__ = ["ShadowAggregation"]
 
 
 class ShadowAggregation(PlainMean):
-    """Returns the mean, and applies a rule to the momentum of the gradients that workers sent, for its report alone.
+    """Returns the mean, and applies a rule to the momentum of the gradients that workers sent, for its report only.
 
     Workers send raw gradients, so that their mean is that of stock DDP to the bit, and every rank keeps the momentum of
-    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. A rule that starts from what
-    it returned last starts from what it would have returned. All this begins afresh when a run is resumed, and when DDP
+    the columns it received: all of each worker's in an all-gather, 1/m in an all-to-all. A rule that starts from its
+    previous result starts from what that would have been. This state is reset when a run is resumed, and when DDP
     rebuilds its buckets after the first step.
 
     Args:
         aggregator: the rule.
         num_byzantine: f.
         beta: momentum factor; 0 for raw gradients.
-        observers: who gets the reports.
+        observers: called with the reports.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -51,13 +51,13 @@ class ShadowAggregation(PlainMean):
         self._previous: list[Tensor] | None = None
 
     def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the mean, and tell observers what the rule finds out about the workers."""
+        """Return the mean, and call observers with the rule's report."""
         self._observers.tell(lambda: self._report(matrix))
         return self.mean(matrix)
 
     def _report(self, matrix: WorkerMatrix) -> Report:
         self._restart_if_new(matrix)
-        # Of the gradients: momentum has bits of its own.
+        # Of the gradients, not of the momentum that is computed here.
         bits = BitCount(matrix, wanted=self._observers.want_bits_of(matrix))
         sent = matrix if self._beta == 0 else matrix.with_blocks(self._moved(matrix))
         sent = bits.counted_with(sent.with_previous(self._previous))
@@ -88,7 +88,7 @@ class ShadowAggregation(PlainMean):
         return self._next
 
     def _commit(self, measurable: Tensor) -> None:
-        # What can't be measured never enters a worker's momentum.
+        # Rows that are not measurable must not enter a worker's momentum.
         for row in (~measurable).nonzero().flatten().tolist():
             for before, after in zip(self._momentum, self._next, strict=True):
                 after[row] = before[row]
