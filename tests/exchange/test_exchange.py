@@ -122,8 +122,15 @@ def iterates(rule: Aggregator) -> bool:
     return any(isinstance(part, GeometricMedian) for part in rule.modules())
 
 
-@pytest.mark.parametrize("estimator", ["auto", None])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: repr(rule).replace("\n", " "))
+# All rules with the default, all estimators with a rule that has other rules in it.
+RULES_AND_ESTIMATORS = [
+    pytest.param(rule, estimator, marks=() if estimator == "auto" or rule is RULES[-1] else pytest.mark.slow)
+    for rule in RULES
+    for estimator in ("auto", None)
+]
+
+
+@pytest.mark.parametrize(("rule", "estimator"), RULES_AND_ESTIMATORS, ids=lambda value: " ".join(str(value).split()))
 def test_both_exchanges_train_alike(three_ranks: RankPool, rule: Aggregator, estimator: Any) -> None:
     gathered, sharded = (
         three_ranks.run(
@@ -158,22 +165,28 @@ def fit_attacked(attack: Attack, byzantine: int, exchange: str) -> Tensor:
     return fit(ByzantineDDPStrategy(exchange=exchange), Regression(), callbacks=callbacks)
 
 
-@pytest.mark.parametrize("byzantine", [0, 2])
+ATTACKS: list[Attack] = [
+    SignFlip(),
+    InnerProductManipulation(),
+    ALittleIsEnough(z=1.0),
+    NonFinite(),
+    Mimic(),
+    BitFlip(bit=27, probability=0.5),
+    StaleGradient(delay=2),
+    Intermittent(SignFlip(), probability=0.5),
+    OptimalALittleIsEnough(evaluations=4),
+    OptimalInnerProductManipulation(evaluations=4),
+]
+
+
 @pytest.mark.parametrize(
-    "attack",
+    ("attack", "byzantine"),
     [
-        SignFlip(),
-        InnerProductManipulation(),
-        ALittleIsEnough(z=1.0),
-        NonFinite(),
-        Mimic(),
-        BitFlip(bit=27, probability=0.5),
-        StaleGradient(delay=2),
-        Intermittent(SignFlip(), probability=0.5),
-        OptimalALittleIsEnough(evaluations=4),
-        OptimalInnerProductManipulation(evaluations=4),
+        pytest.param(attack, byzantine, marks=() if byzantine == (0, 2)[index % 2] else pytest.mark.slow)
+        for index, attack in enumerate(ATTACKS)
+        for byzantine in (0, 2)
     ],
-    ids=repr,
+    ids=str,
 )
 def test_attacks_are_the_same_under_both(three_ranks: RankPool, attack: Attack, byzantine: int) -> None:
     gathered, sharded = (three_ranks.run(fit_attacked, attack, byzantine, exchange) for exchange in EXCHANGES)
