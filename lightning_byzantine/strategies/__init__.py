@@ -1,1 +1,1 @@
-"""Lightning's side: the strategies."""
+"""Lightning strategies."""

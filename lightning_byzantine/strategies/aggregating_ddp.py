@@ -27,7 +27,7 @@ from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["AggregatingDDP"]
 
-# Arguments of DDPStrategy and DistributedDataParallel by which gradients would go around the aggregation.
+# Arguments of DDPStrategy and DistributedDataParallel with which gradients would bypass the aggregation.
 _DETOURS = (
     "ddp_comm_hook",
     "ddp_comm_state",
@@ -45,20 +45,19 @@ _DETOURS = (
 class AggregatingDDP(FaultTolerantDDP, ABC):
     """DDP in which every process acts as one worker or several, and an engine aggregates their gradients.
 
-    What is sent and how it is aggregated is its subclass's business, which calls :meth:`aggregate_by` before training
-    starts.
+    A subclass defines what is sent and how it is aggregated, and calls :meth:`aggregate_by` before training starts.
 
     Args:
-        workers_per_process: how many workers each process acts as, k.
-        breakdown: what to do when more workers are provably bad than may be Byzantine.
+        workers_per_process: number of workers that each process acts as, k.
+        breakdown: what to do when more workers send unusable vectors than may be Byzantine.
         **kwargs: arguments of FaultTolerantDDP.
 
     Attributes:
-        engine: what aggregates, during ``fit``.
+        engine: aggregates the gradients, during ``fit``.
         window: which worker a batch belongs to, during ``fit``.
 
     Raises:
-        MisconfigurationException: if an argument of DDP would take gradients around the aggregation.
+        MisconfigurationException: if gradients would bypass the aggregation with an argument of DDP.
 
     """
 
@@ -82,18 +81,18 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
     @property
     @override
     def num_workers(self) -> int:
-        """Number of workers, m: all processes' together."""
+        """Number of workers of all processes, m."""
         return self.world_size * self.workers_per_process
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped in the whole run, by ``on_breakdown="skip"``."""
+        """Number of steps skipped in the whole run, by ``on_breakdown="skip"``."""
         return self._breakdown.skipped
 
     def aggregate_by(
         self, aggregation: Aggregation, exchange: Exchange, estimator: Estimator | None, max_norm: float | None
     ) -> None:
-        """Have an engine aggregate the gradients of this ``fit``; see there for the arguments."""
+        """Aggregate the gradients of this ``fit`` with an engine, which has the same arguments."""
         assert isinstance(self.model, DistributedDataParallel)
         self.engine = AggregationEngine(
             dict(self._module.named_parameters()),
@@ -122,8 +121,8 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
 
     @override
     def _register_ddp_hooks(self) -> None:
-        # Lightning registers hooks on CUDA only. Ours waits for the optimizers, in setup_optimizers; what DDP has just
-        # left out is known now.
+        # Lightning registers hooks on CUDA only. Ours needs the optimizers, and is registered in setup_optimizers. The
+        # parameters that DDP has just ignored are known here.
         parameters = self._module.named_parameters()
         self._unknown_to_ddp = {name: parameter for name, parameter in parameters if not parameter.requires_grad}
 
@@ -132,8 +131,8 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         for name, parameter in self._unknown_to_ddp.items():
             if parameter.requires_grad:
                 raise MisconfigurationException(
-                    f"The parameter {name!r} was frozen when DDP was set up, so its gradient would go around the"
-                    " aggregation now. Freeze in `on_train_start`, and have find_unused_parameters=True."
+                    f"The parameter {name!r} was frozen when DDP was set up, so its gradient would bypass the"
+                    " aggregation now. Freeze in `on_train_start`, and use find_unused_parameters=True."
                 )
         return super().training_step(*args, **kwargs)
 
@@ -163,7 +162,7 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
             return self._skipped_steps.step(super().optimizer_step, optimizer, closure, *args, **kwargs)
         rank_zero_warn(
             f"The epoch has ended after {self.window.position + 1} of workers_per_process={self.workers_per_process}"
-            " batches, which are left out, since some workers have none. `limit_train_batches` can end it earlier."
+            " batches, which are dropped, because some workers have none. `limit_train_batches` can end it earlier."
         )
         with self.block_backward_sync():
             return closure()

@@ -1,4 +1,4 @@
-"""The Lightning strategy: DDP with a robust rule in the place of the mean."""
+"""The Lightning strategy: DDP with a robust rule instead of the mean."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -35,30 +35,30 @@ class ByzantineDDPStrategy(AggregatingDDP):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
     Every rank is one worker, or several; see ``workers_per_process``. It sends an estimate of the gradient, receives
-    those of all others, and applies the same rule to the same rows, so that parameters stay bit-identical without trust
-    in any rank's values; see ``exchange`` for a cheaper way that trusts more.
+    those of all others, and applies the same rule to the same rows, so that parameters stay bit-identical without
+    trusting any rank's values; ``exchange`` has a cheaper option that trusts more.
 
     Args:
         aggregator: the rule. None for ``CTMA(base=NNM(base=GeometricMedian()))``.
-        num_byzantine: how many of the m workers may be Byzantine, f < m / 2. None for the largest such f.
-        estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which leaves the
-            gradient as it is under the rule ``Mean``; None for raw gradients. With ``DoubleMomentumEstimator()`` the
-            optimizer gets wrapped in ``DoubleMomentum``, unless ``configure_optimizers`` returns it wrapped already;
-            then "auto" stands for what it was wrapped with.
+        num_byzantine: number of the m workers that may be Byzantine, f < m / 2. None for the largest such f.
+        estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which does not change
+            the gradient under the rule ``Mean``; None for raw gradients. ``DoubleMomentumEstimator()`` wraps the
+            optimizer in ``DoubleMomentum``, unless ``configure_optimizers`` has done so; "auto" then uses the
+            optimizer's own estimator.
         max_worker_grad_norm: clips each worker's raw gradient to this norm, before the estimator. None for no clipping.
-        exchange: "all_gather" lets every rank aggregate for itself and trusts nobody's values; "all_to_all" lets every
-            rank aggregate its share of the columns, at the traffic of a ring all-reduce, and trusts it with them.
-        workers_per_process: how many workers each process acts as, k, so that m is k times the number of processes:
-            batch j of an epoch is the process's worker j mod k's, and ``accumulate_grad_batches`` becomes k where it
-            is 1. Batches at the end of an epoch that don't make a window of k are left out.
-        shadow: train by the plain mean, as stock DDP does, and apply the rule for its reports only; see
-            :class:`~lightning_byzantine.callbacks.ByzantineMonitor`, which shows them.
+        exchange: "all_gather" for every rank to aggregate for itself, without trusting others; "all_to_all" for every
+            rank to aggregate its share of the columns, which trusts it with them, at the traffic of a ring all-reduce.
+        workers_per_process: number of workers that each process acts as, k, so that m is k times the number of
+            processes: batch j of an epoch belongs to the process's worker j mod k, and ``accumulate_grad_batches``
+            becomes k if it is 1. Fewer than k batches at the end of an epoch are dropped.
+        shadow: train with the plain mean, as stock DDP does, and apply the rule for its reports only, which
+            :class:`~lightning_byzantine.callbacks.ByzantineMonitor` shows.
         on_breakdown: what to do when more workers send non-finite vectors than ``num_byzantine``: "raise" an error that
-            names them, "skip" the optimizer's step, or "propagate" the plain mean, as stock DDP does. Under a
-            gradient scaler, such a step is the scaler's business.
-        max_skips: how many steps in a row may be skipped before the error is raised.
-        restart_estimator: ignore the estimator's and the rule's state when a checkpoint is resumed from. Needed when
-            the number of workers has changed.
+            names them, "skip" the optimizer step, or "propagate" the plain mean, as stock DDP does. A gradient scaler,
+            if there is one, skips the step instead.
+        max_skips: maximum number of consecutive skipped steps; one more raises the error.
+        restart_estimator: ignore the estimator's and the rule's state when resuming from a checkpoint. Needed when the
+            number of workers has changed.
         **kwargs: arguments of :class:`~lightning_byzantine.strategies.fault_tolerant_ddp.FaultTolerantDDP`, of
             :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
@@ -69,8 +69,8 @@ class ByzantineDDPStrategy(AggregatingDDP):
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
         ValueError: if the exchange or ``on_breakdown`` is unknown, or ``workers_per_process`` or ``max_skips`` under 1;
-            and when the Trainer is made, if f is not under m / 2, or the aggregator can't serve m and f.
-        MisconfigurationException: if another communication hook is given, or an argument that takes gradients around
+            and when the Trainer is created, if f is not under m / 2, or the aggregator does not support m and f.
+        MisconfigurationException: if another communication hook is given, or an argument with which gradients bypass
             this one, or the accelerator is neither CPU nor CUDA; and when fit starts, if ``accumulate_grad_batches`` is
             neither 1 nor a multiple of ``workers_per_process``.
 
@@ -120,7 +120,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     @property
     def num_byzantine(self) -> int:
-        """How many workers may be Byzantine, f."""
+        """Number of workers that may be Byzantine, f."""
         return (self.num_workers - 1) // 2 if self._num_byzantine is None else self._num_byzantine
 
     @property
@@ -129,31 +129,30 @@ class ByzantineDDPStrategy(AggregatingDDP):
         return self._quarantine.workers
 
     def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
-        """Have a function called with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
+        """Call a function with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
 
-        It is called during backward, on every rank. Unlikely bits are looked for in every tenth aggregation of the same
-        parameters.
+        It is called during backward, on every rank. Bits are checked in every tenth aggregation of the same parameters.
 
         Args:
             observer: takes the report.
 
         Returns:
-            A handle, whose ``remove()`` ends it.
+            A handle, whose ``remove()`` ends the calls.
 
         """
         return self._observers.add(observer)
 
     def quarantine(self, workers: Iterable[int]) -> None:
-        """Drop the rows of these workers from the next step on, beside those that are dropped already.
+        """Drop the rows of these workers, in addition to those in quarantine, from the next step on.
 
-        ``num_byzantine`` falls by one for each. To be called on all ranks alike; the list is in the checkpoint.
+        ``num_byzantine`` is reduced by one for each. Must be called on all ranks; the list is saved in checkpoints.
 
         Args:
             workers: indices.
 
         Raises:
-            MisconfigurationException: in shadow mode, which only watches.
-            ValueError: if the indices are wrong, or the rule can't serve the workers that are left.
+            MisconfigurationException: in shadow mode.
+            ValueError: if the indices are wrong, or the rule does not support the remaining workers.
 
         """
         if self.shadow:
@@ -163,7 +162,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
     @override
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
-        # The first moment at which the number of workers is known: while the Trainer is being made.
+        # The number of workers is known from here on, while the Trainer is created.
         self.aggregator.check(self.num_workers, self.num_byzantine)
         if self.parallel_devices and self.root_device.type not in ("cpu", "cuda"):
             raise MisconfigurationException(
@@ -185,7 +184,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     @override
     def teardown(self) -> None:
-        # As Lightning does with optimizers: what is kept for a checkpoint after fit need not stay on the device.
+        # As Lightning does with optimizers: state for a checkpoint after fit need not stay on the device.
         if self.estimator is not None:
             self.estimator.to(torch.device("cpu"))
         for optimizer in self.optimizers:
@@ -211,7 +210,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        # Not for weights only, nor in the process from which other start methods have spawned the ranks.
+        # Not in checkpoints of weights only, nor in the parent process of spawned ranks.
         if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
             state = self._states().save(alone=self._is_interrupted())
             state |= {"quarantined": sorted(self.quarantined), "skipped": self._breakdown.skipped}
@@ -227,12 +226,12 @@ class ByzantineDDPStrategy(AggregatingDDP):
         elif not self.restart_estimator:
             rank_zero_warn(
                 f"The checkpoint was not written by {type(self).__name__}, so the estimator and the aggregator start"
-                " afresh."
+                " from zero."
             )
         super().load_optimizer_state_dict(checkpoint)
 
     def _aggregation(self) -> Aggregation:
-        """Return what is to be made of the workers' vectors."""
+        """Return the aggregation for the strategy's arguments."""
         if self.num_workers == 1 and (self.estimator is None or self.estimator.transparent):
             return SingleWorker()
         if self.shadow:
@@ -241,7 +240,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         return RobustAggregation(self.aggregator, self.num_byzantine, self._quarantine, self._observers)
 
     def _set_up_estimator(self, trainer: Trainer) -> None:
-        """Have double momentum on both sides or on none: what workers send, and how the optimizer steps."""
+        """Use double momentum in both the estimator and the optimizer, or in neither."""
         asked_for = self._asked_for_estimator
         self.estimator = WorkerMomentum() if asked_for == "auto" else asked_for
         optimizer = find_or_wrap(trainer.lightning_module, self.optimizers, asked_for, self.precision_plugin)
@@ -268,10 +267,10 @@ class ByzantineDDPStrategy(AggregatingDDP):
         if quarantined and state["num_workers"] != self.num_workers:
             rank_zero_warn(
                 f"The checkpoint has workers {quarantined} of {state['num_workers']} in quarantine. With"
-                f" {self.num_workers} workers the indices mean others, so the quarantine is empty now."
+                f" {self.num_workers} workers the indices refer to others, so the quarantine is empty now."
             )
         elif quarantined and self.shadow:
-            rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, where shadow mode has nobody.")
+            rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, which shadow mode ignores.")
         elif quarantined:
             self.quarantine(quarantined)
 

@@ -1,9 +1,9 @@
-"""DDP in which nothing beside the gradients lets one rank decide for all, or fail without a word."""
+"""DDP that is robust to faulty ranks in everything but gradients, and names them in errors."""
 
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from secrets import randbits  # leaves the random numbers of training alone
+from secrets import randbits  # does not change the random state of training
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -38,18 +38,18 @@ _Collective = TypeVar("_Collective", bound=Callable[..., Any])
 class FaultTolerantDDP(DDPStrategy):
     """DDP with votes instead of rank 0's buffers and means of metrics, and with errors that name a rank.
 
-    Gradients are its subclass's business.
+    Gradients are left to subclasses.
 
     Args:
         robust_buffers: replace buffers, such as BatchNorm statistics, by the median over ranks (integers by the most
-            frequent value) where DDP would replace them by rank 0's. Neither happens with ``broadcast_buffers=False``.
+            frequent value) where DDP would broadcast rank 0's; not with ``broadcast_buffers=False``.
         robust_metrics: reduce ``self.log(..., sync_dist=True)`` by the median instead of the mean, a sum by m times the
             median, and leave out the f largest values before a maximum, the f smallest before a minimum.
-        check_consistency_every_n_steps: compare parameters and optimizer state of all ranks after every so many
-            optimizer steps; 0 for never.
-        on_inconsistency: what to do when ranks differ: "raise", or "restore" the state that most of them hold.
+        check_consistency_every_n_steps: how often to compare parameters and optimizer state of all ranks, in optimizer
+            steps; 0 for never.
+        on_inconsistency: what to do when ranks differ: "raise", or "restore" the state of the majority.
         on_worker_error: what to do when a rank raises in its ``training_step``: "raise", or "exclude" the gradient of
-            the worker whose batch it was from that step and go on.
+            the batch's worker from that step and continue.
         **kwargs: arguments of DDPStrategy.
 
     """
@@ -86,10 +86,10 @@ class FaultTolerantDDP(DDPStrategy):
     @property
     @abstractmethod
     def num_byzantine(self) -> int:
-        """How many workers may be Byzantine, f."""
+        """Number of workers that may be Byzantine, f."""
 
     def shared_state(self) -> dict[str, Any]:
-        """Return what is the same on all ranks, as nested dicts and lists of tensors and numbers."""
+        """Return the state that is the same on all ranks, as nested dicts and lists of tensors and numbers."""
         return {
             "parameters": {name: value.detach() for name, value in self._module.named_parameters()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -97,7 +97,7 @@ class FaultTolerantDDP(DDPStrategy):
 
     @torch.no_grad()
     def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`shared_state` returned on another rank."""
+        """Load what :meth:`shared_state` returned on another rank."""
         for name, parameter in self._module.named_parameters():
             parameter.copy_(state["parameters"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -106,7 +106,7 @@ class FaultTolerantDDP(DDPStrategy):
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
-        # Lightning's default where nobody has asked for another one, as in the method that this replaces.
+        # Replaces Lightning's default only, like the overridden method.
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -156,7 +156,7 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        # What Lightning has to agree on goes by other means than names of reductions, such as whether anybody stops.
+        # Lightning's own decisions, such as whether any rank stops, are not reduced by name.
         by_name = isinstance(tensor, Tensor) and isinstance(reduce_op, str) and group is None
         if by_name and self._robust_metrics and self.world_size > 1:
             # Ranks may be fewer than workers.
@@ -166,7 +166,7 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        # After somebody was lost, as when a checkpoint is saved then, there is nobody to wait for.
+        # A barrier after a rank was lost, such as when a checkpoint is saved, would never complete.
         if self._heartbeat is None or self._heartbeat.lost is None:
             self._watched(super().barrier)(*args, **kwargs)
 
@@ -176,7 +176,7 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def on_train_end(self) -> None:
-        # The last forward has changed them, and whoever evaluates after this gets rank 0's.
+        # The last forward has changed the buffers, and an evaluation after this would use rank 0's.
         if self._buffers is not None:
             self._buffers.synchronize()
         super().on_train_end()
@@ -184,7 +184,7 @@ class FaultTolerantDDP(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._buffers is not None and not self._is_interrupted():
-            self._buffers.synchronize()  # the checkpoint refers to them
+            self._buffers.synchronize()  # in place, so that the checkpoint has the result
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -217,9 +217,9 @@ class FaultTolerantDDP(DDPStrategy):
         return heartbeat
 
     def _watched(self, collective: _Collective) -> _Collective:
-        """Return what does the same, and says who is missing when it fails."""
+        """Return the same function, except that its errors name missing ranks."""
         return collective if self._heartbeat is None else self._heartbeat.watching()(collective)
 
     def _is_interrupted(self) -> bool:
-        # Then other ranks may be gone or on another way, and a collective would wait for them in vain.
+        # Other ranks may then have ended or be elsewhere in the code, so that a collective would hang.
         return self._module.trainer.interrupted

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-# Tell local paths from URLs of remote file systems in the same way as Lightning's own checkpoints do.
+# Distinguish local paths from URLs of remote file systems in the same way as Lightning's own checkpoints do.
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 
 # Moves the states of optimizers to the CPU when a run ends, as Lightning does with the optimizers that it knows.
@@ -30,11 +30,11 @@ __all__ = [
 def results_of(trainer: pl.Trainer) -> Any:
     """Return the collection in which ``self.log`` keeps values during a step; None outside of loops.
 
-    It shows which values are synchronized within the step, and takes what modules log through a kept ``self.log``.
+    It shows which values are synchronized within the step, and receives what modules log through a saved ``self.log``.
     """
     return trainer._results
 
 
 def skips_backward(trainer: pl.Trainer) -> bool:
-    """Return whether the current epoch has no backward, as the last one of Lightning's StochasticWeightAveraging."""
+    """Return whether the current epoch has no backward, like the last one of StochasticWeightAveraging."""
     return bool(trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward)

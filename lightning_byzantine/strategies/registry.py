@@ -12,8 +12,8 @@ __all__ = ["register_strategies"]
 
 
 def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
-    # Made anew, for a registry's argument would be shared by all strategies of that name. The paper's own weights,
-    # alpha_t = t, would ask for a learning rate divided by the number of steps, but the optimizer is the user's.
+    # A new estimator each time, because an argument in the registry would be shared by all strategies of that name. The
+    # paper's alpha_t = t would require dividing the learning rate of the user's optimizer by the number of steps.
     estimator = DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)
     return ByzantineDDPStrategy(estimator=estimator, **arguments)
 
@@ -29,16 +29,16 @@ _VARIANTS: dict[str, tuple[Callable[..., ByzantineDDPStrategy], dict[str, Any]]]
 
 
 def register_strategies() -> None:
-    """Register ``byzantine_ddp``, with every ending that Lightning has for ``ddp``, and its variants.
+    """Register ``byzantine_ddp``, with every suffix that Lightning has for ``ddp``, and its variants.
 
     - ``byzantine_ddp``, ``byzantine_ddp_spawn``, ``byzantine_ddp_fork`` and ``byzantine_ddp_notebook``, each also with
-      ``_find_unused_parameters_false`` or ``_find_unused_parameters_true`` at its end;
+      the suffix ``_find_unused_parameters_false`` or ``_find_unused_parameters_true``;
     - ``byzantine_ddp_sharded``: ``exchange="all_to_all"``;
     - ``byzantine_ddp_double_momentum`` and ``byzantine_ddp_double_momentum_sharded``:
       ``estimator=DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)``;
     - ``byzantine_ddp_shadow`` and ``byzantine_ddp_shadow_sharded``: ``shadow=True``.
 
-    Other arguments, such as ``start_method="spawn"`` for a variant, are given to :class:`ByzantineDDPStrategy` itself.
+    Pass other arguments, such as ``start_method="spawn"`` for a variant, to :class:`ByzantineDDPStrategy` itself.
     """
     for name, entry in list(StrategyRegistry.items()):
         if entry["strategy"] is DDPStrategy:

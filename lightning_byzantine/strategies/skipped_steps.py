@@ -1,4 +1,4 @@
-"""Optimizer steps that are left out, since their gradients could not be aggregated."""
+"""Optimizer steps that are skipped because their gradients could not be aggregated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ __all__ = ["SkippedSteps"]
 
 
 class SkippedSteps:
-    """Leaves out the next step of each optimizer: neither parameters nor the optimizer's state move.
+    """Skips the next step of each optimizer: neither parameters nor the optimizer's state change.
 
-    Of each, since with several optimizers nobody knows here which gradients belong to whose next step.
+    Of each one, because it is not known here which optimizer the gradients belong to.
 
     Args:
-        trainer: whose loggers are told.
-        breakdown: counts the skips.
+        trainer: its loggers log the number of skipped steps.
+        breakdown: counts the skipped steps.
 
     """
 
@@ -30,7 +30,7 @@ class SkippedSteps:
         self._to_skip: set[int] = set()
 
     def skip(self, error: ByzantineBreakdownError) -> None:
-        """Leave out the step that is under way, and say so."""
+        """Skip the current step, with a warning."""
         self._to_skip = {id(optimizer) for optimizer in self._trainer.strategy.optimizers}
         rank_zero_warn(
             f"{error}. Skipped the optimizer's step, the {self._breakdown.skipped}th in this run; the run ends after"
@@ -42,11 +42,11 @@ class SkippedSteps:
     def step(
         self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Take an optimizer's step, unless the aggregation broke down, in its closure or before.
+        """Take an optimizer's step, unless the aggregation has failed, in its closure or before.
 
         Args:
-            step: takes the step, given the arguments that follow.
-            optimizer: whose step it is.
+            step: takes the step, given the following arguments.
+            optimizer: the optimizer.
             closure: computes the gradients, and returns the loss.
             *args: other arguments of ``step``.
             **kwargs: other arguments of ``step``.
@@ -67,4 +67,4 @@ class SkippedSteps:
 
 
 class _SkipStepError(Exception):
-    """Leaves an optimizer's step before parameters or state have changed; holds the loss that the closure returned."""
+    """Ends an optimizer's step before parameters or state have changed; holds the loss that the closure returned."""

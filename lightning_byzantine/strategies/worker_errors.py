@@ -75,7 +75,7 @@ class WorkerErrors:
         self.last = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         warnings.warn(
             f"Rank {self._module.global_rank} failed in its training step at batch"
-            f" {self._module.trainer.fit_loop.batch_idx}, so its gradient is left out of that step;"
+            f" {self._module.trainer.fit_loop.batch_idx}, so its gradient is excluded from that step;"
             f" {self.count} failures so far. {self.last}",
             stacklevel=2,
         )

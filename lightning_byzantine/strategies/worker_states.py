@@ -1,4 +1,4 @@
-"""The workers' states in a checkpoint: they differ from rank to rank, and a checkpoint is one file."""
+"""The workers' states, which differ between ranks, gathered into one checkpoint."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -17,10 +17,10 @@ __all__ = ["WorkerStates"]
 
 @dataclass(frozen=True)
 class WorkerStates:
-    """Collects the estimators of all workers, and the rule's own state, into plain tensors and back.
+    """Converts the state of all workers' estimators and of the rule to plain tensors, and back.
 
     Args:
-        parameters: the parameters that estimators may know, by name, in the same order on every rank.
+        parameters: the parameters that estimators may have state of, by name, in the same order on every rank.
         aggregator: the rule.
         estimator: this rank's estimator.
         own_workers: the workers that this rank acts as.
@@ -40,7 +40,7 @@ class WorkerStates:
         """Return the state for the checkpoint; complete on rank 0, which writes it.
 
         Args:
-            alone: whether other ranks may not be saving too. Only this rank's estimator is included then.
+            alone: whether other ranks may not be saving as well. If so, only this rank's estimator is included.
 
         """
         state: dict[str, Any] = {
@@ -57,11 +57,11 @@ class WorkerStates:
         return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`save` returned.
+        """Restore what :meth:`save` returned.
 
         Raises:
-            ValueError: if the checkpoint is of another number of workers, another estimator, or a rule whose state
-                this one can't take.
+            ValueError: if the checkpoint is of another number of workers, another estimator, or a rule with other
+                state.
 
         """
         self._check("number of workers", state["num_workers"], self.num_workers)
@@ -74,7 +74,7 @@ class WorkerStates:
             self.estimator.reset()
             rank_zero_warn(
                 "The checkpoint was written while its run was being interrupted: it holds"
-                f" {len(state['workers'])} of {self.num_workers} workers' states, so all estimators start afresh."
+                f" {len(state['workers'])} of {self.num_workers} workers' states, so all estimators start from zero."
             )
             return
         own = [self._to_device(state["workers"][worker]) for worker in self.own_workers]
@@ -84,7 +84,7 @@ class WorkerStates:
         if saved != current:
             raise ValueError(
                 f"The checkpoint and this run differ in the {what}: {saved} in the checkpoint, {current} now. Resume"
-                " with what the checkpoint has, or start the estimators and the aggregator afresh with"
+                " with what the checkpoint has, or reset the estimators and the aggregator with"
                 " `restart_estimator=True` among the strategy's arguments, here"
                 f" `ByzantineDDPStrategy(..., estimator={self.estimator!r}, restart_estimator=True)`."
             )
@@ -92,7 +92,7 @@ class WorkerStates:
     def _gather(self, own: list[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """Gather states on rank 0. A worker that was dropped since its first step has none for a parameter."""
         workers: dict[int, dict[str, Tensor]] = {worker: {} for worker in range(self.num_workers)}
-        # On all ranks, so that they agree on which parameters to gather, whatever one of them claims.
+        # On all ranks, so that they gather the same parameters even if one of them reports wrongly.
         known = torch.tensor([[name in state for name in self.parameters] for state in own], dtype=torch.uint8)
         present = torch.stack(gather(known.flatten().to(self.device))).view(self.num_workers, len(self.parameters))
         for index, (name, parameter) in enumerate(self.parameters.items()):

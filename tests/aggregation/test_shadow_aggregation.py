@@ -126,7 +126,7 @@ class Quarantining(pl.Callback):
 
 def test_resumes_a_run_that_had_a_quarantine(three_ranks: RankPool, tmp_path: Path) -> None:
     first, *_ = three_ranks.run(resume_with_quarantine, tmp_path)
-    assert first == ["The checkpoint has workers [2] in quarantine, where shadow mode has nobody."]
+    assert first == ["The checkpoint has workers [2] in quarantine, which shadow mode ignores."]
 
 
 def fit_with_nan() -> tuple[Tensor, list[list[bool]]]:

@@ -53,7 +53,7 @@ class PreviousPointRedirection(_DDPForwardRedirection):
         training_step, replacement = original_module.training_step, ExitStack()
 
         def both_passes(*args: Any, **kwargs: Any) -> Any:
-            replacement.close()  # so that the module is as its user made it when its step runs
+            replacement.close()  # before the step, which then runs on the module's own method
             assert isinstance(wrapper_module, DistributedDataParallel)
             self._collect(original_module, training_step, args, kwargs)
             if wrapper_module.require_backward_grad_sync:

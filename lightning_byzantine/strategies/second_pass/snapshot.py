@@ -18,7 +18,7 @@ __all__ = ["Snapshot"]
 
 _ATOMS = frozenset({bool, bytes, complex, float, int, str, type(None), torch.device, torch.dtype, torch.Size})
 
-# Attributes of these packages' objects are left alone: they belong to the framework, and lead far beyond the model.
+# Attributes of these packages' objects are not visited: they belong to the framework, and refer to far more objects.
 _FRAMEWORK = sys.stdlib_module_names | {
     "lightning",
     "lightning_byzantine",

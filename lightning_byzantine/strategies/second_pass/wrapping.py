@@ -62,7 +62,7 @@ def find_or_wrap(
 
 
 def _check(module: pl.LightningModule, precision: Precision, schedule: Schedule) -> None:
-    """Refuse modules whose gradient at a second point can't be computed; warn of what costs time or precision there."""
+    """Raise if the module's gradient at a second point can't be computed; warn about costs in time or precision."""
     if not module.automatic_optimization:
         raise MisconfigurationException(
             "Double momentum needs automatic optimization, got automatic_optimization=False. Use"
