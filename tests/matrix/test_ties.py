@@ -26,7 +26,7 @@ def test_exactly_as_many_as_asked_for_have_weight() -> None:
     assert mean_of(nearest(torch.zeros(4, dtype=torch.float64), 3), 4).tolist() == [1 / 3, 1 / 3, 1 / 3, 0]
 
 
-def test_bounds_tell_apart_only_what_they_separate() -> None:
+def test_bounds_decide_only_what_they_separate() -> None:
     low = torch.tensor([[1.0, 2.0, 5.0], [1.0, 2.0, 2.5]])
     high = torch.tensor([[2.0, 3.0, 6.0], [2.0, 3.0, 3.5]])
     assert is_decided(low[0], high[0], 2)
