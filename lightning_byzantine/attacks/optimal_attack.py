@@ -19,7 +19,7 @@ _RATIO = 0.8
 
 
 class OptimalAttack(VectorAttack):
-    """An attack with a factor that is chosen anew in every step, to do the most harm to the rule in use.
+    """An attack with a factor that is chosen in every step to do the most harm to the rule in use.
 
     Harm is the distance between the mean of the honest rows and the rule's result on the forged matrix, maximized by
     :func:`line_search`. Each trial costs one run of the rule and a copy of the matrix. The trials use a copy of the

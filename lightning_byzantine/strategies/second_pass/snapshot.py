@@ -107,7 +107,7 @@ class Snapshot:
             self._undo.append(partial(tensor.requires_grad_, tensor.requires_grad))
             self._undo.append(partial(setattr, tensor, "grad", tensor.grad))
         is_trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-        # Versions do not tell which tensors to restore: writes by batch normalization and through `.data` don't count.
+        # Versions do not show which tensors to restore: writes by batch normalization and through `.data` don't count.
         # Expanded tensors can't be written to.
         if self._copy_tensors and not is_trainable and not _is_expanded(tensor):
             self._undo.append(partial(tensor.detach().copy_, tensor.detach().clone()))
