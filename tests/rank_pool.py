@@ -20,6 +20,13 @@ TIMEOUT = 120.0
 PRELOADED = ["lightning.pytorch", "torch.distributed", "torch.testing", "torchmetrics", "torch._dynamo"]
 
 
+def process_context() -> multiprocessing.context.ForkServerContext:
+    """Return what starts processes that have imported Lightning already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 class RankPool:
     """Runs module-level functions on every rank at once."""
 
@@ -59,8 +66,7 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = process_context()
         rendezvous = tempfile.mktemp(dir=self._folder.name)
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()

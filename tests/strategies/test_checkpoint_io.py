@@ -2,53 +2,56 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import IO, Any
+from unittest import mock
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from rank_pool import process_context
 
 from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
 
-# Saves, then dies by SIGKILL in the middle of saving again; "sys.argv[2]" is how many bytes it gets to write.
-SCRIPT = """
-import os, signal, sys
-import torch
-from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
 
 class Dies:
-    def __init__(self, file, left):
+    """A file that takes some bytes, and then has the process killed."""
+
+    def __init__(self, file: IO[bytes], left: int) -> None:
         self.file, self.left = file, left
-    def write(self, data):
+
+    def write(self, data: Any) -> int:
         if len(data) > self.left:
-            self.file.write(bytes(data)[:self.left])
+            self.file.write(bytes(data)[: self.left])
             self.file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         self.left -= len(data)
         return self.file.write(data)
-    def flush(self):
+
+    def flush(self) -> None:
         self.file.flush()
 
-path = sys.argv[1]
-AtomicCheckpointIO().save_checkpoint({"values": torch.ones(10_000)}, path)
-save = torch.save
-torch.save = lambda value, file: save(value, Dies(file, int(sys.argv[2])))
-AtomicCheckpointIO().save_checkpoint({"values": torch.zeros(10_000)}, path)
-"""
+
+def save_twice(path: Path, num_bytes: int) -> None:
+    """Save, then die in the middle of saving again."""
+    AtomicCheckpointIO().save_checkpoint({"values": torch.ones(10_000)}, path)
+    save = torch.save
+    with mock.patch("torch.save", lambda value, file: save(value, Dies(file, num_bytes))):
+        AtomicCheckpointIO().save_checkpoint({"values": torch.zeros(10_000)}, path)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1000, 39_000])
 def test_the_old_checkpoint_survives_a_kill_during_the_new_one(tmp_path: Path, num_bytes: int) -> None:
     path = tmp_path / "last.ckpt"
-    done = subprocess.run([sys.executable, "-c", SCRIPT, path, str(num_bytes)], timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    process = process_context().Process(target=save_twice, args=(path, num_bytes))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["values"], torch.ones(10_000))
     assert [file.name for file in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
-    # The torso is overwritten by who saves next.
+    # The unfinished file is overwritten by the next checkpoint.
     AtomicCheckpointIO().save_checkpoint({"values": torch.full((3,), 7.0)}, path)
     assert AtomicCheckpointIO().load_checkpoint(path)["values"].tolist() == [7, 7, 7]
     assert os.listdir(tmp_path) == ["last.ckpt"]
