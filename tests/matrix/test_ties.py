@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_byzantine.matrix.ties import mean_of, nearest, is_decided
+from lightning_byzantine.matrix.ties import is_decided, mean_of, nearest
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
