@@ -1,9 +1,12 @@
 """The exchange in which every rank aggregates its share of the columns."""
 
+from itertools import chain
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_byzantine.exchange.collectives import arriving, start_gather, wait
+from lightning_byzantine.exchange.collectives import start_gather
+from lightning_byzantine.exchange.exchange import Exchange, Wait
 from lightning_byzantine.exchange.kept_memory import KeptMemory
 from lightning_byzantine.matrix import Names, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
@@ -11,7 +14,7 @@ from lightning_byzantine.matrix.arriving import Arriving
 __all__ = ["AllToAll"]
 
 
-class AllToAll:
+class AllToAll(Exchange):
     """Every rank receives its share of the columns from all workers, aggregates it, and sends the result to all.
 
     With one worker per rank, a rank receives about 2 d elements, as in a ring all-reduce, and holds about as many: its
@@ -26,16 +29,10 @@ class AllToAll:
     """
 
     def __init__(self, num_ranks: int) -> None:
+        super().__init__()
         self._num_ranks = num_ranks
-        self._started: list[tuple[Tensor, int, Names, list[dist.Work]]] = []
-        self._arriving = Arriving([])
         self._lengths: list[int] = []
-        self._sent, self._received, self._unsharded = KeptMemory(), KeptMemory(), KeptMemory()
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process."""
-        return dist.get_rank()
+        self._unsharded = KeptMemory()
 
     def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
         """Return kept memory; with one worker per rank, that of the shards, so that they need no copy."""
@@ -45,10 +42,11 @@ class AllToAll:
         shards = self._sent.get(index, like, self._num_ranks, self._width(num_columns))
         return shards.view(-1)[:num_columns][None]
 
-    def start(self, rows: Tensor, names: Names = ()) -> None:
+    def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
         """Send every rank its columns of one block asynchronously, while backward continues."""
         num_local, length = rows.shape
-        index, width = len(self._started), self._width(length)
+        self._lengths[index:] = [length]
+        width = self._width(length)
         sent = self._sent.get(index, rows, self._num_ranks * num_local, width)
         for rank, shard in enumerate(sent.view(self._num_ranks, num_local, width)):
             own = rows[:, rank * width : (rank + 1) * width]
@@ -56,17 +54,12 @@ class AllToAll:
                 shard[:, : own.shape[1]] = own
             shard[:, own.shape[1] :] = 0  # padding, which changes neither norms nor distances
         shards = self._received.get(index, rows, self._num_ranks * num_local, width)
-        work = dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True)
-        self._started.append((shards, length, names, [work]))
+        return shards, [dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True).wait]
 
-    def finish(self) -> WorkerMatrix:
-        """Return the shards."""
-        started, self._started = self._started, []
-        self._arriving = arriving([shards for shards, *_ in started], [works for *_, works in started])
-        for memory in (self._sent, self._received, self._unsharded):
-            memory.keep(len(started))
-        self._lengths = [length for _, length, *_ in started]
-        return WorkerMatrix(self._arriving, _sum_over_ranks, self.rank, tuple(names for _, _, names, _ in started))
+    def matrix(self, blocks: Arriving, layout: tuple[Names, ...]) -> WorkerMatrix:
+        """Return the matrix of the shards."""
+        self._unsharded.keep(len(layout))
+        return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
         """Return this rank's shard of each block, padded like those that were sent."""
@@ -79,15 +72,16 @@ class AllToAll:
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Gather the aggregated shards of each block."""
-        list(self._arriving)
+        super().collect(parts)
         # Reuse the memory of the received columns, which are not needed any more.
         wholes = [self._received.first(index, self._num_ranks * part.numel()) for index, part in enumerate(parts)]
-        for works in [
+        waits = [
             # The rule may have returned a received row itself.
             start_gather(whole, part.clone() if _overlap(whole, part) else part)
             for whole, part in zip(wholes, parts, strict=True)
-        ]:
-            wait(works)
+        ]
+        for wait in chain.from_iterable(waits):
+            wait()
         return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
 
     def _width(self, length: int) -> int:

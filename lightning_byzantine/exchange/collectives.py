@@ -1,18 +1,18 @@
 """Collectives on plain tensors only: unpickling objects from other ranks would let them run code here."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_byzantine.matrix.arriving import Arriving
-
-__all__ = ["arriving", "gather", "gather_rows", "gather_to_first", "start_gather", "wait"]
+__all__ = ["gather", "gather_rows", "gather_to_first", "start_gather"]
 
 
-def start_gather(received: Tensor, own: Tensor) -> list[dist.Work]:
-    """Start gathering every rank's flat tensor into ``received``, in the order of ranks."""
+def start_gather(received: Tensor, own: Tensor) -> list[Callable[[], object]]:
+    """Start gathering every rank's flat tensor into ``received``, in the order of ranks; return what to wait for."""
     if dist.get_backend() != "gloo" or own.device.type != "cpu":
-        return [_all_gather(received, own, async_op=True)]
+        return [_all_gather(received, own, async_op=True).wait]
     # gloo's own all-gather uses twice the memory, at a third of the speed. Its sends support CPU tensors only.
     rank, parts = dist.get_rank(), received.chunk(dist.get_world_size())
     works: list[dist.Work | None] = []
@@ -20,18 +20,7 @@ def start_gather(received: Tensor, own: Tensor) -> list[dist.Work]:
         sender, receiver = (rank - distance) % len(parts), (rank + distance) % len(parts)
         works += [dist.irecv(parts[sender], sender), dist.isend(own, receiver)]
     parts[rank].copy_(own)
-    return [work for work in works if work is not None]
-
-
-def wait(works: list[dist.Work]) -> None:
-    """Wait for all ``works``."""
-    for work in works:
-        work.wait()
-
-
-def arriving(memory: list[Tensor], works: list[list[dist.Work]]) -> Arriving:
-    """Return blocks that are waited for one by one, given their memory and the work that fills it."""
-    return Arriving(memory, [[work.wait for work in of_block] for of_block in works])
+    return [work.wait for work in works if work is not None]
 
 
 def gather(tensor: Tensor) -> list[Tensor]:

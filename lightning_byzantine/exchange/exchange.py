@@ -1,23 +1,45 @@
-"""The interface of exchanges, which turn the vectors of each process into the matrix of all workers."""
+"""What all exchanges share, which turn the vectors of each process into the matrix of all workers."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import torch.distributed as dist
 from torch import Tensor
 
+from lightning_byzantine.exchange.kept_memory import KeptMemory
 from lightning_byzantine.matrix import Names, WorkerMatrix
+from lightning_byzantine.matrix.arriving import Arriving
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "Wait"]
+
+# Returns when what was started has been done.
+Wait = Callable[[], object]
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Each step calls :meth:`start` for every block of the workers' vectors, :meth:`finish`, then :meth:`collect`.
 
     Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned.
     """
 
+    def __init__(self) -> None:
+        self._started: list[tuple[Tensor, list[Wait], Names]] = []
+        self._arriving = Arriving([])
+        self._sent, self._received = KeptMemory(), KeptMemory()
+
     @property
     def rank(self) -> int:
         """Rank r of this process, which acts as the k workers from r k on."""
+        return dist.get_rank()
+
+    @abstractmethod
+    def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
+        """Start sending the rows [k, c] of block number ``index``.
+
+        Returns:
+            Memory [m, c'] for the rows of all workers, and what to call before it may be read.
+
+        """
 
     def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
         """Return uninitialized memory [k, c] for the next block, which :meth:`start` then need not copy.
@@ -28,6 +50,7 @@ class Exchange(Protocol):
             like: any tensor of the block's dtype and device.
 
         """
+        return self._sent.get(len(self._started), like, num_rows, num_columns)
 
     def start(self, rows: Tensor, names: Names = ()) -> None:
         """Start sending one block.
@@ -38,15 +61,29 @@ class Exchange(Protocol):
             names: the parameters that make up the columns.
 
         """
+        self._started.append((*self.send(len(self._started), rows), names))
 
     def finish(self) -> WorkerMatrix:
         """Return all blocks as a matrix, in the order they were started; they may still be arriving.
 
         Rows are ordered by rank, and within a rank as they were sent. :meth:`collect` may overwrite them.
         """
+        memory, waits, names = zip(*self._started, strict=True)
+        self._started = []
+        for kept in (self._sent, self._received):
+            kept.keep(len(memory))
+        self._arriving = Arriving(memory, waits)
+        return self.matrix(self._arriving, names)
+
+    def matrix(self, blocks: Arriving, layout: tuple[Names, ...]) -> WorkerMatrix:
+        """Return the matrix of the blocks."""
+        return WorkerMatrix(blocks, layout=layout)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return the columns of whole blocks [c] that this rank's matrix has."""
+        """Return the columns of whole blocks [c] that this rank's matrix has: all of them."""
+        return wholes
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Return whole blocks [c], the same on every rank, given the aggregate of this rank's columns."""
+        list(self._arriving)  # waits for blocks that the rule did not read, which would block other ranks
+        return parts

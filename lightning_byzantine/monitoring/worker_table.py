@@ -37,38 +37,20 @@ def worker_table(
         | 0 | 0 | node7 | cpu | 0% | 0 |  | 1.00 |  |
 
     """
-    title = f"ByzantineMonitor, {evidence.steps} steps, num_byzantine={num_byzantine}"
-    columns = ["worker", "rank", "host", "device", "trimmed", "non-finite", "distance", "norm", "verdict"]
     lines = [
-        title + (", shadow mode" if workers[0].shadow else ""),
-        _row(columns),
-        "|" + "---|" * len(columns),
+        f"ByzantineMonitor, {evidence.steps} steps, num_byzantine={num_byzantine}"
+        + (", shadow mode" if workers[0].shadow else ""),
+        "| worker | rank | host | device | trimmed | non-finite | distance | norm | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in workers:
         trimmed = "" if one.trimmed is None else f"{evidence.trimmed[one.worker] / evidence.steps:.0%}"
-        verdict = "suspect" if one.worker in suspects else ""
-        if one.worker in quarantined:
-            verdict = "quarantined"
+        verdict = "quarantined" if one.worker in quarantined else "suspect" if one.worker in suspects else ""
         lines.append(
-            _row(
-                [
-                    one.worker,
-                    one.rank,
-                    one.host,
-                    one.device,
-                    trimmed,
-                    evidence.non_finite[one.worker],
-                    _multiple(one.distance),
-                    _multiple(one.norm),
-                    verdict,
-                ]
-            )
+            f"| {one.worker} | {one.rank} | {one.host} | {one.device} | {trimmed} | {evidence.non_finite[one.worker]}"
+            f" | {_multiple(one.distance)} | {_multiple(one.norm)} | {verdict} |"
         )
     return "\n".join(lines)
-
-
-def _row(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _multiple(value: float | None) -> str:
