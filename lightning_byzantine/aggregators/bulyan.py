@@ -1,7 +1,6 @@
 """The mean around the median of rows chosen by Krum."""
 
 import torch
-from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.krum import krum_scores
@@ -39,15 +38,10 @@ class Bulyan(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the vector of means of the chosen rows."""
-        left = torch.arange(matrix.num_workers)
-
-        def scores(squared: Tensor) -> Tensor:
-            return krum_scores(squared[left][:, left], num_byzantine)
-
-        chosen = []
+        is_left = torch.ones(matrix.num_workers, dtype=torch.bool)
         for _ in range(matrix.num_workers - 2 * num_byzantine):
-            best = matrix.lowest(scores, 1)
-            chosen.append(int(left[best]))
-            left = left[torch.arange(len(left)) != best]
+            best = matrix.lowest(lambda squared: krum_scores(squared[is_left][:, is_left], num_byzantine), 1)
+            is_left[is_left.nonzero()[best]] = False
+        chosen = matrix.select((~is_left).nonzero().flatten())
         count = matrix.num_workers - 4 * num_byzantine
-        return matrix.select(torch.tensor(sorted(chosen))).coordinatewise(lambda rows: mean_around_median(rows, count))
+        return chosen.coordinatewise(lambda rows: mean_around_median(rows, count))

@@ -28,8 +28,8 @@ class GeometricMedian(Aggregator):
             robust to outliers. 0 to never stop early.
         smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
         init: where to start: "medoid" (the row with the least sum of distances to all others), "median"
-            (coordinate-wise, one more pass), "mean" or "zero". Attackers can move the mean far away, and the way back
-            takes many iterations.
+            (coordinate-wise, one more pass), "mean" or "zero". Attackers can move the mean far away, from where
+            convergence takes many iterations.
 
     ``GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")`` is the unconverged form of the
     paper's public code ("rfa") and of ByzFL.
@@ -85,14 +85,11 @@ class GeometricMedian(Aggregator):
         return matrix.distances(matrix.mean())
 
     def _next_weights(self, matrix: WorkerMatrix, weights: Tensor | None, distances: Tensor) -> Tensor:
-        if self.smoothing > 0:
-            inverse = 1 / distances.clamp(min=self.smoothing)
-            return inverse / inverse.sum()
-        met = distances <= _SITS_ON * distances.median()
+        met = (distances <= _SITS_ON * distances.median()) & (self.smoothing == 0)
         sits_on = met.double() / met.sum().clamp(min=1)
         if met.all():
             return sits_on
-        inverse = torch.where(met, 0.0, 1 / distances)
+        inverse = torch.where(met, 0.0, 1 / distances.clamp(min=self.smoothing))
         toward_others = inverse / inverse.sum()
         if not met.any():
             return toward_others

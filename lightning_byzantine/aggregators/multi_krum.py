@@ -41,6 +41,5 @@ class MultiKrum(Aggregator):
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the average of the rows with the lowest scores."""
         # Under Bucketing, fewer rows may be left after some were dropped.
-        most = matrix.num_workers - num_byzantine
-        count = most if self.num_selected is None else min(self.num_selected, most)
+        count = min(self.num_selected or matrix.num_workers, matrix.num_workers - num_byzantine)
         return matrix.combine(mean_of(best_scored(matrix, num_byzantine, count), matrix.num_workers))

@@ -26,6 +26,5 @@ class NNM(MetaAggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the base's result on the mixed rows."""
-        count = matrix.num_workers - num_byzantine
-        neighbours = matrix.lowest(lambda squared: squared, count)
+        neighbours = matrix.lowest(lambda squared: squared, matrix.num_workers - num_byzantine)
         return self.base.locate(matrix.mix(mean_of(neighbours, matrix.num_workers)), num_byzantine)

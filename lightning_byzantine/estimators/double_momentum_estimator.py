@@ -1,6 +1,6 @@
 """The estimator of double momentum."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Literal
 
@@ -91,9 +91,8 @@ class DoubleMomentumEstimator(Estimator):
         """Clear all estimates, and set t = 1."""
         super().reset()
         self.step = 1
-        self.aggregated = False
         self._accepted: dict[int, Mapping[str, Tensor]] = {}
-        self._previous: Sequence[dict[str, Tensor]] | None = None
+        self.begin()
 
     def begin(self, *previous: dict[str, Tensor]) -> None:
         """Begin a step, and discard one that the optimizer has skipped.
@@ -103,18 +102,18 @@ class DoubleMomentumEstimator(Estimator):
                 may be missing. Left out where it is not known yet.
 
         """
-        self._previous = previous or None
+        self._previous = previous
         self._accepted.clear()
         self.aggregated = False
 
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write d_t into ``out``."""
-        if self.step > 1 and self._previous is None:
+        if self.step > 1 and not self._previous:
             raise RuntimeError(
                 "Double momentum needs the gradient at the previous query point from its second step on, got none. Use"
                 " `Trainer(strategy='byzantine_ddp')`, which computes it, or give `DoubleMomentum.step` a closure."
             )
-        previous = None if self._previous is None else self._previous[worker].get(name)
+        previous = self._previous[worker].get(name) if self._previous else None
         _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)
 
     def commit(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
@@ -142,14 +141,12 @@ class DoubleMomentumEstimator(Estimator):
         self.step = int(state["step"])
 
 
-def _correct(
-    estimate: Tensor | None, gradient: Tensor, previous_gradient: Tensor | None, beta: float, out: Tensor
-) -> None:
+def _correct(estimate: Tensor | None, gradient: Tensor, previous: Tensor | None, beta: float, out: Tensor) -> None:
     # d_t = g_t + (1 - beta_t) (d_{t-1} - g~_t); an unused parameter's g~_t is 0
     if estimate is None:
         out.copy_(gradient)
         return
     out.copy_(estimate)
-    if previous_gradient is not None:
-        out.sub_(previous_gradient)
+    if previous is not None:
+        out.sub_(previous)
     out.mul_(1 - beta).add_(gradient)

@@ -50,13 +50,11 @@ class Schedule:
         """Check the arguments."""
         for name in ("beta", "gamma"):
             constant, floor = getattr(self, name), getattr(self, f"min_{name}")
-            check_number(f"min_{name}", floor)
-            if not 0 <= floor <= 1:
+            if not 0 <= check_number(f"min_{name}", floor) <= 1:
                 raise ValueError(f"min_{name} must satisfy 0 <= min_{name} <= 1, got {floor}")
             if constant is None:
                 continue
-            check_number(name, constant)
-            if not 0 < constant <= 1:
+            if not 0 < check_number(name, constant) <= 1:
                 raise ValueError(f"{name} must satisfy 0 < {name} <= 1, got {constant}")
             if floor:
                 raise ValueError(

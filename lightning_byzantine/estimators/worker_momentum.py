@@ -24,7 +24,7 @@ class WorkerMomentum(Estimator):
     With ``transparent=True``, v_0 = v^_0 = 0: under the rule :class:`~lightning_byzantine.aggregators.Mean`, g^_t is
     the mean gradient, so any optimizer trains as it would with stock DDP; under a robust rule,
     ``SGD(momentum=beta)`` moves by exactly the aggregated momentum. With ``transparent=False`` the optimizer receives
-    v^_t itself and v_1 = g_1, as in the paper's public code: use it with an optimizer without momentum of its own.
+    v^_t itself and v_1 = g_1, as in the paper's public code: use it with an optimizer without momentum.
 
     Costs one parameter-sized buffer per worker, and one more when transparent; float32 for half-precision parameters.
 
@@ -47,8 +47,7 @@ class WorkerMomentum(Estimator):
 
     def __init__(self, beta: float = 0.9, transparent: bool = True) -> None:
         super().__init__()
-        check_number("beta", beta)
-        if not 0 <= beta < 1:
+        if not 0 <= check_number("beta", beta) < 1:
             raise ValueError(f"beta must satisfy 0 <= beta < 1, got {beta}")
         self.beta = beta
         self.transparent = transparent
