@@ -80,7 +80,7 @@ class AggregationEngine:
         self._attacks: list[Callable[[WorkerMatrix], WorkerMatrix]] = []
         self._blocks: list[GradientBlock] = []
 
-    def forge_with(self, attack: Callable[[WorkerMatrix], WorkerMatrix]) -> None:
+    def add_attack(self, attack: Callable[[WorkerMatrix], WorkerMatrix]) -> None:
         """Let a simulated attack rewrite the rows of every step from now on, the same on all ranks."""
         self._attacks.append(attack)
 

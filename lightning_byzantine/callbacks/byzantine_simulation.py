@@ -78,7 +78,7 @@ class ByzantineSimulation(pl.Callback):
         strategy = trainer.strategy
         if isinstance(strategy, ByzantineDDPStrategy):
             assert strategy.engine is not None  # made in setup, just before
-            strategy.engine.forge_with(self._tamper)
+            strategy.engine.add_attack(self._tamper)
             return
         assert isinstance(strategy, DDPStrategy)
         if strategy._ddp_comm_hook is not None:
@@ -89,7 +89,7 @@ class ByzantineSimulation(pl.Callback):
         assert isinstance(strategy.model, DistributedDataParallel)
         exchange = make_exchange("all_gather", strategy.world_size)
         engine = AggregationEngine(dict(pl_module.named_parameters()), PlainMean(), exchange)
-        engine.forge_with(self._tamper)
+        engine.add_attack(self._tamper)
         AggregationHook(engine, pl_module).register(strategy.model)
 
     @override

@@ -58,7 +58,7 @@ class AllToAll(Exchange):
 
     def matrix(self, blocks: Arriving, layout: tuple[Names, ...]) -> WorkerMatrix:
         """Return the matrix of the shards."""
-        self._unsharded.keep(len(layout))
+        self._unsharded.truncate(len(layout))
         return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What all exchanges share, which turn the vectors of each process into the matrix of all workers."""
+"""The base class of exchanges, which turn the vectors of each process into the matrix of all workers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Wait = Callable[[], object]
 
 
 class Exchange(ABC):
-    """Each step calls :meth:`start` for every block of the workers' vectors, :meth:`finish`, then :meth:`collect`.
+    """Sends blocks of vectors between ranks: call :meth:`start` for every block, :meth:`finish`, then :meth:`collect`.
 
     Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned.
     """
@@ -42,7 +42,7 @@ class Exchange(ABC):
         """
 
     def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
-        """Return uninitialized memory [k, c] for the next block, which :meth:`start` then need not copy.
+        """Return uninitialized memory [k, c] for the next block, so that :meth:`start` need not copy it.
 
         Args:
             num_rows: k.
@@ -71,7 +71,7 @@ class Exchange(ABC):
         memory, waits, names = zip(*self._started, strict=True)
         self._started = []
         for kept in (self._sent, self._received):
-            kept.keep(len(memory))
+            kept.truncate(len(memory))
         self._arriving = Arriving(memory, waits)
         return self.matrix(self._arriving, names)
 

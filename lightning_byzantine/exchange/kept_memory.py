@@ -19,7 +19,7 @@ class KeptMemory:
             self._buffers[index] = buffer
         return buffer
 
-    def keep(self, count: int) -> None:
+    def truncate(self, count: int) -> None:
         """Free all but the first blocks: DDP may have rebuilt its buckets, so that there are fewer."""
         self._buffers = {index: buffer for index, buffer in self._buffers.items() if index < count}
 

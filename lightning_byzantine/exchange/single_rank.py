@@ -25,5 +25,5 @@ class SingleRank(Exchange):
         return 0
 
     def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
-        """Return the rows, which are there."""
+        """Return the rows; there is nothing to send."""
         return rows, []

@@ -33,7 +33,7 @@ class SkippedSteps:
         """Skip the current step, with a warning."""
         self._to_skip = {id(optimizer) for optimizer in self._trainer.strategy.optimizers}
         rank_zero_warn(
-            f"{error}. Skipped the optimizer's step, the {self._breakdown.skipped}th in this run; the run ends after"
+            f"{error}. Skipped the optimizer's step ({self._breakdown.skipped} so far in this run); the run ends after"
             f" {self._breakdown.max_skips} in a row (`max_skips`)."
         )
         for logger in self._trainer.loggers:

@@ -153,7 +153,7 @@ def previous_that_an_attack_sees(exchange: str) -> list[Tensor | None]:
         seen.append(None if matrix.previous is None else matrix.previous[0].clone())
         return matrix.map_blocks(torch.neg)
 
-    engine.forge_with(attack)
+    engine.add_attack(attack)
     for workers in gradients(seed=0, steps=2):
         block = GradientBlock.of({"weight": workers[rank][:6].clone()})
         engine.send(block)
