@@ -40,7 +40,7 @@ def fit_failing(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         history = fit(strategy, Failing(ranks, batches, fault), **(trainer_arguments or {}))
-    said = [str(warning.message) for warning in caught if "left out" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "is excluded from that step" in str(warning.message)]
     return history, said, strategy.worker_errors.count
 
 
