@@ -5,9 +5,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from combinations import fit_combination, fit_scaled
+from combinations import fit_combination, fit_scaled, stock_history
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
+from pairs import pairwise
 from rank_pool import RankPool
 from torch import Tensor
 from training import Regression, fit, loader, trainer
@@ -24,15 +25,16 @@ from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.optim import DoubleMomentumEstimator
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-@pytest.mark.parametrize("name", ["plain", "many buckets", "manual optimization", "clip by norm"])
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pairwise(
+    name=["plain", "many buckets", "manual optimization", "clip by norm"],
+    optimizer=["SGD", "Adam"],
+    exchange=["all_gather", "all_to_all"],
+)
 def test_trains_as_stock_ddp(three_ranks: RankPool, name: str, optimizer: str, exchange: str) -> None:
-    stock = three_ranks.run(fit_combination, name, optimizer, DDPStrategy)
     shadow = three_ranks.run(fit_combination, name, optimizer, ByzantineDDPStrategy, shadow=True, exchange=exchange)
     for history in shadow:
         assert torch.equal(history, shadow[0])
-    torch.testing.assert_close(shadow[0], stock[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(shadow[0], stock_history(three_ranks, name, optimizer), atol=1e-6, rtol=0)
 
 
 def reports_of_fit(exchange: str, shadow: bool, **arguments: Any) -> list[Report]:
