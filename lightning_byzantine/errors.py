@@ -1,6 +1,7 @@
 """Exceptions that are specific to this package."""
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "ByzantineBreakdownError",
@@ -11,7 +12,16 @@ __all__ = [
 ]
 
 
-class ByzantineBreakdownError(RuntimeError):
+class _PicklableError(RuntimeError):
+    """An error whose constructor makes a message of its arguments."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Lightning's spawn and fork launchers pickle a worker's error to raise it in the parent. By default, the
+        # constructor would get the message there.
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
+
+class ByzantineBreakdownError(_PicklableError):
     """More than ``num_byzantine`` workers sent unusable vectors, so no rule can guarantee its result.
 
     Args:
@@ -37,10 +47,6 @@ class ByzantineBreakdownError(RuntimeError):
             f" (workers {', '.join(map(str, self.workers))}), but num_byzantine={num_byzantine}"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[list[int], int, int]]:
-        # Lightning's spawn and fork launchers pickle a worker's error to raise it in the parent.
-        return type(self), (self.workers, self.num_workers, self.num_byzantine)
-
 
 class ReferenceLostError(ByzantineBreakdownError):
     """The row of a rule's trusted worker is non-finite or too large to measure, so the rule has no result.
@@ -63,7 +69,7 @@ class ReferenceLostError(ByzantineBreakdownError):
         self.args = (f"the trusted worker {self.workers[0]} sent a non-finite or overflowing vector",)
 
 
-class ByzantineSuspectError(RuntimeError):
+class ByzantineSuspectError(_PicklableError):
     """A worker is under suspicion, and ``ByzantineMonitor(on_suspect="raise")`` ends the run.
 
     Args:
@@ -83,11 +89,8 @@ class ByzantineSuspectError(RuntimeError):
         self.evidence = evidence
         super().__init__(evidence)
 
-    def __reduce__(self) -> tuple[type, tuple[int, str]]:
-        return type(self), (self.worker, self.evidence)
 
-
-class WorkerLostError(RuntimeError):
+class WorkerLostError(_PicklableError):
     """A collective failed because ranks are missing, so the run can't continue.
 
     Args:
@@ -107,11 +110,8 @@ class WorkerLostError(RuntimeError):
         self.reason = reason
         super().__init__(f"Lost {_named(self.ranks)}: {reason}")
 
-    def __reduce__(self) -> tuple[type, tuple[list[int], str]]:
-        return type(self), (self.ranks, self.reason)
 
-
-class InconsistentRanksError(RuntimeError):
+class InconsistentRanksError(_PicklableError):
     """Ranks have different parameters or optimizer states, although all of them apply the same updates.
 
     Args:
@@ -138,9 +138,6 @@ state of rank 1 differ from those of the other 2
             else f"differ, and no majority of the {num_ranks} ranks agrees"
         )
         super().__init__(f"After {step} optimizer steps, the parameters or the optimizer state {found}")
-
-    def __reduce__(self) -> tuple[type, tuple[list[int], int, int]]:
-        return type(self), (self.ranks, self.num_ranks, self.step)
 
 
 def _named(ranks: list[int]) -> str:

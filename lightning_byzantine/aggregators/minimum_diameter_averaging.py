@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.aggregators.subsets import all_subsets, check_num_subsets
-from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of
+from lightning_byzantine.aggregators.subsets import BestSubset
+from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["MinimumDiameterAveraging"]
 
 
-class MinimumDiameterAveraging(Aggregator):
+class MinimumDiameterAveraging(BestSubset):
     """The mean of the m - f rows with the smallest diameter (MDA).
 
     S = argmin over all S with |S| = m - f of max_{i, j in S} ||x_i - x_j||; returns (1/|S|) sum_{i in S} x_i. Ties go
@@ -25,18 +24,9 @@ class MinimumDiameterAveraging(Aggregator):
 
     """
 
-    uses_products = True
-
-    def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` if there are too many subsets of m - f workers."""
-        super().check(num_workers, num_byzantine)
-        check_num_subsets("MinimumDiameterAveraging", num_workers, num_byzantine)
-
-    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the average of the subset with the smallest diameter."""
-        subsets = all_subsets(matrix.num_workers, matrix.num_workers - num_byzantine)
-        best = matrix.lowest(lambda squared: _squared_diameters(squared, subsets), 1)
-        return matrix.combine(mean_of(subsets[best[0]], matrix.num_workers))
+    def best(self, matrix: WorkerMatrix, subsets: Tensor) -> Tensor:
+        """Return the index of the subset with the smallest diameter."""
+        return matrix.lowest(lambda squared: _squared_diameters(squared, subsets), 1)
 
 
 def _squared_diameters(squared: Tensor, subsets: Tensor) -> Tensor:

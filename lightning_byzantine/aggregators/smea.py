@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.aggregators.subsets import all_subsets, check_num_subsets
-from lightning_byzantine.matrix import Point, WorkerMatrix, mean_of, nearest
+from lightning_byzantine.aggregators.subsets import BestSubset
+from lightning_byzantine.matrix import WorkerMatrix, nearest
 
 __all__ = ["SMEA"]
 
@@ -13,7 +12,7 @@ __all__ = ["SMEA"]
 _BATCH = 4096
 
 
-class SMEA(Aggregator):
+class SMEA(BestSubset):
     """Smallest maximum eigenvalue averaging: the mean of the m - f rows with the smallest maximum variance.
 
     S = argmin over all S with |S| = m - f of lambda_max(1/|S| sum_{i in S} (x_i - x_S) (x_i - x_S)^T), where x_S is the
@@ -29,19 +28,11 @@ class SMEA(Aggregator):
 
     """
 
-    uses_products = True
-
-    def check(self, num_workers: int, num_byzantine: int) -> None:
-        """Raise :class:`ValueError` if there are too many subsets of m - f workers."""
-        super().check(num_workers, num_byzantine)
-        check_num_subsets("SMEA", num_workers, num_byzantine)
-
-    def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
-        """Return the average of the subset with the smallest maximum eigenvalue."""
-        subsets = all_subsets(matrix.num_workers, matrix.num_workers - num_byzantine)
+    def best(self, matrix: WorkerMatrix, subsets: Tensor) -> Tensor:
+        """Return the index of the subset with the smallest maximum eigenvalue."""
         squared = matrix.exact_squared_distances()
         spreads = torch.cat([_spreads(squared, batch) for batch in torch.split(subsets, _BATCH)])
-        return matrix.combine(mean_of(subsets[nearest(spreads, 1)[0]], matrix.num_workers))
+        return nearest(spreads, 1)
 
 
 def _spreads(squared: Tensor, subsets: Tensor) -> Tensor:
