@@ -49,8 +49,6 @@ class CenteredClipping(Aggregator):
             stay = float(1 - shares.sum())
             # The rows' part, scaled: their weights sum to 1 - stay.
             moved = matrix.materialize(matrix.scale(shares).combine(torch.ones(matrix.num_workers)))
-            if center is not None:
-                moved = [part + stay * old for part, old in zip(moved, center, strict=True)]
-            center = moved
+            center = moved if center is None else [part + stay * old for part, old in zip(moved, center, strict=True)]
         assert center is not None  # num_iterations is at least 1
         return center

@@ -66,8 +66,7 @@ class GeometricMedian(Aggregator):
         distances = self._initial_distances(matrix)
         for _ in range(self.max_iterations):
             previous, weights = weights, self._next_weights(matrix, weights, distances)
-            enough = self.tolerance * distances.median()
-            if previous is not None and matrix.length(weights - previous) <= enough:
+            if previous is not None and matrix.length(weights - previous) <= self.tolerance * distances.median():
                 break
             distances = matrix.distances(matrix.combine(weights))
         assert weights is not None  # max_iterations is at least 1

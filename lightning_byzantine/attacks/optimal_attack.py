@@ -50,8 +50,7 @@ class OptimalAttack(VectorAttack):
             check_integer_at_least("num_byzantine", num_byzantine, 0)
         self.num_byzantine = num_byzantine
         self.evaluations = check_integer_at_least("evaluations", evaluations, 2)
-        self.check_step(step)
-        self.step = step
+        self.step = self.check_step(step)
         # In tuples, so that torch does not register them as submodules: a rule's state is not part of the attack's.
         self._given = (aggregator,)
         self._in_use: tuple[Aggregator | None, int | None] = (None, None)
@@ -79,11 +78,11 @@ class OptimalAttack(VectorAttack):
     def with_factor(self, factor: float) -> VectorAttack:
         """Return the attack with this factor."""
 
-    def check_step(self, step: float) -> None:
-        """Raise unless ``step`` is a first factor that the attack accepts."""
-        check_finite("step", step)
-        if step == 0:
+    def check_step(self, step: float) -> float:
+        """Return ``step`` if it is a first factor that the attack accepts; raise otherwise."""
+        if check_finite("step", step) == 0:
             raise ValueError(f"step must not be 0, got {step}")
+        return step
 
     def tamper(self, matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
         """Return a matrix with the Byzantine rows forged with the factor that does the most harm."""

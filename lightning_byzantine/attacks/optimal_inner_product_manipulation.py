@@ -34,6 +34,6 @@ class OptimalInnerProductManipulation(OptimalAttack):
         """Return IPM with this epsilon."""
         return InnerProductManipulation(epsilon=factor)
 
-    def check_step(self, step: float) -> None:
-        """Raise unless ``step`` is above 0."""
-        check_positive("step", step)
+    def check_step(self, step: float) -> float:
+        """Return ``step`` if it is above 0; raise otherwise."""
+        return check_positive("step", step)
