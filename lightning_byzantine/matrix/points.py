@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_byzantine.matrix.blocks import at_least_float32
 from lightning_byzantine.matrix.row_view import RowView, weighted_sum
 from lightning_byzantine.matrix.scratch import Scratch
 
@@ -29,9 +28,14 @@ class LazyPoint(ABC):
 
         """
 
-    @abstractmethod
     def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return ||x_i - point||^2 of the rows of a view, [m] float64, accurate to float64."""
+        """Return ||x_i - point||^2 of the rows of a view, [m] float64, accurate to float64: in one pass."""
+        values = self.values(view)
+
+        def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
+            return (chunk - at(values).double()).square().sum(1)
+
+        return view.sum_over_columns(statistic)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return the same as quickly as possible, with bounds of the rounding errors: two [m]."""
@@ -54,13 +58,7 @@ class Combination(LazyPoint):
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the weighted sum of the rows, in one pass."""
-        sums = []
-        for index, block in enumerate(view.blocks.arriving):
-            total = block.new_empty(block.shape[1], dtype=at_least_float32(block.dtype))
-            for columns, chunk in view.blocks.chunks(index, view.rows, at_least_float32):
-                weighted_sum(chunk, self.weights, out=total[columns])
-            sums.append(total)
-        return sums
+        return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out))
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return squared distances and their errors, from inner products."""
@@ -73,20 +71,7 @@ class Combination(LazyPoint):
         return gram.mixed(view.weights - self.weights).squared_norms()[0]
 
 
-class _PointOfValues(LazyPoint):
-    """A point that is not a combination of rows, so that its distances need a pass over its values."""
-
-    def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return squared distances, in one pass."""
-        values = self.values(view)
-
-        def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
-            return (chunk - at(values).double()).square().sum(1)
-
-        return view.sum_over_columns(statistic)
-
-
-class Given(_PointOfValues):
+class Given(LazyPoint):
     """A point whose values are known.
 
     Args:
@@ -102,7 +87,7 @@ class Given(_PointOfValues):
         return self._blocks
 
 
-class Coordinatewise(_PointOfValues):
+class Coordinatewise(LazyPoint):
     """A point of which each coordinate is a function of the workers' values of that coordinate.
 
     Args:
@@ -123,19 +108,13 @@ class Coordinatewise(_PointOfValues):
         self._made_of = made_of
         self._function = function
         self._overwrites = overwrites
-
         self._values = values
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the function's values, computed once, in one pass."""
         if self._values is None:
-            values, scratch = [], Scratch()
-            for index, block in enumerate(view.blocks.arriving):
-                whole = block.new_empty(block.shape[1], dtype=at_least_float32(block.dtype))
-                for columns, chunk in view.blocks.chunks(index, self._made_of.rows, at_least_float32):
-                    whole[columns] = self._at(chunk, scratch)
-                values.append(whole)
-            self._values = values
+            scratch = Scratch()
+            self._values = self._made_of.compute(lambda chunk, out: out.copy_(self._at(chunk, scratch)))
         return self._values
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
@@ -144,18 +123,15 @@ class Coordinatewise(_PointOfValues):
         same_rows = torch.equal(view.rows, self._made_of.rows)
         if self._values is not None or not view.blocks.are_quick or not same_rows:
             return super().squared_distances(view)
-        values, norms, scratch, differences = [], [], Scratch(), Scratch()
-        for index, block in enumerate(view.blocks.arriving):
-            whole = block.new_empty(block.shape[1])
-            for columns, chunk in view.blocks.chunks(index, view.rows, at_least_float32):
-                value = whole[columns]
-                value.copy_(self._at(chunk, scratch))
-                own = view.mixed(chunk, scratch)
-                difference = torch.sub(own, value, out=differences.like(own))
-                # Float32 within a chunk, float64 over chunks.
-                norms.append(torch.linalg.vector_norm(difference, dim=1))
-            values.append(whole)
-        self._values = values
+        norms, scratch, differences = [], Scratch(), Scratch()
+
+        def measure(chunk: Tensor, out: Tensor) -> None:
+            out.copy_(self._at(chunk, scratch))
+            difference = torch.sub(view.mixed(chunk, scratch), out, out=differences.rows(view.num_rows, chunk))
+            # Float32 within a chunk, float64 over the chunks.
+            norms.append(torch.linalg.vector_norm(difference, dim=1))
+
+        self._values = view.compute(measure)
         squared = torch.stack(norms).double().square()
         sums = view.blocks.complete(torch.stack([squared.sum(0), squared.square().sum(0)]))
         return sums[0], _ROUNDING_OF_NORMS * sums[1].sqrt()

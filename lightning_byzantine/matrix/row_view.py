@@ -83,6 +83,20 @@ class RowView:
         """Return the same as a copy that may be written to."""
         return scratch.like(chunk).copy_(chunk) if self.mixing is None else self.mixed(chunk, scratch)
 
+    def compute(self, fill: Callable[[Tensor, Tensor], object]) -> list[Tensor]:
+        """Return a vector in float32 or float64, one [c_b] tensor for each block, computed in one pass.
+
+        Args:
+            fill: takes a chunk [n, c] of the rows that these are made of, and writes the vector's part [c].
+
+        """
+        vector = []
+        for index, block in enumerate(self.blocks.arriving):
+            vector.append(block.new_empty(block.shape[1], dtype=at_least_float32(block.dtype)))
+            for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
+                fill(chunk, vector[-1][columns])
+        return vector
+
     def sum_over_columns(self, statistic: Callable[[Tensor, Callable[[list[Tensor]], Tensor]], Tensor]) -> Tensor:
         """Sum a float64 statistic [m] of chunks [m, c] over all columns of all ranks.
 
