@@ -106,7 +106,10 @@ def test_measurable_rows() -> None:
     vectors = torch.ones(6, 4)
     vectors[1, 2], vectors[2, 0], vectors[3, 1], vectors[4, 3] = torch.nan, -torch.inf, 2e19, 1e19
     assert WorkerMatrix([vectors]).measure().is_measurable.tolist() == [True, False, False, False, True, True]
-    assert WorkerMatrix([torch.tensor([[1e149], [1e151]], dtype=torch.float64)]).measure().is_measurable.tolist() == [True, False]
+    assert WorkerMatrix([torch.tensor([[1e149], [1e151]], dtype=torch.float64)]).measure().is_measurable.tolist() == [
+        True,
+        False,
+    ]
     # float64 goes farther, half precision is never summed up in half precision.
     assert WorkerMatrix([vectors.double()]).measure().is_measurable.tolist() == [True, False, False, True, True, True]
     assert WorkerMatrix([torch.full((2, 4), 6e4, dtype=torch.float16)]).measure().is_measurable.all()
