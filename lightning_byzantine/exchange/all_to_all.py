@@ -6,8 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_byzantine.exchange.collectives import start_gather
-from lightning_byzantine.exchange.exchange import Exchange, Wait
-from lightning_byzantine.exchange.kept_memory import KeptMemory
+from lightning_byzantine.exchange.exchange import Exchange, KeptMemory, Wait
 from lightning_byzantine.matrix import Names, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 

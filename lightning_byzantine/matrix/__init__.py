@@ -1,7 +1,6 @@
 """The matrix of all workers' vectors, m rows x d columns, which aggregation rules and attacks work on."""
 
-from lightning_byzantine.matrix.measurement import Measurement
-from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point
+from lightning_byzantine.matrix.points import Combination, Coordinatewise, Measurement, Point
 from lightning_byzantine.matrix.ties import mean_of, nearest
 from lightning_byzantine.matrix.worker_matrix import Names, WorkerMatrix
 

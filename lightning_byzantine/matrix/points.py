@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_byzantine.matrix.row_view import RowView, weighted_sum
 from lightning_byzantine.matrix.scratch import Scratch
 
-__all__ = ["Combination", "Coordinatewise", "Given", "LazyPoint", "Point", "as_lazy"]
+__all__ = ["Combination", "Coordinatewise", "Given", "LazyPoint", "Measurement", "Point", "as_lazy"]
 
 # Relative error of a squared distance that is summed in float32 over one chunk: a multiple of float32's rounding.
 _ROUNDING_OF_NORMS = 16 * 2.0**-24
@@ -139,6 +139,22 @@ class Coordinatewise(LazyPoint):
     def _at(self, chunk: Tensor, scratch: Scratch) -> Tensor:
         rows = self._made_of.writable(chunk, scratch) if self._overwrites else self._made_of.mixed(chunk, scratch)
         return self._function(rows)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Which rows a rule can use, and what else the same pass has computed.
+
+    Args:
+        is_measurable: [m] bool: rows that are finite and whose squared norm does not overflow.
+        norms: [m] float64, ||x_i||; NaN if the pass did not compute them.
+        point: the point that the same pass has computed, valid if all rows are measurable.
+
+    """
+
+    is_measurable: Tensor
+    norms: Tensor
+    point: Coordinatewise | None = None
 
 
 #: What a rule may return: weights of rows, a function of rows, or one [c_b] tensor for each column block.

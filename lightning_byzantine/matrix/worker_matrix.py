@@ -10,8 +10,7 @@ from lightning_byzantine.matrix.arriving import Arriving
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32
 from lightning_byzantine.matrix.compiled import Compiled
 from lightning_byzantine.matrix.gram import Gram, are_sharp
-from lightning_byzantine.matrix.measurement import Measurement
-from lightning_byzantine.matrix.points import Combination, Coordinatewise, Point, as_lazy
+from lightning_byzantine.matrix.points import Combination, Coordinatewise, Measurement, Point, as_lazy
 from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.ties import is_decided, nearest
 
