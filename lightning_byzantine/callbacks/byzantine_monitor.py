@@ -16,9 +16,8 @@ from lightning_byzantine.errors import ByzantineSuspectError
 from lightning_byzantine.exchange.identities import Identity, gather_identities
 from lightning_byzantine.monitoring.evidence import Evidence
 from lightning_byzantine.monitoring.heat_map import HeatMap
-from lightning_byzantine.monitoring.scalars import worker_scalars
 from lightning_byzantine.monitoring.suspect import Suspect
-from lightning_byzantine.monitoring.suspect_log import SuspectLog
+from lightning_byzantine.monitoring.suspect_log import log_suspect
 from lightning_byzantine.monitoring.suspicion import Suspicion
 from lightning_byzantine.monitoring.worker_table import worker_table
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
@@ -101,7 +100,7 @@ class ByzantineMonitor(pl.Callback):
         self._heat_map = HeatMap()
         self._reports: list[Report] = []
         self._identities: list[Identity] = []
-        self._log = SuspectLog(Path())
+        self._log_path = Path()
         self._until_teardown = ExitStack()
 
     @override
@@ -129,7 +128,7 @@ class ByzantineMonitor(pl.Callback):
         else:
             self._identities = [Identity("localhost", str(strategy.root_device))]
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir is broadcast from rank 0
-        self._log = SuspectLog(Path(folder) / "suspects.jsonl")
+        self._log_path = Path(folder) / "suspects.jsonl"
         self._heat_map = HeatMap()
         self._reports.clear()
         self._until_teardown.callback(strategy.observe(self._reports.append).remove)
@@ -155,7 +154,8 @@ class ByzantineMonitor(pl.Callback):
         self._list_suspects(strategy)
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # as its connector has it
         if reports and every and trainer.global_step % every == 0:
-            metrics = worker_scalars(self._suspicion, self._evidence, reports[-1].weights) | {
+            scores = [score / self.threshold for score in self._suspicion.scores]
+            metrics = self._evidence.scalars(reports[-1].weights.tolist(), scores) | {
                 "byzantine/suspects": len(self.suspects),
                 "byzantine/quarantined": len(strategy.quarantined),
                 "byzantine/skipped_steps": strategy.skipped_steps,
@@ -287,7 +287,7 @@ class ByzantineMonitor(pl.Callback):
     def _write(
         self, trainer: pl.Trainer, event: Literal["suspected", "cleared", "quarantined"], suspect: Suspect
     ) -> None:
-        self._log.write(event, trainer.global_step, suspect)
+        log_suspect(self._log_path, event, trainer.global_step, suspect)
 
 
 def _strategy(trainer: pl.Trainer) -> ByzantineDDPStrategy:

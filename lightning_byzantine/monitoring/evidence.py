@@ -1,7 +1,7 @@
 """Evidence about each worker from the reports of the last steps."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from math import isnan, nan
 from typing import Any
@@ -77,6 +77,30 @@ class Evidence:
             "sampled": sampled,
             "unlikely": unlikely,
             "outvoted": int(sum(step.outvoted[worker] for step in self._last)),
+        }
+
+    def scalars(self, weights: list[float], scores: list[float]) -> dict[str, float]:
+        """Return what to log by name, ``byzantine/distance/worker_0`` and so on, without what is unknown.
+
+        Args:
+            weights: [m], of the last step's report.
+            scores: [m], of suspicion, as multiples of the threshold.
+
+        """
+        distances, norms = self.latest()
+        rows: dict[str, Sequence[float]] = {
+            "distance": distances,
+            "norm": norms,
+            "weight": weights,
+            "trimmed": self.trimmed_part(),
+            "non_finite": self.non_finite,
+            "score": scores,
+        }
+        return {
+            f"byzantine/{name}/worker_{worker}": value
+            for name, row in rows.items()
+            for worker, value in enumerate(row)
+            if not isnan(value)
         }
 
     def state_dict(self) -> dict[str, Any]:

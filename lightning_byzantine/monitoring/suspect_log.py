@@ -6,31 +6,28 @@ from typing import Literal
 
 from lightning_byzantine.monitoring.suspect import Suspect
 
-__all__ = ["SuspectLog"]
+__all__ = ["log_suspect"]
 
 
-class SuspectLog:
-    """Appends JSON lines to a file, which is created with the first line.
+def log_suspect(path: Path, event: Literal["suspected", "cleared", "quarantined"], step: int, suspect: Suspect) -> None:
+    """Append a JSON line with the event, the optimizer step, and the fields of the suspect to a file.
 
     Args:
-        path: the file. Its folder is created if necessary.
+        path: the file, which is created with its folder if necessary.
+        event: what has changed.
+        step: number of optimizer steps so far.
+        suspect: the worker.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "suspects.jsonl"
         >>> suspect = Suspect(1, 1, "node7", "cpu", 9, None, 0, 2.5, None, 0, 1, 0, 0, shadow=False)
-        >>> SuspectLog(path).write("suspected", 9, suspect)
+        >>> log_suspect(path, "suspected", 9, suspect)
         >>> line = json.loads(path.read_text())
         >>> line["event"], line["step"], line["worker"], line["distance"]
         ('suspected', 9, 1, 2.5)
 
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, event: Literal["suspected", "cleared", "quarantined"], step: int, suspect: Suspect) -> None:
-        """Append a line with the event, the optimizer step, and the fields of the suspect."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, "step": step, **suspect.as_dict()}) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"event": event, "step": step, **suspect.as_dict()}) + "\n")
