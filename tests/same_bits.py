@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -40,7 +41,7 @@ from lightning_byzantine.aggregators import (
     Mean,
     MultiKrum,
 )
-from lightning_byzantine.attacks import ALittleIsEnough, SignFlip
+from lightning_byzantine.attacks import ALittleIsEnough, Intermittent, NonFinite, SignFlip
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.optim import DoubleMomentumEstimator
@@ -112,7 +113,26 @@ CONFIGURATIONS: dict[str, Configuration] = {
         lambda: ByzantineDDPStrategy(GeometricMedian()),
         lambda: [ByzantineSimulation(SignFlip(), workers=[1]), ByzantineMonitor(on_suspect="quarantine")],
     ),
+    "an attacker that sends NaN now and then": Configuration(
+        lambda: ByzantineDDPStrategy(CoordinateWiseMedian()),
+        lambda: [ByzantineSimulation(Intermittent(NonFinite(), probability=0.3), workers=[0])],
+    ),
+    "three workers in each process, an honest one in quarantine": Configuration(
+        lambda: ByzantineDDPStrategy(CoordinateWiseMedian(), workers_per_process=3),
+        lambda: [ByzantineSimulation(ALittleIsEnough(), workers=[4]), Quarantining(0)],
+    ),
 }
+
+
+class Quarantining(pl.Callback):
+    """Puts a worker in quarantine in the middle of the run."""
+
+    def __init__(self, worker: int) -> None:
+        self.worker = worker
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == NUM_STEPS // 2 and self.worker not in trainer.strategy.quarantined:
+            trainer.strategy.quarantine([self.worker])
 
 
 class Classifier(pl.LightningModule):

@@ -1,14 +1,13 @@
 """The interface of aggregations, and the simplest of them."""
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.matrix import WorkerMatrix
 
-__all__ = ["Aggregated", "Aggregation", "PlainMean", "SingleWorker"]
+__all__ = ["Aggregated", "Aggregation", "SingleWorker"]
 
 
 @dataclass(frozen=True)
@@ -17,16 +16,16 @@ class Aggregated:
 
     Args:
         parts: one [c_b] tensor for each block of the matrix.
-        dropped: indices of the workers whose vectors are unusable, or that are in quarantine.
+        unusable: indices of the workers whose vectors are not finite or overflow; None if not all were looked at.
 
     """
 
     parts: list[Tensor]
-    dropped: list[int] = field(default_factory=list)
+    unusable: frozenset[int] | None = None
 
 
-class Aggregation(Protocol):
-    """Combines all workers' vectors into one.
+class Aggregation:
+    """Combines all workers' vectors into one: here by their mean, as in stock DDP.
 
     Attributes:
         takes_estimates: whether workers send the estimator's estimates instead of gradients.
@@ -34,24 +33,11 @@ class Aggregation(Protocol):
 
     """
 
-    takes_estimates: bool
-    last_aggregate: LastAggregate | None
-
-    def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the aggregate of the rows, the same on every rank."""
-
-    def mean(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the mean of the rows, as stock DDP would."""
-
-
-class PlainMean:
-    """The mean, as in stock DDP."""
-
     takes_estimates = False
     last_aggregate: LastAggregate | None = None
 
     def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the mean."""
+        """Return the aggregate of the rows, the same on every rank."""
         return self.mean(matrix)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
@@ -59,7 +45,7 @@ class PlainMean:
         return Aggregated(matrix.materialize(matrix.mean()))
 
 
-class SingleWorker(PlainMean):
+class SingleWorker(Aggregation):
     """The identity, for a single worker."""
 
     def aggregate(self, matrix: WorkerMatrix) -> Aggregated:

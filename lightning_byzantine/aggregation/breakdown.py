@@ -29,11 +29,9 @@ class Breakdown:
     """
 
     def __init__(self, policy: Literal["raise", "skip", "propagate"] = "raise", max_skips: int = 10) -> None:
-        check_choice("on_breakdown", policy, ("raise", "skip", "propagate"))
-        check_integer_at_least("max_skips", max_skips, 1)
-        self.max_skips = max_skips
+        self.max_skips = check_integer_at_least("max_skips", max_skips, 1)
         self.skipped = 0
-        self._policy = policy
+        self._policy = check_choice("on_breakdown", policy, ("raise", "skip", "propagate"))
         self._in_a_row = 0
 
     @property

@@ -1,6 +1,6 @@
 """The aggregation of the workers' gradients in one step, for any training loop."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -98,11 +98,14 @@ class AggregationEngine:
         """End the step: write the aggregated gradient into the buffers of all blocks.
 
         Raises:
+            RuntimeError: if nothing was sent.
             ByzantineBreakdownError: if more workers send unusable vectors than may be Byzantine, and the policy is not
                 to continue. Under a gradient scaler, gradients are NaN instead.
 
         """
         blocks, self._blocks = self._blocks, []
+        if not blocks:
+            raise RuntimeError("aggregate needs the step's gradients, got none: call send for each block before")
         if self._max_norm is not None:
             factors = self._clipping_factors(blocks, self._max_norm)
             for block in blocks:
@@ -113,7 +116,7 @@ class AggregationEngine:
                 block.buffer.fill_(torch.nan)
         else:
             wholes = self.exchange.collect(aggregated.parts)
-            self._commit(blocks, aggregated.dropped)
+            self._commit(blocks, aggregated.unusable)
             for block, whole in zip(blocks, wholes, strict=True):
                 self._write_gradient(block, whole)
         self.local.clear()
@@ -171,8 +174,7 @@ class AggregationEngine:
             if self._scale is not None:
                 return None
             if self._breakdown.propagates:
-                mean = self._aggregation.mean(matrix)
-                return Aggregated(mean.parts, [*mean.dropped, *error.workers])
+                return self._aggregation.mean(matrix)
             if not self._breakdown.skips():
                 raise
             self._on_skip(error)
@@ -180,13 +182,18 @@ class AggregationEngine:
         self._breakdown.succeeded()
         return aggregated
 
-    def _commit(self, blocks: Iterable[GradientBlock], dropped: list[int]) -> None:
+    def _commit(self, blocks: list[GradientBlock], unusable: frozenset[int] | None) -> None:
         if self._sends is None:
             return
-        first = self.exchange.rank * self.local.num_workers
-        for worker in range(self.local.num_workers):
-            # A dropped vector must not enter the worker's own state.
-            if first + worker not in dropped:
+        if unusable is None or self._attacks:
+            # Nobody has looked at what these workers sent, or at something else in its place.
+            measured = WorkerMatrix([block.sent for block in blocks]).measure().is_measurable.tolist()
+        else:
+            first = self.exchange.rank * self.local.num_workers
+            measured = [first + worker not in unusable for worker in range(self.local.num_workers)]
+        for worker, is_measurable in enumerate(measured):
+            # An unusable vector must not enter the worker's own state.
+            if is_measurable:
                 sent = {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
                 self._sends.commit(sent, worker)
 

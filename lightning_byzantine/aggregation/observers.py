@@ -74,5 +74,5 @@ class Observers:
             workers = outvoted.cpu().repeat_interleave(len(made.measurable) // len(outvoted))
             workers[list(cleared)] = False
             made = replace(made, outvoted=workers)
-        for function in self._functions.values():
+        for function in list(self._functions.values()):  # one of them may remove itself
             function(made)

@@ -1,6 +1,6 @@
 """Aggregation by a robust rule."""
 
-from lightning_byzantine.aggregation.aggregation import Aggregated
+from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
 from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregation.quarantine import Quarantine
@@ -12,7 +12,7 @@ from lightning_byzantine.matrix import WorkerMatrix
 __all__ = ["RobustAggregation"]
 
 
-class RobustAggregation:
+class RobustAggregation(Aggregation):
     """Applies a rule to the rows of all workers that are not in quarantine, and calls observers with the report.
 
     Args:
@@ -28,7 +28,7 @@ class RobustAggregation:
         >>> quarantine.add([2], CoordinateWiseMedian(), num_workers=4, num_byzantine=1)
         >>> robust = RobustAggregation(CoordinateWiseMedian(), 1, quarantine, Observers())
         >>> robust.aggregate(WorkerMatrix([torch.tensor([[1.0], [2.0], [50.0], [6.0]])]))
-        Aggregated(parts=[tensor([2.])], dropped=[2])
+        Aggregated(parts=[tensor([2.])], unusable=None)
 
     """
 
@@ -59,12 +59,12 @@ class RobustAggregation:
             self._observers.tell(lambda: report, cleared=self._quarantine.workers)
             raise
         self._observers.tell(lambda: self._report(decision, bits, matrix.num_workers), self._quarantine.workers)
-        return Aggregated(decision.values(), [*decision.dropped, *sorted(self._quarantine.workers)])
+        # The rule has not looked at the workers in quarantine.
+        return Aggregated(decision.values(), None if self._quarantine.workers else frozenset(decision.dropped))
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean of the rows that are not in quarantine."""
-        trusted = self._quarantine.without(matrix)
-        return Aggregated(trusted.materialize(trusted.mean()), sorted(self._quarantine.workers))
+        return super().mean(self._quarantine.without(matrix))
 
     def _report(self, decision: Decision, bits: BitCount, num_workers: int) -> Report:
         report = decision.report()

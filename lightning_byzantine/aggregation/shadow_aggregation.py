@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_byzantine.aggregation.aggregation import Aggregated, PlainMean
+from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
 from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregators import Aggregator, Report
@@ -14,7 +14,7 @@ from lightning_byzantine.matrix import Names, WorkerMatrix
 __all__ = ["ShadowAggregation"]
 
 
-class ShadowAggregation(PlainMean):
+class ShadowAggregation(Aggregation):
     """Returns the mean, and applies a rule to the momentum of the gradients that workers sent, for its report only.
 
     Workers send raw gradients, so that their mean is that of stock DDP to the bit, and every rank keeps the momentum of
@@ -35,7 +35,7 @@ class ShadowAggregation(PlainMean):
         >>> shadow = ShadowAggregation(Krum(), num_byzantine=1, beta=0.9, observers=observers)
         >>> shadow.aggregate(WorkerMatrix([torch.tensor([[1.0], [1.5], [9.0], [2.5]])]))
         tensor([ True, False,  True,  True])
-        Aggregated(parts=[tensor([3.5000])], dropped=[])
+        Aggregated(parts=[tensor([3.5000])], unusable=None)
 
     """
 

@@ -30,9 +30,10 @@ class LastAggregate(nn.Module):
         super().__init__()
         # Not buffers, since there are none before the first call.
         self.parts: dict[str, Tensor] = {}
+        self._plain: Tensor | None = None
 
     def clear(self) -> None:
-        """Reset to the state before the first call."""
+        """Reset the parts to the state before the first call."""
         self.parts.clear()
 
     def keep_parts(self, parts: Mapping[str, Tensor]) -> None:
@@ -41,7 +42,7 @@ class LastAggregate(nn.Module):
 
     def keep(self, aggregate: Tensor) -> None:
         """Keep a copy of the result on a plain tensor, [d]."""
-        self.parts = {_PLAIN: aggregate.clone()}
+        self._plain = aggregate.clone()
 
     def blocks_for(self, vectors: Tensor) -> list[Tensor] | None:
         """Return the previous result on a plain tensor as one block, None before the first call.
@@ -53,20 +54,21 @@ class LastAggregate(nn.Module):
             ValueError: if d has changed.
 
         """
-        value = self.parts.get(_PLAIN)
-        if value is None:
+        if self._plain is None:
             return None
-        if len(value) != vectors.shape[1]:
+        if len(self._plain) != vectors.shape[1]:
             raise ValueError(
                 f"vectors must have as many columns as in the previous call, from whose result the rule starts,"
-                f" got {vectors.shape[1]} after {len(value)}: use one rule for each size"
+                f" got {vectors.shape[1]} after {len(self._plain)}: use one rule for each size"
             )
-        return [value.to(vectors)]
+        return [self._plain.to(vectors)]
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """Return the last result."""
-        return dict(self.parts)
+        """Return both results, the plain one without a name."""
+        return self.parts | ({} if self._plain is None else {_PLAIN: self._plain})
 
-    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the last result."""
-        self.parts = {name: torch.as_tensor(value).clone() for name, value in state.items()}
+    def set_extra_state(self, state: Mapping[str, Tensor] | Tensor | None) -> None:
+        """Restore both results; before there were parts, the state was the plain result alone."""
+        values = state if isinstance(state, Mapping) else {} if state is None else {_PLAIN: state}
+        self.parts = {name: torch.as_tensor(value).clone() for name, value in values.items()}
+        self._plain = self.parts.pop(_PLAIN, None)

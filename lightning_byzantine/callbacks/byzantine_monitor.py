@@ -103,6 +103,10 @@ class ByzantineMonitor(pl.Callback):
         self._log_path = Path()
         self._until_teardown = ExitStack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What ends at teardown can't be copied, and is not the copy's to end.
+        return vars(self) | {"_until_teardown": ExitStack()}
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy = trainer.strategy

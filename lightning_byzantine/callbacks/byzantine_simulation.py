@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_byzantine.aggregation.aggregation import PlainMean
+from lightning_byzantine.aggregation.aggregation import Aggregation
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregators import Mean
@@ -56,6 +56,10 @@ class ByzantineSimulation(pl.Callback):
         self.workers = workers
         self._until_teardown = ExitStack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What ends at teardown can't be copied, and is not the copy's to end.
+        return vars(self) | {"_until_teardown": ExitStack()}
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(trainer, pl.Trainer):
@@ -88,7 +92,7 @@ class ByzantineSimulation(pl.Callback):
             )
         assert isinstance(strategy.model, DistributedDataParallel)
         exchange = make_exchange("all_gather", strategy.world_size)
-        engine = AggregationEngine(dict(pl_module.named_parameters()), PlainMean(), exchange)
+        engine = AggregationEngine(dict(pl_module.named_parameters()), Aggregation(), exchange)
         engine.add_attack(self._tamper)
         AggregationHook(engine, pl_module).register(strategy.model)
 

@@ -6,7 +6,6 @@ from lightning_byzantine.exchange.all_gather import AllGather
 from lightning_byzantine.exchange.all_to_all import AllToAll
 from lightning_byzantine.exchange.exchange import Exchange
 from lightning_byzantine.exchange.single_rank import SingleRank
-from lightning_byzantine.utilities.checks import check_choice
 
 __all__ = ["EXCHANGES", "AllGather", "AllToAll", "Exchange", "SingleRank", "make_exchange"]
 
@@ -21,5 +20,4 @@ def make_exchange(name: str, num_ranks: int) -> Exchange:
         num_ranks: number of processes.
 
     """
-    check_choice("exchange", name, EXCHANGES)
     return SingleRank() if num_ranks == 1 else EXCHANGES[name](num_ranks)

@@ -41,6 +41,11 @@ class RowView:
         rows = torch.arange(blocks.num_rows)
         return cls(blocks, rows, Products(StoredProducts(blocks), rows))
 
+    def of(self, blocks: Blocks) -> "RowView":
+        """Return the same view of other blocks."""
+        products = Products(StoredProducts(blocks), self.rows, self.products.know_zero)
+        return replace(self, blocks=blocks, products=products)
+
     @property
     def num_rows(self) -> int:
         """Number of rows, m."""

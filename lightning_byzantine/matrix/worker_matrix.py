@@ -128,7 +128,7 @@ class WorkerMatrix:
 
         """
         blocks = self._view.blocks
-        return self._seen_by(RowView.of_all(Blocks(blocks.arriving, wrap(blocks.complete))))
+        return self._seen_by(self._view.of(Blocks(blocks.arriving, wrap(blocks.complete))))
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.

@@ -141,8 +141,7 @@ class Suspicion:
     """
 
     def __init__(self, num_workers: int, threshold: float = 13.0) -> None:
-        check_positive("threshold", threshold)
-        self.threshold = threshold
+        self.threshold = check_positive("threshold", threshold)
         self.suspected: set[int] = set()
         self.scores = [0.0] * num_workers
         self._averages = [0.0] * num_workers

@@ -71,8 +71,7 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
                     f" it can't take `{name}`, got {name}={kwargs[name]!r}. Leave it out, or use `strategy='ddp'`."
                 )
         super().__init__(**kwargs)
-        check_integer_at_least("workers_per_process", workers_per_process, 1)
-        self.workers_per_process = workers_per_process
+        self.workers_per_process = check_integer_at_least("workers_per_process", workers_per_process, 1)
         self.engine: AggregationEngine | None = None
         self.window: AccumulationWindow | None = None
         self._breakdown = breakdown
@@ -172,6 +171,7 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         if self.window is not None:
             self.window.restore()
         self.engine = self.window = None
+        vars(self).pop("_skipped_steps", None)  # knows the Trainer
         super().teardown()
 
     def _loss_scale(self) -> float | None:

@@ -108,8 +108,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         self.estimator = WorkerMomentum() if estimator == "auto" else estimator
         if max_worker_grad_norm is not None:
             check_positive("max_worker_grad_norm", max_worker_grad_norm)
-        check_choice("exchange", exchange, EXCHANGES)
-        self.exchange = exchange
+        self.exchange = check_choice("exchange", exchange, EXCHANGES)
         self.shadow = shadow
         self._check_shadow()
         self.restart_estimator = restart_estimator

@@ -64,15 +64,13 @@ class FaultTolerantDDP(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_integer_at_least("check_consistency_every_n_steps", check_consistency_every_n_steps, 0)
-        check_choice("on_inconsistency", on_inconsistency, ("raise", "restore"))
-        check_choice("on_worker_error", on_worker_error, ("raise", "exclude"))
         self.worker_errors: WorkerErrors | None = None
         self._robust_buffers = robust_buffers
         self._robust_metrics = robust_metrics
-        self._check_every = check_consistency_every_n_steps
-        self._on_inconsistency = on_inconsistency
-        self._on_worker_error = on_worker_error
+        name, steps = "check_consistency_every_n_steps", check_consistency_every_n_steps
+        self._check_every = check_integer_at_least(name, steps, 0)
+        self._on_inconsistency = check_choice("on_inconsistency", on_inconsistency, ("raise", "restore"))
+        self._on_worker_error = check_choice("on_worker_error", on_worker_error, ("raise", "exclude"))
         self._observers = Observers()
         self._buffers: RobustBuffers | None = None
         self._consistency: ConsistencyCheck | None = None

@@ -41,7 +41,7 @@ def register_strategies() -> None:
     Pass other arguments, such as ``start_method="spawn"`` for a variant, to :class:`ByzantineDDPStrategy` itself.
     """
     for name, entry in list(StrategyRegistry.items()):
-        if entry["strategy"] is DDPStrategy:
+        if name.startswith("ddp") and entry["strategy"] is DDPStrategy:
             _register(f"byzantine_{name}", ByzantineDDPStrategy, entry["description"], **entry["init_params"])
     for name, (strategy, arguments) in _VARIANTS.items():
         _register(f"byzantine_ddp_{name}", strategy, f"DDP strategy, {name.replace('_', ' ')}", **arguments)

@@ -68,6 +68,8 @@ class WorkerStates:
         self._check("estimator", state["estimator"], repr(self.estimator))
         self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self.aggregator.state_dict()))
         self.aggregator.load_state_dict(state["aggregator"])
+        if self.aggregator.uses_previous and "previous" in state:  # where checkpoints of before had it
+            self.aggregator.last_aggregate.keep_parts(self._to_device(state["previous"]))
         if self.estimator is None:
             return
         if len(state["workers"]) != self.num_workers:

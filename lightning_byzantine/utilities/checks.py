@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable
 from numbers import Integral
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ __all__ = [
     "check_vectors",
     "check_worker_indices",
 ]
+
+_Choice = TypeVar("_Choice", bound=str)
 
 
 def check_num_byzantine(num_byzantine: int, num_workers: int) -> None:
@@ -140,7 +143,7 @@ def check_probability(name: str, value: float) -> float:
     return value
 
 
-def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+def check_choice(name: str, value: _Choice, choices: Collection[str]) -> _Choice:
     """Return ``value`` if it is one of ``choices``; raise otherwise.
 
     Example:
