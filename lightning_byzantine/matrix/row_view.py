@@ -76,9 +76,15 @@ class RowView:
         """Multiply each row by its factor, [m]."""
         return replace(self.mix(factors.double().diag()), products=self.products.serving(is_affine=False))
 
-    def gram(self, of_rows: Gram) -> Gram:
-        """Return the inner products of these rows, given those of the n stored rows."""
-        return of_rows if self.mixing is None else of_rows.points(self.mixing)
+    @property
+    def gram(self) -> Gram:
+        """The inner products of these rows, about an origin that leaves their distances sharp."""
+        return self._points(self.products.gram)
+
+    @property
+    def exact_gram(self) -> Gram:
+        """The same, accurate to float64."""
+        return self._points(self.products.exact_gram)
 
     def mixed(self, chunk: Tensor, scratch: Scratch) -> Tensor:
         """Return these rows, [m, c], given a chunk of the n stored rows; only mixed rows use ``scratch``."""
@@ -135,6 +141,9 @@ class RowView:
             for _, chunk in self.blocks.chunks(index, self.rows, at_least_float32)
         ]
         return self.blocks.complete(torch.stack(norms).double().square().sum(0))
+
+    def _points(self, gram: Gram) -> Gram:
+        return gram if self.mixing is None else gram.points(self.mixing)
 
     def _mixed(self, chunk: Tensor, mixing: Tensor, scratch: Scratch) -> Tensor:
         if chunk.device.type != "cpu":

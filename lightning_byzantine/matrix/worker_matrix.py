@@ -9,10 +9,9 @@ from torch import Tensor
 from lightning_byzantine.matrix.arriving import Arriving
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32
 from lightning_byzantine.matrix.compiled import Compiled
-from lightning_byzantine.matrix.gram import Gram, are_sharp
 from lightning_byzantine.matrix.points import Combination, Coordinatewise, Measurement, Point, as_lazy
+from lightning_byzantine.matrix.row_distances import RowDistances
 from lightning_byzantine.matrix.row_view import RowView
-from lightning_byzantine.matrix.ties import is_decided, nearest
 
 __all__ = ["Names", "WorkerMatrix"]
 
@@ -23,7 +22,7 @@ Names = tuple[str | None, ...]
 _LARGEST_SQUARED_NORM = 1e300
 
 
-class WorkerMatrix:
+class WorkerMatrix(RowDistances):
     """m rows (workers) x d columns (coordinates), stored as column blocks [m, c_b] of any floating-point dtypes.
 
     Rows can be dropped (:meth:`select`), replaced by affine combinations (:meth:`mix`) and scaled (:meth:`scale`) at no
@@ -61,8 +60,7 @@ class WorkerMatrix:
         self.shard = shard
         self.layout = layout
         self.previous: list[Tensor] | None = None
-        self._view = RowView.of_all(Blocks(blocks, complete))
-        self._distances_from_center: Tensor | None = None  # for the last center
+        super().__init__(RowView.of_all(Blocks(blocks, complete)))
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -153,51 +151,6 @@ class WorkerMatrix:
         """
         return Coordinatewise(self._view, function, overwrites)
 
-    def squared_norms(self) -> Tensor:
-        """Return ||x_i||^2, [m], in one pass; non-finite if the row is, or the float64 sum overflows."""
-        return self._view.squared_norms()
-
-    def squared_distances(self) -> Tensor:
-        """Return ||x_i - x_j||^2, [m, m], from the Gram matrix: one pass for all rules and views together."""
-        return self._gram().squared_distances()[0]
-
-    def exact_squared_distances(self) -> Tensor:
-        """Return ||x_i - x_j||^2, [m, m], in float64: for statistics that don't grow with each of the distances."""
-        return self._view.gram(self._view.products.exact_gram).squared_distances()[0]
-
-    def lowest(self, statistic: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        """Return the indices of the lowest values of a statistic of squared distances, ties broken by index.
-
-        Args:
-            statistic: maps [m, m] to [k, n], or [n]; must grow with each of the distances.
-            count: number of indices, at most n.
-
-        Returns:
-            [k, count], or [count]: indices in [0, n), lowest first.
-
-        """
-        squared, errors = self._gram().squared_distances()
-        if errors.any() and not is_decided(statistic(squared - errors), statistic(squared + errors), count):
-            squared = self.exact_squared_distances()
-        return nearest(statistic(squared), count)
-
-    def nearest(self, center: Point, count: int) -> Tensor:
-        """Return the indices of the ``count`` rows nearest to a point, ties broken by index: [count], nearest first."""
-        squared, errors = self._measure_from(center)
-        if errors.any() and not is_decided(squared - errors, squared + errors, count):
-            squared = self._exact_from(center)
-        return nearest(squared.sqrt(), count)
-
-    def distances(self, center: Point) -> Tensor:
-        """Return ||x_i - center||, [m]: no pass over the columns when ``center`` is a :class:`Combination`."""
-        squared, errors = self._measure_from(center)
-        return (squared if are_sharp(squared, errors) else self._exact_from(center)).sqrt()
-
-    def length(self, direction: Tensor) -> Tensor:
-        """Return ||sum_i u_i x_i|| for weights u, [m], whose sum is 0: the length of a step between combinations."""
-        steps = self._view.products.gram.mixed(direction[None] @ self._view.weights)
-        return steps.squared_norms()[0].sqrt().squeeze(0)
-
     def materialize(self, point: Point) -> list[Tensor]:
         """Compute a point: one [c_b] tensor per block, in the block's dtype. One pass for a :class:`Combination`."""
         values = as_lazy(point).values(self._view)
@@ -235,40 +188,10 @@ class WorkerMatrix:
             return Measurement(torch.ones(self.num_workers, dtype=torch.bool), unknown, point)
         return self._measurement(self._view.quick_squared_norms(), point)
 
-    def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
-        """Return distances that are known without a pass over the columns or a collective.
-
-        Args:
-            point: the rule's result.
-
-        Returns:
-            [m] and True for ||x_i - point||, if inner products are known; [m] and False for distances from the center
-            of the last :meth:`nearest` or :meth:`distances`; None and False if neither is known.
-
-        """
-        if isinstance(point, Combination):
-            gram = self._view.products.serving(point.is_affine).known_gram
-            if gram is not None:
-                return gram.mixed(self._view.weights - point.weights).squared_norms()[0].sqrt(), True
-        return self._distances_from_center, False
-
     def _seen_by(self, view: RowView) -> "WorkerMatrix":
         matrix = copy(self)
         matrix._view, matrix._distances_from_center = view, None
         return matrix
-
-    def _gram(self) -> Gram:
-        return self._view.gram(self._view.products.gram)
-
-    def _measure_from(self, center: Point) -> tuple[Tensor, Tensor]:
-        """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""
-        squared, errors = as_lazy(center).squared_distances(self._view)
-        if not isinstance(center, Combination):
-            self._distances_from_center = squared.sqrt()
-        return squared, errors
-
-    def _exact_from(self, center: Point) -> Tensor:
-        return as_lazy(center).exact_squared_distances(self._view)
 
     def _measurement(self, squared_norms: Tensor, point: Coordinatewise | None = None) -> Measurement:
         is_measurable = squared_norms.isfinite() & (squared_norms <= self._largest_squared_norm)

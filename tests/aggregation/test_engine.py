@@ -168,3 +168,46 @@ def test_attacks_know_what_the_rule_starts_from(three_ranks: RankPool, exchange:
     for (first, second), shard in zip(three_ranks.run(previous_that_an_attack_sees, exchange), shards, strict=True):
         assert first is None
         torch.testing.assert_close(second, shard)
+
+
+def test_an_observer_may_end_itself() -> None:
+    observers, calls = Observers(), []
+
+    def once(report: Report) -> None:
+        calls.append(report)
+        handle.remove()
+
+    handle = observers.add(once)
+    observers.add(calls.append)
+    for _ in range(2):
+        observers.tell(lambda: Report.of_breakdown([0], num_workers=3))
+    assert len(calls) == 3
+
+
+def test_nothing_sent_is_an_error() -> None:
+    engine = AggregationEngine(
+        {}, RobustAggregation(Mean(), 0, Quarantine(), Observers()), make_exchange("all_gather", 1)
+    )
+    with pytest.raises(RuntimeError, match="aggregate needs the step's gradients, got none"):
+        engine.aggregate()
+
+
+def test_a_rule_in_training_can_be_called_on_plain_vectors(one_rank: RankPool) -> None:
+    expected, disturbed = (one_rank.run(drive_alone, call_it_too)[0] for call_it_too in (False, True))
+    assert torch.equal(disturbed, expected)
+
+
+def drive_alone(call_it_too: bool) -> Tensor:
+    rule = CenteredClipping(tau=0.5)
+    engine = AggregationEngine(
+        {"weight": nn.Parameter(torch.zeros(6))},
+        RobustAggregation(rule, 0, Quarantine(), Observers()),
+        make_exchange("all_gather", 1),
+    )
+    for workers in gradients(seed=0):
+        if call_it_too:
+            rule(torch.ones(3, 4), num_byzantine=1)
+        block = GradientBlock.of({"weight": workers[0][:6].clone()})
+        engine.send(block)
+        engine.aggregate()
+    return block.buffer

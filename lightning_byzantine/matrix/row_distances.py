@@ -1,0 +1,94 @@
+"""Distances between rows, and of rows from points."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_byzantine.matrix.gram import are_sharp
+from lightning_byzantine.matrix.points import Combination, Point, as_lazy
+from lightning_byzantine.matrix.row_view import RowView
+from lightning_byzantine.matrix.ties import is_decided, nearest
+
+__all__ = ["RowDistances"]
+
+
+class RowDistances:
+    """Norms and distances of m rows, from as few passes over the columns as rounding permits.
+
+    Args:
+        view: the rows.
+
+    """
+
+    def __init__(self, view: RowView) -> None:
+        self._view = view
+        self._distances_from_center: Tensor | None = None  # of the center that was measured last
+
+    def squared_norms(self) -> Tensor:
+        """Return ||x_i||^2, [m], in one pass; non-finite if the row is, or the float64 sum overflows."""
+        return self._view.squared_norms()
+
+    def squared_distances(self) -> Tensor:
+        """Return ||x_i - x_j||^2, [m, m], from the Gram matrix: one pass for all rules and views together."""
+        return self._view.gram.squared_distances()[0]
+
+    def exact_squared_distances(self) -> Tensor:
+        """Return ||x_i - x_j||^2, [m, m], in float64: for statistics that don't grow with each of the distances."""
+        return self._view.exact_gram.squared_distances()[0]
+
+    def lowest(self, statistic: Callable[[Tensor], Tensor], count: int) -> Tensor:
+        """Return the indices of the lowest values of a statistic of squared distances, ties broken by index.
+
+        Args:
+            statistic: maps [m, m] to [k, n], or [n]; must grow with each of the distances.
+            count: number of indices, at most n.
+
+        Returns:
+            [k, count], or [count]: indices in [0, n), lowest first.
+
+        """
+        squared, errors = self._view.gram.squared_distances()
+        if errors.any() and not is_decided(statistic(squared - errors), statistic(squared + errors), count):
+            squared = self.exact_squared_distances()
+        return nearest(statistic(squared), count)
+
+    def nearest(self, center: Point, count: int) -> Tensor:
+        """Return the indices of the ``count`` rows nearest to a point, ties broken by index: [count], nearest first."""
+        squared, errors = self._measure_from(center)
+        if errors.any() and not is_decided(squared - errors, squared + errors, count):
+            squared = as_lazy(center).exact_squared_distances(self._view)
+        return nearest(squared.sqrt(), count)
+
+    def distances(self, center: Point) -> Tensor:
+        """Return ||x_i - center||, [m]: no pass over the columns when ``center`` is a :class:`Combination`."""
+        squared, errors = self._measure_from(center)
+        return (squared if are_sharp(squared, errors) else as_lazy(center).exact_squared_distances(self._view)).sqrt()
+
+    def length(self, direction: Tensor) -> Tensor:
+        """Return ||sum_i u_i x_i|| for weights u, [m], whose sum is 0: the length of a step between combinations."""
+        steps = self._view.products.gram.mixed(direction[None] @ self._view.weights)
+        return steps.squared_norms()[0].sqrt().squeeze(0)
+
+    def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
+        """Return distances that are known without a pass over the columns or a collective.
+
+        Args:
+            point: the rule's result.
+
+        Returns:
+            [m] and True for ||x_i - point||, if inner products are known; [m] and False for distances from the center
+            of the last :meth:`nearest` or :meth:`distances`; None and False if neither is known.
+
+        """
+        if isinstance(point, Combination):
+            gram = self._view.products.serving(point.is_affine).known_gram
+            if gram is not None:
+                return gram.mixed(self._view.weights - point.weights).squared_norms()[0].sqrt(), True
+        return self._distances_from_center, False
+
+    def _measure_from(self, center: Point) -> tuple[Tensor, Tensor]:
+        """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""
+        squared, errors = as_lazy(center).squared_distances(self._view)
+        if not isinstance(center, Combination):
+            self._distances_from_center = squared.sqrt()
+        return squared, errors
