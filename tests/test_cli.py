@@ -144,6 +144,7 @@ def test_the_attacked_configs_differ_by_one_word() -> None:
     assert attacked["trainer"] == changed
 
 
+@pytest.mark.slow
 def test_the_ready_made_command_line_prints_a_config_that_runs(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lightning_byzantine", "fit", *arguments]

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
 
-from lightning_byzantine.errors import ByzantineBreakdownError, WorkerLostError
+from lightning_byzantine.errors import ByzantineBreakdownError, InconsistentRanksError, WorkerLostError
 from lightning_byzantine.exchange.torch_internals import PrefixStore, Store
 
 __all__ = ["Heartbeat"]
@@ -75,8 +75,8 @@ class Heartbeat:
         began = time.monotonic()
         try:
             yield
-        except (ByzantineBreakdownError, WorkerLostError):
-            raise
+        except (ByzantineBreakdownError, InconsistentRanksError, WorkerLostError):
+            raise  # nobody is missing
         except RuntimeError as error:
             self.lost = self._find_lost(timed_out=time.monotonic() - began >= 0.9 * self._timeout)
             if self.lost is None:

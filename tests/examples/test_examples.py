@@ -21,6 +21,11 @@ RUNS = [
     pytest.param(((3,), 12), id="one seed"),
     pytest.param(((1, 2, 3), 16), id="three seeds", marks=pytest.mark.slow),
 ]
+# One of a kind by default: what hides, and what stock ddp falls to.
+SURVIVED = [
+    name if name in ("SignFlip", "LabelFlip") else pytest.param(name, marks=pytest.mark.slow) for name in ATTACKS
+]
+FATAL = ["LabelFlip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GaussianNoise", "NonFinite"))]
 
 
 def accuracy_on_digits(strategy: str, run: tuple[tuple[int, ...], int], attack: str | None = None) -> float:
@@ -50,14 +55,14 @@ def test_trains_without_an_attack(five_ranks: RankPool, run: tuple[tuple[int, ..
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", SURVIVED)
 def test_byzantine_ddp_survives(five_ranks: RankPool, attack: str, run: tuple[tuple[int, ...], int]) -> None:
     clean = clean_accuracy(five_ranks, run)
     assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", run, attack)[0] > clean - 0.04
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("attack", ["GaussianNoise", "NonFinite", "LabelFlip"])
+@pytest.mark.parametrize("attack", FATAL)
 def test_stock_ddp_does_not(five_ranks: RankPool, attack: str, run: tuple[tuple[int, ...], int]) -> None:
     clean = clean_accuracy(five_ranks, run)
     assert five_ranks.run(accuracy_on_digits, "ddp", run, attack)[0] < clean - 0.2

@@ -16,6 +16,7 @@ def errors() -> dict[str, dict[float, float]]:
 AVERAGES = ("CoordinateWiseTrimmedMean", "MultiKrum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_ctmas_error_goes_to_0_with_delta(errors: dict[str, dict[float, float]], base: str) -> None:
     curve = errors[f"CTMA({base})"]
@@ -23,6 +24,7 @@ def test_ctmas_error_goes_to_0_with_delta(errors: dict[str, dict[float, float]],
     assert curve[min(delta for delta in curve if delta > 0)] < 0.2 * curve[max(curve)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [base for base in BASES if base not in AVERAGES])
 def test_the_error_of_a_base_that_selects_does_not(errors: dict[str, dict[float, float]], base: str) -> None:
     alone, with_ctma = errors[base], errors[f"CTMA({base})"]

@@ -86,6 +86,7 @@ def test_is_an_argument_like_others() -> None:
         CoordinateWiseTrimmedMean(compile="yes")
 
 
+@pytest.mark.slow
 def test_says_so_where_there_is_no_compiler(tmp_path: object) -> None:
     program = (
         "import os; os.environ |= dict(CXX='no-such-compiler', PATH='', TORCHINDUCTOR_CACHE_DIR=r'%s')\n"

@@ -27,7 +27,9 @@ def finish(*processes: subprocess.Popen[str]) -> dict[int, str]:
     return {int(rank): parameters for rank, _, parameters in found}
 
 
-@pytest.mark.parametrize("start_method", ["", "_spawn", "_fork"])
+@pytest.mark.parametrize(
+    "start_method", [pytest.param("", marks=pytest.mark.slow), pytest.param("_spawn", marks=pytest.mark.slow), "_fork"]
+)
 def test_all_start_methods_train_alike(start_method: str) -> None:
     command = [sys.executable, str(SCRIPT), "--strategy", f"byzantine_ddp{start_method}", "--devices", "3"]
     ranks = finish(start(command))
@@ -35,6 +37,7 @@ def test_all_start_methods_train_alike(start_method: str) -> None:
     assert len(set(ranks.values())) == 1
 
 
+@pytest.mark.slow
 def test_two_nodes_of_torchrun() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MESSAGES)
 def test_the_others_end_and_name_the_missing_rank(folder: Path, case: str) -> None:
     codes = json.loads((folder / "codes.json").read_text())[case]
@@ -65,6 +66,7 @@ def test_the_others_end_and_name_the_missing_rank(folder: Path, case: str) -> No
     assert (folder / case / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=3", "--max-restarts=1", "--rdzv-backend=c10d"]
     torchrun += ["--rdzv-endpoint=127.0.0.1:0", str(SCRIPT), f"--folder={tmp_path}"]

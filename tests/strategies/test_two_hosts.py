@@ -107,6 +107,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, logs: list[Path]) 
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_lose_their_link_and_resume(hosts: Hosts, tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
     logs = [tmp_path / f"{side}.log" for side in "ab"]
