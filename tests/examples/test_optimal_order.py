@@ -43,6 +43,7 @@ def test_rows_are_skewed() -> None:
     assert (rows.median(dim=0).values < 1.8).all()
 
 
+@pytest.mark.slow
 def test_writes_a_picture_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--workers", "30", "--dimensions", "4", "--draws", "1", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "optimal_order.png").read_bytes().startswith(b"\x89PNG")
