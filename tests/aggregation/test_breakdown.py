@@ -220,6 +220,7 @@ def plans(draw: st.DrawFn) -> tuple[list[dict[int, str]], dict[int, int], int]:
     return plan, quarantine, draw(st.integers(1, 5))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=plans())
 def test_no_sequence_parts_the_ranks(

@@ -225,6 +225,7 @@ class TakesTurns(Wide):
         return [torch.optim.SGD(part, lr=1e-3) for part in (self.network.parameters(), [self.scalar])]
 
 
+@pytest.mark.slow
 def test_looks_at_the_bits_of_all_networks_that_take_turns(three_ranks: RankPool, tmp_path: Path) -> None:
     options = {"find_unused_parameters": True}
     suspects = three_ranks.run(suspects_of_fit, tmp_path, HIGHEST, [1], options, num_batches=30, model=TakesTurns)
@@ -460,6 +461,7 @@ def test_logs_scalars_a_heat_map_and_the_progress_bar(three_ranks: RankPool, tmp
     assert (tmp_path / "board" / "version_0" / "suspects.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_once_in_100_steps_at_most(one_rank: RankPool, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

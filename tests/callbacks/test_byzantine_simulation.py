@@ -173,6 +173,7 @@ def fit_against(attack: Attack, strategy: type[DDPStrategy], **arguments: Any) -
     return fit_attacked(strategy, attack, [0], **arguments)
 
 
+@pytest.mark.slow
 def test_a_line_search_is_against_the_rule_in_use(three_ranks: RankPool) -> None:
     for arguments in ({"aggregator": CoordinateWiseMedian()}, {"aggregator": Krum(), "num_byzantine": 0}):
         rule, bound = arguments["aggregator"], arguments.get("num_byzantine", 1)

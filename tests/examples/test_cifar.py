@@ -89,6 +89,7 @@ def test_augmented_images_are_shifted_and_mirrored_by_at_most_two_pixels() -> No
     assert images.sum() == 600  # not written to
 
 
+@pytest.mark.slow
 def test_the_papers_config_trains_on_the_folder(tmp_path: Path) -> None:
     config = Path(reproduce.__file__).parent / "configs" / "reproduce" / "cifar10.yaml"
     arguments = ["--config", str(config), f"--data.path={archive(tmp_path)}", "--network.width=2", "--epochs=1"]

@@ -21,10 +21,8 @@ RUNS = [
     pytest.param(((3,), 12), id="one seed"),
     pytest.param(((1, 2, 3), 16), id="three seeds", marks=pytest.mark.slow),
 ]
-# One of a kind by default: what hides, and what stock ddp falls to.
-SURVIVED = [
-    name if name in ("SignFlip", "LabelFlip") else pytest.param(name, marks=pytest.mark.slow) for name in ATTACKS
-]
+# By default, the one that stock ddp falls to and that looks least like a fault.
+SURVIVED = [name if name == "LabelFlip" else pytest.param(name, marks=pytest.mark.slow) for name in ATTACKS]
 FATAL = ["LabelFlip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GaussianNoise", "NonFinite"))]
 
 

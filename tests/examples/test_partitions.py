@@ -145,6 +145,7 @@ def test_lightning_leaves_the_partition_to_the_data_module(two_ranks: RankPool, 
         assert {label for epoch in epochs for batch in epoch for label in batch} <= set(classes)
 
 
+@pytest.mark.slow
 def test_a_process_that_acts_as_several_workers_has_the_parts_of_all(one_rank: RankPool, two_ranks: RankPool) -> None:
     (alone,) = one_rank.run(labels_of_training, ByzantineDDPStrategy(workers_per_process=4))
     pair = two_ranks.run(labels_of_training, ByzantineDDPStrategy(workers_per_process=2))

@@ -161,6 +161,7 @@ def few_cells() -> list[Cell]:
     return small_cells(attacks={"none": None}, methods={"none": {"estimator": None}}, rules={"Mean": "Mean"})
 
 
+@pytest.mark.slow
 def test_a_killed_cell_is_repeated_and_the_others_are_not(tmp_path: Path) -> None:
     grid = few_cells()
     with pytest.raises(CellError, match="1 of 3 cells failed"):
@@ -176,6 +177,7 @@ def test_a_killed_cell_is_repeated_and_the_others_are_not(tmp_path: Path) -> Non
     assert len(trained(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(futures: Any) -> Any:
         done = wait(futures, return_when=FIRST_COMPLETED).done
@@ -193,6 +195,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path: Path, monkeypatch: pyt
     assert sorted(trained(tmp_path)) == sorted(cell.key for cell in grid)
 
 
+@pytest.mark.slow
 def test_cells_of_the_same_training_are_trained_once(tmp_path: Path) -> None:
     grid = small_cells(
         attacks={"none": None}, methods={"none": {"estimator": None}}, rules={"Mean": "Mean", "average": "Mean"}
@@ -285,6 +288,7 @@ def test_the_curves_are_means_over_seeds() -> None:
             np.testing.assert_allclose(line.get_xydata(), [[1, 0.5], [2, 0.2]])
 
 
+@pytest.mark.slow
 def test_both_pictures_are_drawn_for_each_setting(tmp_path: Path) -> None:
     settings = [{"num_workers": 5, "num_byzantine": 2}, {"num_workers": 5, "num_byzantine": 1}]
     results = results_of(small_cells(settings=settings, seeds=[1]))

@@ -90,6 +90,7 @@ def test_one_worker_needs_no_other(one_rank: RankPool) -> None:
     assert one_rank.run(fit_gentle, options={"optimizer": "Adam"})[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_networks_train_alike(two_ranks: RankPool) -> None:
     compiled, plain = two_ranks.run(fit_gentle, model=Compiled)[0], two_ranks.run(fit_gentle)[0]
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=0)
@@ -156,6 +157,7 @@ def fit_averaged(kind: str) -> tuple[Tensor, Tensor]:
     return fit(double_momentum(), model, callbacks=callbacks, max_epochs=4), parameters(model)
 
 
+@pytest.mark.slow
 def test_exponential_moving_average(two_ranks: RankPool) -> None:
     history, _ = two_ranks.run(fit_averaged, "not at all")[0]
     averaged, last = two_ranks.run(fit_averaged, "exponential")[0]
@@ -166,6 +168,7 @@ def test_exponential_moving_average(two_ranks: RankPool) -> None:
     torch.testing.assert_close(last, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_stochastic_weight_averaging(two_ranks: RankPool) -> None:
     history, _ = two_ranks.run(fit_averaged, "not at all")[0]
     results = two_ranks.run(fit_averaged, "stochastic")
