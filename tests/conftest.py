@@ -3,11 +3,15 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+import torch
 from hypothesis import settings
 from rank_pool import RankPool
 
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("default")
+
+# Tensors in tests are small: more threads cost more than they gain, all the more beside the processes of a pool.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
