@@ -6,6 +6,7 @@ from typing import Any
 __all__ = [
     "ByzantineBreakdownError",
     "ByzantineSuspectError",
+    "DesynchronizedRanksError",
     "InconsistentRanksError",
     "ReferenceLostError",
     "WorkerLostError",
@@ -109,6 +110,40 @@ class WorkerLostError(_PicklableError):
         self.ranks = list(ranks)
         self.reason = reason
         super().__init__(f"Lost {_named(self.ranks)}: {reason}")
+
+
+class DesynchronizedRanksError(_PicklableError):
+    """Ranks are in different collectives, so they wait for ever, or take what was sent for something else.
+
+    Args:
+        places: for each rank, the collective in which it is, or was when they first differed.
+
+    Attributes:
+        ranks: those that are not where most are; empty if there is no majority.
+
+    Example:
+        >>> raise DesynchronizedRanksError(["the end of the run", "the end of the run", "the backward pass of batch 6"])
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.DesynchronizedRanksError: Ranks are in different collectives: rank 2 in \
+the backward pass of batch 6; ranks 0, 1 in the end of the run. Do all ranks have the same number of batches, and log \
+with sync_dist=True in the same steps?
+
+    """
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self.places = list(places)
+        by_place: dict[str, list[int]] = {}
+        for rank, place in enumerate(self.places):
+            by_place.setdefault(place, []).append(rank)
+        fewest_first = sorted(by_place, key=lambda place: len(by_place[place]))
+        has_majority = 2 * len(by_place[fewest_first[-1]]) > len(self.places)
+        self.ranks = sorted(rank for place in fewest_first[:-1] for rank in by_place[place]) if has_majority else []
+        where = "; ".join(f"{_named(by_place[place])} in {place}" for place in fewest_first)
+        super().__init__(
+            f"Ranks are in different collectives: {where}. Do all ranks have the same number of batches, and"
+            " log with sync_dist=True in the same steps?"
+        )
 
 
 class InconsistentRanksError(_PicklableError):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "gather_rows", "gather_to_first", "start_gather"]
+__all__ = ["gather", "gather_rows", "gather_to_first", "is_failed_collective", "start_gather"]
 
 
 def start_gather(received: Tensor, own: Tensor) -> list[Callable[[], object]]:
@@ -44,6 +44,12 @@ def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
     received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.gather(tensor, received, dst=0)
     return [part.cpu() for part in received]
+
+
+def is_failed_collective(error: RuntimeError) -> bool:
+    """Return whether the error is one of a collective, such as of a broken connection, and not of the user's code."""
+    # gloo's errors have no type of their own, but name the file of gloo's code that raised them.
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 # torch 2.13 renamed all_gather_into_tensor and deprecated the old name. Older versions only have that one; they are not

@@ -1,26 +1,37 @@
-"""Heartbeats, by which ranks find out which of them is missing when a collective fails."""
+"""Heartbeats, by which ranks know where the others are, and end together when they can't continue."""
 
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from threading import Event, Thread
 
-from lightning_byzantine.errors import ByzantineBreakdownError, InconsistentRanksError, WorkerLostError
-from lightning_byzantine.exchange.torch_internals import PrefixStore, Store
+from lightning_byzantine.errors import DesynchronizedRanksError, WorkerLostError
+from lightning_byzantine.exchange.board import Board, EndOfRun
+from lightning_byzantine.exchange.collectives import is_failed_collective
+from lightning_byzantine.exchange.connections import abort_collectives, connected_ports, port_of
+from lightning_byzantine.exchange.torch_internals import Store
+from lightning_byzantine.exchange.whereabouts import Whereabouts, find_desynchronized
 
 __all__ = ["Heartbeat"]
 
-_PERIOD = 0.5  # seconds
+_PERIOD = 0.5  # seconds between heartbeats
+_SHORT_PERIOD = 0.02  # the same, while this rank waits for what others state
+_UNUSUAL_WAIT = 1.0  # seconds in a collective after which it looks where the others are
 _PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as missing
+_GRACE = 0.5  # seconds that a rank gets to raise an error of its own before its collective is aborted
+_COURTESY = 5.0  # seconds that a failed rank stays for others to find out, because its launcher then kills them
 
 
 class Heartbeat:
     """Tells the other ranks, through the process group's store, that this one is alive and which collective it is in.
 
-    A thread sends a heartbeat twice a second. It continues while the rank computes, and ends when the process is killed
-    or stopped. The reports of other ranks are not verified, because they only serve for the error message.
+    A thread does so twice a second. It continues while the rank computes, and ends when the process is killed or
+    stopped. While the rank waits in a collective, the thread looks where the others are. If they wait in another one,
+    or one of them has failed, the run ends on all ranks, for the reason of the first to find one: their collectives
+    fail. What ranks state is not verified. One that lies can end the run, as it can by leaving it.
 
     Args:
         store: a store that all ranks can reach.
@@ -36,21 +47,31 @@ class Heartbeat:
         >>> from torch.distributed import HashStore
         >>> heartbeat = Heartbeat(HashStore(), "run", rank=0, num_ranks=1, timeout=timedelta(seconds=60))
         >>> heartbeat.start()
-        >>> with heartbeat.watching():
+        >>> with heartbeat.watching("the backward pass of batch 0"):
         ...     pass  # a collective
+        >>> heartbeat.stay()
         >>> heartbeat.stop()
 
     """
 
     def __init__(self, store: Store, name: str, rank: int, num_ranks: int, timeout: timedelta) -> None:
-        self.lost: WorkerLostError | None = None
-        # A separate client, because another thread can block a shared one for as long as its timeout.
-        self._store = PrefixStore(f"lightning_byzantine/{name}", store.clone())  # type: ignore[attr-defined]
+        self.lost: EndOfRun | None = None
+        self._board = Board(store, name, num_ranks)  # is the thread's, since it can block for ever
+        self._port_of_store = port_of(store)
         self._rank = rank
-        self._num_ranks = num_ranks
         self._timeout = timeout.total_seconds()
-        self._collectives = 0
-        self._stopped = Event()
+        self._here = Whereabouts(ports=tuple(connected_ports()))
+        self._signs = _SignsOfLife(num_ranks)
+        self._period = max(_PERIOD, 0.01 * num_ranks)  # the store has to answer all of them
+        self._waits_since: float | None = None
+        self._failure: str | None = None
+        self._inquiry: _Inquiry | None = None
+        self._hurries = False  # the main thread waits for what others state
+        self._ended_at: float | None = None
+        self._beats = 0
+        self._is_stopped = False
+        self._is_cut_off = False
+        self._wake = Event()
         self._thread = Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -59,88 +80,170 @@ class Heartbeat:
 
     def stop(self) -> None:
         """Stop sending heartbeats."""
-        self._stopped.set()
+        self._is_stopped = True
+        self._wake.set()
         # Wait for a heartbeat in progress, which would abort Python at exit, but not for a store that does not answer.
         self._thread.join(_PATIENCE)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Wrap a collective, so that its error names the missing ranks if it fails.
+    def watching(self, place: str) -> Iterator[None]:
+        """Wrap a collective, so that it fails when ranks are missing, with an error that names them.
+
+        Args:
+            place: what the collective is for, in the same words on all ranks.
 
         Raises:
-            WorkerLostError: if the block raises a RuntimeError, as failed collectives do, and ranks are missing.
+            WorkerLostError: if a rank has failed or is missing.
+            DesynchronizedRanksError: if ranks wait for each other in different collectives.
 
         """
-        self._collectives += 1
+        if self.lost is not None:
+            raise self.lost
         began = time.monotonic()
+        outer = self._waits_since
+        self._here = self._here.entering(place)
+        self._waits_since = began
         try:
             yield
-        except (ByzantineBreakdownError, InconsistentRanksError, WorkerLostError):
-            raise  # nobody is missing
         except RuntimeError as error:
-            self.lost = self._find_lost(timed_out=time.monotonic() - began >= 0.9 * self._timeout)
-            if self.lost is None:
+            if isinstance(error, EndOfRun) or not is_failed_collective(error):
                 raise
-            raise self.lost from error
+            lost = self._find_lost(timed_out=time.monotonic() - began >= 0.9 * self._timeout)
+            if lost is None:
+                raise
+            raise lost from error
+        finally:
+            self._waits_since = outer
+
+    def fail(self, error: BaseException) -> None:
+        """State that this rank has failed, so that others don't wait for it."""
+        if self._failure is None:
+            self._failure = f"{type(error).__name__}: {error}"
+            self._wake.set()
+
+    def desynchronized(self) -> EndOfRun:
+        """Return an error that names where ranks are, which have come to one place for different collectives."""
+        return self._find_lost(timed_out=False) or WorkerLostError(
+            [], "a rank is not in the collective that it states."
+        )
+
+    def stay(self) -> None:
+        """Wait, in the end, for other ranks to find out why: rank 0 may host the store, and launchers kill the rest."""
+        self._here = replace(self._here, has_ended=True)
+        if self._failure is None and self.lost is None:
+            return
+        deadline = time.monotonic() + _COURTESY
+        self._hurry()
+        while not (self._is_cut_off or self._signs.have_ended(besides=self._rank) or time.monotonic() > deadline):
+            time.sleep(_SHORT_PERIOD)
+
+    def _hurry(self) -> None:
+        self._hurries = True
+        self._wake.set()
+
+    def _find_lost(self, timed_out: bool) -> EndOfRun | None:
+        inquiry = self._inquiry = _Inquiry(timed_out)
+        self._hurry()
+        deadline = time.monotonic() + 2.5 * _PATIENCE
+        while self.lost is None and not inquiry.is_answered:
+            if self._is_cut_off or time.monotonic() > deadline:
+                self.lost = _without_store()
+            time.sleep(_SHORT_PERIOD)
+        return self.lost
 
     def _beat(self) -> None:
-        published = 0
-        with suppress(RuntimeError):  # raised if the store is gone
-            while not self._stopped.wait(_PERIOD):
-                reached = self._collectives
-                self._store.add(f"reached/{self._rank}", reached - published)
-                self._store.add(f"beats/{self._rank}", 1)
-                published = reached
+        try:
+            while not self._is_stopped:
+                self._write()
+                self._read()
+                self._wake.wait(_SHORT_PERIOD if self._hurries else self._period)
+                self._wake.clear()
+            self._write()
+        except RuntimeError:  # the store is gone
+            self._is_cut_off = True
 
-    def _find_lost(self, timed_out: bool) -> WorkerLostError | None:
-        # In another thread, because the store of a stopped process does not answer, and calls have no timeout.
-        found: list[WorkerLostError | None] = []
+    def _write(self) -> None:
+        self._beats += 1
+        self._board.write(self._rank, replace(self._here, beats=self._beats))
+        if self._failure is not None and self.lost is None:
+            self._end(WorkerLostError([self._rank], f"it has failed with {self._failure}"))
 
-        def find() -> None:
-            with suppress(RuntimeError):  # raised if the store is gone
-                lost = self._judge(timed_out)
-                if lost is not None:
-                    self._wait_for_others(lost)
-                found.append(lost)
+    def _read(self) -> None:
+        if self.lost is None:
+            self.lost = self._board.end_of_run()
+        waited = 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
+        if self._hurries or waited > _UNUSUAL_WAIT:
+            self._signs.update(self._board.read())
+            if self.lost is None:
+                self._judge()
+        if self.lost is not None and waited > 0:
+            self._abort()
 
-        thread = Thread(target=find, daemon=True)
-        thread.start()
-        thread.join(4 * _PATIENCE)
-        return found[0] if found else _without_store()
+    def _judge(self) -> None:
+        """End the run if ranks can't continue together."""
+        places = find_desynchronized(self._signs.ranks)
+        if places is not None:
+            self._end(DesynchronizedRanksError(places))
+        elif self._inquiry is not None and self._inquiry.age > _PATIENCE:
+            silent = self._signs.silent(besides=self._rank)
+            behind = self._signs.behind(self._here.entered)
+            if silent:
+                reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
+                self._end(WorkerLostError(silent, reason))
+            elif self._inquiry.timed_out and behind and self._rank not in behind:
+                reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
+                self._end(WorkerLostError(behind, reason))
+            self._inquiry.is_answered = True
 
-    def _judge(self, timed_out: bool) -> WorkerLostError | None:
-        before = self._read("beats")
-        time.sleep(_PATIENCE)
-        # The rank that found out first may have ended since then, so its result takes precedence.
-        if self._store.check(["lost"]):
-            ranks, _, reason = self._store.get("lost").decode().partition(":")
-            return WorkerLostError([int(rank) for rank in ranks.split(",") if rank.isdecimal()], reason)
-        after = self._read("beats")
-        silent = [rank for rank in range(self._num_ranks) if rank != self._rank and before[rank] == after[rank]]
-        behind = [rank for rank, reached in enumerate(self._read("reached")) if reached < self._collectives]
-        if silent:
-            reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
-        elif timed_out and behind and self._rank not in behind:
-            reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
-        else:
-            return None
-        lost = WorkerLostError(silent or behind, reason)
-        self._store.set("lost", f"{','.join(map(str, lost.ranks))}:{lost.reason}")
-        return lost
+    def _end(self, error: EndOfRun) -> None:
+        self.lost = self._board.end(error)
 
-    def _wait_for_others(self, lost: WorkerLostError) -> None:
-        """Mark this rank as done; rank 0 waits for the others, because the store may end with its process."""
-        self._store.add(f"judged/{self._rank}", 1)
-        unaware = set(range(self._num_ranks)) - set(lost.ranks) if self._rank == 0 else set()
-        deadline = time.monotonic() + 2 * _PATIENCE
-        while unaware and time.monotonic() < deadline:
-            judged = self._read("judged")
-            unaware = {rank for rank in unaware if not judged[rank]}
-            time.sleep(_PERIOD / 5)
+    def _abort(self) -> None:
+        """Abort the collective in which this rank waits, once it could have raised an error of its own."""
+        if self._ended_at is None:
+            self._ended_at = time.monotonic()
+        if time.monotonic() - self._ended_at >= _GRACE:
+            abort_collectives({port for rank in self._signs.ranks for port in rank.ports}, self._port_of_store)
 
-    def _read(self, what: str) -> list[int]:
-        # Adding 0 reads a counter without waiting for a missing key.
-        return [self._store.add(f"{what}/{rank}", 0) for rank in range(self._num_ranks)]
+
+class _SignsOfLife:
+    """Where each rank is, as last read, and when its heartbeat was last seen to change."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.ranks = [Whereabouts() for _ in range(num_ranks)]
+        self._read_at = time.monotonic()
+        self._changed_at = [self._read_at] * num_ranks
+
+    def update(self, ranks: list[Whereabouts]) -> None:
+        self._read_at = time.monotonic()
+        for rank, (before, after) in enumerate(zip(self.ranks, ranks, strict=True)):
+            if before.beats != after.beats:
+                self._changed_at[rank] = self._read_at
+        self.ranks = ranks
+
+    def silent(self, besides: int) -> list[int]:
+        # Not until now, since nothing is read as long as nothing is unusual.
+        return [rank for rank, at in enumerate(self._changed_at) if rank != besides and self._read_at - at > _PATIENCE]
+
+    def have_ended(self, besides: int) -> bool:
+        silent = self.silent(besides)
+        return all(state.has_ended or rank in (besides, *silent) for rank, state in enumerate(self.ranks))
+
+    def behind(self, entered: int) -> list[int]:
+        return [rank for rank, state in enumerate(self.ranks) if state.entered < entered]
+
+
+@dataclass
+class _Inquiry:
+    """What the main thread asks this one: who is missing, since a collective has failed."""
+
+    timed_out: bool
+    is_answered: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.began
 
 
 def _without_store() -> WorkerLostError:

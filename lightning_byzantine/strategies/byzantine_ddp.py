@@ -211,7 +211,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         # Not in checkpoints of weights only, nor in the parent process of spawned ranks.
         if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
-            state = self._states().save(alone=self._is_interrupted())
+            state = self._states().save(alone=self._has_failed())
             state |= {"quarantined": sorted(self.quarantined), "skipped": self._breakdown.skipped}
             checkpoint[_CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)

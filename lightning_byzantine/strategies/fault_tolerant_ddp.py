@@ -1,8 +1,10 @@
 """DDP that is robust to faulty ranks in everything but gradients, and names them in errors."""
 
+import sys
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import wraps
 from secrets import randbits  # does not change the random state of training
 from typing import Any, Literal, TypeVar
 
@@ -18,15 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_byzantine.aggregation.observers import Observers
-from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.errors import ByzantineBreakdownError, WorkerLostError
 from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.heartbeat import Heartbeat
+from lightning_byzantine.exchange.rendezvous import Rendezvous
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
 from lightning_byzantine.exchange.torch_internals import _get_default_store
 from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
 from lightning_byzantine.strategies.consistency import ConsistencyCheck
-from lightning_byzantine.strategies.lightning_internals import _WrappingCheckpointIO
+from lightning_byzantine.strategies.lightning_internals import _WrappingCheckpointIO, position_of
+from lightning_byzantine.strategies.stop_signal import StopSignal
 from lightning_byzantine.strategies.worker_errors import WorkerErrors
 from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
 
@@ -75,6 +79,8 @@ class FaultTolerantDDP(DDPStrategy):
         self._buffers: RobustBuffers | None = None
         self._consistency: ConsistencyCheck | None = None
         self._heartbeat: Heartbeat | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._stop_signal: StopSignal | None = None
 
     @property
     @abstractmethod
@@ -116,10 +122,18 @@ class FaultTolerantDDP(DDPStrategy):
         self._checkpoint_io = io
 
     @override
-    def setup(self, trainer: Trainer) -> None:
+    def setup_environment(self) -> None:
+        super().setup_environment()
         if self.world_size > 1:
+            assert self._timeout is not None
+            self._rendezvous = Rendezvous(self._timeout)
             self._heartbeat = self._start_heartbeat()
-        super().setup(trainer)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if self._heartbeat is not None:
+            self._stop_signal = StopSignal(trainer, self._any_rank)
+        self._watched(super().setup, "the set-up of the model")(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if self._on_worker_error == "exclude" and self.num_workers > 1:
@@ -134,7 +148,8 @@ class FaultTolerantDDP(DDPStrategy):
         super().configure_ddp()
         if self._robust_buffers and self.world_size > 1:
             assert isinstance(self.model, DistributedDataParallel)
-            self._buffers = RobustBuffers(self.model, self._watched(gather_rows), self._observers.note_outvoted)
+            gather = self._watched(gather_rows, "the vote on buffers", meets=False)
+            self._buffers = RobustBuffers(self.model, gather, self._observers.note_outvoted)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -143,34 +158,40 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._watched(super().backward)(closure_loss, *args, **kwargs)
+        return self._watched(super().backward, "the backward pass", meets=False)(closure_loss, *args, **kwargs)
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         if self._consistency is not None:
-            self._watched(self._consistency.after_step)()
+            self._watched(self._consistency.after_step, "the check for consistency")()
         return output
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._has_failed():
+            return tensor
         # Lightning's own decisions, such as whether any rank stops, are not reduced by name.
         by_name = isinstance(tensor, Tensor) and isinstance(reduce_op, str) and group is None
         if by_name and self._robust_metrics and self.world_size > 1:
             # Ranks may be fewer than workers.
             most = min(self.num_byzantine, (self.world_size - 1) // 2)
-            return self._watched(robust_reduce)(tensor, reduce_op, most, self._observers.note_outvoted)
-        return self._watched(super().reduce)(tensor, group, reduce_op)
+            reduced = self._watched(robust_reduce, f"a reduction{_of(tensor)}")
+            return reduced(tensor, reduce_op, most, self._observers.note_outvoted)
+        return self._watched(super().reduce, f"a reduction{_of(tensor)}")(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return self._watched(super().all_gather, f"an all_gather{_of(tensor)}")(tensor, group, sync_grads)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        # A barrier after a rank was lost, such as when a checkpoint is saved, would never complete.
-        if self._heartbeat is None or self._heartbeat.lost is None:
-            self._watched(super().barrier)(*args, **kwargs)
+        if not self._has_failed():
+            self._watched(super().barrier, "a barrier")(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return self._watched(super().broadcast)(obj, src)
+        return obj if self._has_failed() else self._watched(super().broadcast, "a broadcast")(obj, src)
 
     @override
     def on_train_end(self) -> None:
@@ -181,13 +202,14 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self._buffers is not None and not self._is_interrupted():
+        if self._buffers is not None and not self._has_failed():
             self._buffers.synchronize()  # in place, so that the checkpoint has the result
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        self._has_failed()
         if isinstance(exception, ByzantineBreakdownError) and self.worker_errors is not None:
             exception.add_note(
                 f"On this rank, `training_step` failed {self.worker_errors.count} times. {self.worker_errors.last}"
@@ -195,11 +217,14 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-        self._heartbeat = self._buffers = self._consistency = None
-        self._observers.forget_outvoted()
-        super().teardown()
+        try:
+            self._finish()
+        finally:
+            if self._stop_signal is not None:
+                self._stop_signal.restore()
+            self._heartbeat = self._rendezvous = self._stop_signal = self._buffers = self._consistency = None
+            self._observers.forget_outvoted()
+            super().teardown()
 
     @property
     def _module(self) -> LightningModule:
@@ -214,10 +239,78 @@ class FaultTolerantDDP(DDPStrategy):
         heartbeat.start()
         return heartbeat
 
-    def _watched(self, collective: _Collective) -> _Collective:
-        """Return the same function, except that its errors name missing ranks."""
-        return collective if self._heartbeat is None else self._heartbeat.watching()(collective)
+    def _watched(self, collective: _Collective, what: str, meets: bool = True) -> _Collective:
+        """Return the same function, except that it fails when ranks are missing, with an error that names them.
 
-    def _is_interrupted(self) -> bool:
-        # Other ranks may then have ended or be elsewhere in the code, so that a collective would hang.
-        return self._module.trainer.interrupted
+        Args:
+            collective: the function.
+            what: what it is for.
+            meets: whether ranks make sure before that they are in the same. Not worth its time if they have just met.
+
+        """
+        if self._heartbeat is None:
+            return collective
+
+        @wraps(collective)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self._watching(what) as place:
+                if meets:
+                    self._meet(place)
+                return collective(*args, **kwargs)
+
+        return watched  # type: ignore[return-value]
+
+    @contextmanager
+    def _watching(self, what: str) -> Iterator[str]:
+        assert self._heartbeat is not None
+        place = f"{what} ({position_of(self._module.trainer)})"
+        with self._heartbeat.watching(place):
+            yield place
+
+    def _meet(self, place: str, flag: bool = False) -> bool:
+        """Wait for all ranks, and return whether any has set its flag."""
+        assert self._heartbeat is not None
+        assert self._rendezvous is not None
+        are_together, any_flag = self._rendezvous.meet(place, flag)
+        if not are_together:
+            raise self._heartbeat.desynchronized()
+        return any_flag
+
+    def _any_rank(self, flag: bool) -> bool:
+        with self._watching("the start of the next batch") as place:
+            return self._meet(place, flag)
+
+    def _finish(self) -> None:
+        """Leave the run together with the other ranks."""
+        if self._heartbeat is None:
+            return
+        assert self._rendezvous is not None
+        try:
+            if not self._has_failed():
+                with suppress(WorkerLostError), self._watching("the end of the run") as place:
+                    self._meet(place)
+                    self._rendezvous.close()
+        finally:
+            self._heartbeat.stay()
+            self._heartbeat.stop()
+
+    def _has_failed(self) -> bool:
+        """Return whether the run ends on this rank for an error, and tell the others, who may be elsewhere in the code.
+
+        Collectives, such as of callbacks that save a checkpoint then, would not complete.
+        """
+        has_agreed = self._stop_signal is not None and self._stop_signal.is_agreed
+        if not self._module.trainer.interrupted or has_agreed:
+            return False
+        error = sys.exception()
+        if self._heartbeat is not None and error is not None:
+            self._heartbeat.fail(error)
+        return True
+
+
+def _of(value: Any) -> str:
+    """Return in words what must be alike on all ranks in a collective of this value."""
+    if not isinstance(value, Tensor):
+        return ""
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f" of a {dtype}" if value.ndim == 0 else f" of {dtype} {list(value.shape)}"

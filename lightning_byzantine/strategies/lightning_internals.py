@@ -22,9 +22,21 @@ __all__ = [
     "_is_local_file_protocol",
     "_optimizer_to_device",
     "get_filesystem",
+    "position_of",
     "results_of",
     "skips_backward",
 ]
+
+
+def position_of(trainer: pl.Trainer) -> str:
+    """Return where the run is, which is the same on all ranks when they meet in a collective."""
+    stage = trainer.state.stage
+    if stage is None:
+        return "before the first batch"
+    if not trainer.training:
+        return stage.value  # where ranks can have different numbers of batches
+    batch = trainer.fit_loop.batch_idx
+    return f"{stage.value}, epoch {trainer.current_epoch}, {f'batch {batch}' if batch >= 0 else 'before batch 0'}"
 
 
 def results_of(trainer: pl.Trainer) -> Any:
