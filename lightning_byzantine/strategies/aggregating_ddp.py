@@ -144,10 +144,12 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         assert isinstance(self.model, DistributedDataParallel)
         gradients = self.engine.local
         if self.window.position == 0:
-            gradients.clear()
+            gradients.begin()
         gradients.worker = self.window.worker
-        if self.model.find_unused_parameters and self.model.require_backward_grad_sync:
-            gradients.define()
+        if self.model.require_backward_grad_sync:
+            gradients.give_back()
+            if self.model.find_unused_parameters:
+                gradients.define()
         # Lightning divides by the number of batches of all workers together.
         loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
         if not self.model.require_backward_grad_sync:
