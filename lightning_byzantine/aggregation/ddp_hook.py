@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
+from lightning_byzantine.aggregation.gradients import flat_size
 from lightning_byzantine.aggregation.used_parameters import UsedParameters
 from lightning_byzantine.exchange.torch_internals import GradBucket
 
@@ -46,7 +47,7 @@ class AggregationHook:
         """Send one bucket, and aggregate after the last one."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = tuple(self._names[parameter] for parameter in parameters)
-        block = GradientBlock(names, [parameter.numel() for parameter in parameters], buffer)
+        block = GradientBlock(names, [flat_size(parameter) for parameter in parameters], buffer)
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
         if not self._engine.is_pending:
