@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     # Differences from the CPU should be this package's, not TensorFloat-32's.
     torch.backends.cudnn.allow_tf32 = False
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)  # the tensors are small
     print(f"torch {torch.__version__}, {_name(arguments.device)}", flush=True)
     failures: list[str] = []
     for name in arguments.only:
