@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.exchange.signature import Signature
-from lightning_byzantine.exchange.torch_internals import _BufferCommHookLocation
+from lightning_byzantine.exchange.torch_internals import _BufferCommHookLocation, syncs_buffers
 from lightning_byzantine.exchange.votes import majority, median, outvoted
 
 __all__ = ["RobustBuffers"]
@@ -46,7 +46,7 @@ class RobustBuffers:
 
     def synchronize(self) -> None:
         """Vote now instead of before the next forward, for example to save the buffers in a checkpoint."""
-        if self._model.forward_sync_buffers:
+        if syncs_buffers(self._model):
             self._model._sync_buffers()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
