@@ -5,7 +5,6 @@ from torch._C._distributed_c10d import GradBucket, PrefixStore, Store
 
 # The store of the process group's rendezvous, which all ranks can reach.
 from torch.distributed.distributed_c10d import _get_default_store
-
 from torch.nn.parallel import DistributedDataParallel
 
 # The argument of DistributedDataParallel's hook for buffers, which has no public name either.
