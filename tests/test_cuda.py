@@ -1,6 +1,9 @@
-"""The same results on a GPU, where one is there."""
+"""The same results on a GPU, where one is there, and that the benchmark for one runs at all."""
 
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +24,10 @@ from lightning_byzantine.attacks import (
     StaleGradient,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: repr(rule).replace("\n", " "))
 def test_rules_give_what_they_give_on_the_cpu(rule: Aggregator, dtype: torch.dtype) -> None:
@@ -35,6 +39,7 @@ def test_rules_give_what_they_give_on_the_cpu(rule: Aggregator, dtype: torch.dty
     torch.testing.assert_close(result.cpu(), deepcopy(rule)(rows, num_byzantine=4))
 
 
+@needs_cuda
 @pytest.mark.parametrize(
     "attack",
     [
@@ -57,3 +62,17 @@ def test_attacks_leave_honest_rows_alone(attack: Attack) -> None:
     torch.testing.assert_close(forged.cpu(), on_cpu, equal_nan=True)
     assert forged.is_cuda
     assert torch.equal(forged[[0, 2, 3, 4]], rows[[0, 2, 3, 4]])
+
+
+@pytest.mark.slow
+def test_the_benchmark_can_be_tried_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parent / "benchmarks"), "cuda", "--device", "cpu", "--small"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True)
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "cuda_correctness.csv",
+        "cuda_training.csv",
+        "cuda_processes.csv",
+        "cuda_times_large.csv",
+        "cuda_waits.csv",
+        "cuda_steps.csv",
+    }

@@ -1,5 +1,6 @@
 """The interface of aggregations, and the simplest of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,8 +37,15 @@ class Aggregation:
     takes_estimates = False
     last_aggregate: LastAggregate | None = None
 
-    def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
-        """Return the aggregate of the rows, the same on every rank."""
+    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
+        """Return the aggregate of the rows, the same on every rank.
+
+        Args:
+            matrix: all workers' vectors.
+            unused: for each block, the columns of parameters that take no part in this step, [c_b] bool, which are 0 in
+                all rows; None if all parameters take part.
+
+        """
         return self.mean(matrix)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
@@ -48,6 +56,6 @@ class Aggregation:
 class SingleWorker(Aggregation):
     """The identity, for a single worker."""
 
-    def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
+    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
         """Return the only row."""
         return Aggregated([block[0] for block in matrix.blocks])

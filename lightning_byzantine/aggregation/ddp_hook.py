@@ -1,5 +1,7 @@
 """DDP's communication hook, which sends buckets of gradients and returns them aggregated."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
@@ -7,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
+from lightning_byzantine.aggregation.gradients import flat_size
+from lightning_byzantine.aggregation.used_parameters import UsedParameters
 from lightning_byzantine.exchange.torch_internals import GradBucket
 
 __all__ = ["AggregationHook"]
@@ -15,7 +19,8 @@ __all__ = ["AggregationHook"]
 class AggregationHook:
     """Passes DDP's buckets to the engine, and the aggregated gradient back to DDP after the last bucket.
 
-    Each bucket is sent as soon as backward has filled it; DDP receives an unfinished future.
+    Each bucket is sent as soon as backward has filled it; DDP receives an unfinished future. If parameters may be
+    unused, those that no rank has used since the last aggregation are left out, as DDP leaves their gradients alone.
 
     Args:
         engine: aggregates the buckets.
@@ -26,25 +31,32 @@ class AggregationHook:
 
     def __init__(self, engine: AggregationEngine, module: nn.Module) -> None:
         self._engine = engine
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        self._parameters = dict(module.named_parameters())
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
+        self._used: UsedParameters | None = None
         self._waiting: list[tuple[GradientBlock, Future[Tensor]]] = []
 
     def register(self, model: DistributedDataParallel) -> None:
         """Replace the model's all-reduce."""
+        if model.find_unused_parameters or model.static_graph:
+            self._used = UsedParameters(self._parameters)
+            weakref.finalize(model, self._used.remove)
         model.register_comm_hook(self, _hook)
 
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
         """Send one bucket, and aggregate after the last one."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
-        names = tuple(self._names[parameter] if parameter.requires_grad else None for parameter in parameters)
-        block = GradientBlock(names, [parameter.numel() for parameter in parameters], buffer)
+        names = tuple(self._names[parameter] for parameter in parameters)
+        block = GradientBlock(names, [flat_size(parameter) for parameter in parameters], buffer)
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
+        if not self._engine.is_pending:
+            self._waiting = []  # those of a step that was discarded
         self._waiting.append((block, future))
         self._engine.send(block)
         if bucket.is_last():
             waiting, self._waiting = self._waiting, []
-            self._engine.aggregate()
+            self._engine.aggregate(None if self._used is None else self._used.take())
             for done, claim in waiting:
                 claim.set_result(done.buffer)
         return future

@@ -1,6 +1,6 @@
 """The aggregation of the workers' gradients in one step, for any training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class AggregationEngine:
     """Clips, estimates, exchanges and aggregates the gradients in each step.
 
     A step calls :meth:`send` for every block of the gradient, as soon as it is computed, and then :meth:`aggregate`.
+    A parameter that no worker has used takes no part in it: its columns are 0 in all rows, the estimator's state of it
+    stays as it was, and so does its part of the block.
     The rule runs once on the whole matrix: applied to each block, it would be another algorithm, which may choose a
     different worker in each block. The engine depends on neither DDP nor Lightning; DDP's hook is one way to use it.
 
@@ -42,6 +44,7 @@ class AggregationEngine:
         exchange: as given.
         estimator: as given.
         local: the local workers' gradients.
+        num_aggregated: number of steps that :meth:`aggregate` has ended.
 
     Example:
         >>> from lightning_byzantine.aggregation.aggregation import SingleWorker
@@ -76,6 +79,7 @@ class AggregationEngine:
         self._loss_scale = loss_scale
         self._breakdown = Breakdown() if breakdown is None else breakdown
         self._on_skip = on_skip
+        self.num_aggregated = 0
         self._scale: float | None = None
         self._attacks: list[Callable[[WorkerMatrix], WorkerMatrix]] = []
         self._blocks: list[GradientBlock] = []
@@ -83,6 +87,17 @@ class AggregationEngine:
     def add_attack(self, attack: Callable[[WorkerMatrix], WorkerMatrix]) -> None:
         """Let a simulated attack rewrite the rows of every step from now on, the same on all ranks."""
         self._attacks.append(attack)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a step was started by :meth:`send`, and not ended by :meth:`aggregate`."""
+        return bool(self._blocks)
+
+    def discard(self) -> None:
+        """Forget what was sent in a step that will never end."""
+        self._blocks = []
+        self.exchange.discard()
+        self.local.clear()
 
     @torch.no_grad()
     def send(self, block: GradientBlock) -> None:
@@ -94,8 +109,12 @@ class AggregationEngine:
             self._send(block)
 
     @torch.no_grad()
-    def aggregate(self) -> None:
+    def aggregate(self, used: Collection[str] | None = None) -> None:
         """End the step: write the aggregated gradient into the buffers of all blocks.
+
+        Args:
+            used: parameters that this process's workers have used; others take no part in the step unless another rank
+                has used them. None for all, on all ranks, which then don't ask each other.
 
         Raises:
             RuntimeError: if nothing was sent.
@@ -106,20 +125,33 @@ class AggregationEngine:
         blocks, self._blocks = self._blocks, []
         if not blocks:
             raise RuntimeError("aggregate needs the step's gradients, got none: call send for each block before")
+        if used is not None:
+            self._leave_out_unused(blocks, used)
         if self._max_norm is not None:
             factors = self._clipping_factors(blocks, self._max_norm)
             for block in blocks:
                 self._send(block, factors)
-        aggregated = self._aggregated(self._matrix(blocks))
+        unused = self._unused_columns(blocks)
+        aggregated = self._aggregated(self._matrix(blocks, unused), unused)
         if aggregated is None:
             for block in blocks:
-                block.buffer.fill_(torch.nan)
+                for _, part in block.parts(block.buffer):
+                    part.fill_(torch.nan)
         else:
             wholes = self.exchange.collect(aggregated.parts)
             self._commit(blocks, aggregated.unusable)
             for block, whole in zip(blocks, wholes, strict=True):
                 self._write_gradient(block, whole)
         self.local.clear()
+        self.num_aggregated += 1
+
+    def _leave_out_unused(self, blocks: list[GradientBlock], used: Collection[str]) -> None:
+        names = [name for block in blocks for name in block.names]
+        flags = torch.tensor([name in used for name in names], device=blocks[0].buffer.device)
+        on_any = self.exchange.on_any_rank(flags).tolist()
+        unused = frozenset(name for name, is_used in zip(names, on_any, strict=True) if not is_used)
+        for block in blocks:
+            block.unused = unused
 
     def _clipping_factors(self, blocks: list[GradientBlock], max_norm: float) -> list[Tensor]:
         parts = {name: part for block in blocks for name, part in block.by_name(block.buffer).items()}
@@ -137,15 +169,14 @@ class AggregationEngine:
             block.sent = block.buffer[None]
         else:
             block.sent = self._rows(block, factors)
-        self.exchange.start(block.sent, block.names)
+        self.exchange.start(block.sent)
 
     def _rows(self, block: GradientBlock, factors: list[Tensor] | None) -> Tensor:
         like = block.buffer[:0].to(torch.promote_types(block.buffer.dtype, torch.float32))
         rows = self.exchange.allocate(self.local.num_workers, block.buffer.numel(), like)
+        if block.unused:
+            rows.zero_()
         for name, arrived, part in block.parts(block.buffer, rows):
-            if name is None:
-                part.zero_()
-                continue
             for worker, out in enumerate(part):
                 # Without the loss scale, which changes: momentum mixes steps, and rules have thresholds for gradients.
                 gradient = unscaled(self.local.of(worker, name, arrived), self._scale)
@@ -157,18 +188,24 @@ class AggregationEngine:
                     self._sends.estimate(name, gradient, out, worker)
         return rows
 
-    def _matrix(self, blocks: list[GradientBlock]) -> WorkerMatrix:
-        matrix, last = self.exchange.finish(), self._aggregation.last_aggregate
+    def _unused_columns(self, blocks: list[GradientBlock]) -> list[Tensor] | None:
+        if not any(block.unused for block in blocks):
+            return None
+        return self.exchange.own_columns([block.unused_columns for block in blocks])
+
+    def _matrix(self, blocks: list[GradientBlock], unused: list[Tensor] | None) -> WorkerMatrix:
+        matrix = self.exchange.finish(tuple(block.layout for block in blocks), cleared=unused)
+        last = self._aggregation.last_aggregate
         if last is not None and last.parts:
             matrix = matrix.with_previous(self.exchange.own_columns([_last_values(block, last) for block in blocks]))
         for attack in self._attacks:
             matrix = attack(matrix)
         return matrix
 
-    def _aggregated(self, matrix: WorkerMatrix) -> Aggregated | None:
+    def _aggregated(self, matrix: WorkerMatrix, unused: list[Tensor] | None) -> Aggregated | None:
         """Return the result; None if there is none, and the run continues without this step."""
         try:
-            aggregated = self._aggregation.aggregate(matrix)
+            aggregated = self._aggregation.aggregate(matrix, unused)
         except ByzantineBreakdownError as error:
             # If most workers overflow, the scaler finds NaN, skips the step and lowers the scale.
             if self._scale is not None:
@@ -202,12 +239,12 @@ class AggregationEngine:
             self._aggregation.last_aggregate.keep_parts(block.by_name(whole))
         # Into the block's own buffer, like DDP's all-reduce, to save a copy.
         for name, part, target in block.parts(whole, block.buffer):
-            if name is None or self._sends is None:
+            if self._sends is None:
                 target.copy_(part)
             else:
                 self._sends.gradient(name, part, target)
-        if self._scale is not None:
-            block.buffer.mul_(self._scale)
+            if self._scale is not None:
+                target.mul_(self._scale)
 
 
 def _last_values(block: GradientBlock, last: LastAggregate) -> Tensor:

@@ -17,18 +17,20 @@ class GradientBlock:
     """Some parameters' gradients in one flat buffer, which the aggregated gradient overwrites.
 
     Args:
-        names: the parameters, in order; None for a frozen one.
+        names: the parameters, in order.
         sizes: number of elements of each.
         buffer: [c], this process's gradient.
 
     Attributes:
+        unused: parameters that take no part in this step, because no worker has used them.
         sent: [k, c], vectors that the k workers of this process send.
 
     """
 
-    names: Names
+    names: tuple[str, ...]
     sizes: list[int]
     buffer: Tensor
+    unused: frozenset[str] = field(default=frozenset(), init=False)
     sent: Tensor = field(init=False)
 
     @classmethod
@@ -44,10 +46,22 @@ class GradientBlock:
         flat = list(gradients.values())
         return cls(tuple(gradients), [gradient.numel() for gradient in flat], torch.cat(flat))
 
+    @property
+    def layout(self) -> Names:
+        """The parameters, in order; None for one that takes no part in this step."""
+        return tuple(None if name in self.unused else name for name in self.names)
+
+    @property
+    def unused_columns(self) -> Tensor:
+        """Which columns belong to parameters that take no part in this step, [c] bool."""
+        is_unused = torch.tensor([name in self.unused for name in self.names], device=self.buffer.device)
+        return is_unused.repeat_interleave(torch.tensor(self.sizes, device=self.buffer.device))
+
     def parts(self, *buffers: Tensor) -> Iterable[tuple[Any, ...]]:
-        """Return each parameter's name with its part of each buffer, along the last dimension."""
-        return zip(self.names, *(torch.split(buffer, self.sizes, dim=-1) for buffer in buffers), strict=True)
+        """Return each used parameter's name with its part of each buffer, along the last dimension."""
+        parts = zip(self.names, *(torch.split(buffer, self.sizes, dim=-1) for buffer in buffers), strict=True)
+        return (part for part in parts if part[0] not in self.unused)
 
     def by_name(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return each parameter's part of a buffer, without frozen parameters."""
-        return {name: part for name, part in self.parts(buffer) if name is not None}
+        """Return each used parameter's part of a buffer."""
+        return dict(self.parts(buffer))

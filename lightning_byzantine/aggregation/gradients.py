@@ -5,19 +5,38 @@ from torch import Tensor, nn
 
 from lightning_byzantine.utilities.torch_internals import is_non_overlapping_and_dense_or_false
 
-__all__ = ["clipping_factor", "flattened", "unscaled"]
+__all__ = ["clipping_factor", "flat_size", "flattened", "unscaled"]
+
+
+def flat_size(parameter: Tensor) -> int:
+    """Return the n of :func:`flattened`.
+
+    Example:
+        >>> flat_size(torch.zeros(3)), flat_size(torch.zeros(3, dtype=torch.cfloat))
+        (3, 6)
+
+    """
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
     """Return the gradient as [n], in the memory order of the parameter, as in DDP's buckets.
 
-    With ``torch.channels_last``, this differs from the order of indices.
+    With ``torch.channels_last``, this differs from the order of indices. A complex number is two real ones.
 
     Example:
         >>> flattened(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), parameter=torch.zeros(2, 2).T)
         tensor([1., 3., 2., 4.])
+        >>> flattened(torch.tensor([1 + 2j]), parameter=torch.tensor([0j]))
+        tensor([1., 2.])
 
     """
+    if gradient.is_complex():
+        return torch.view_as_real(_in_memory_order(gradient.resolve_conj(), parameter)).flatten()
+    return _in_memory_order(gradient, parameter)
+
+
+def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
     if parameter.is_contiguous() or not is_non_overlapping_and_dense_or_false(parameter):
         return gradient.flatten()
     flat = gradient.new_empty(gradient.numel())

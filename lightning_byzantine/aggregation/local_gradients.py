@@ -36,6 +36,31 @@ class LocalGradients:
         self.worker = 0
         self._parameters = parameters
         self._kept: list[dict[str, Tensor]] = [{} for _ in range(num_workers)]
+        self._left: dict[str, Tensor] = {}
+        self._left_to_all: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Begin a window. What is in ``parameter.grad`` was left by an earlier one, and is a part of every worker's."""
+        self.give_back()
+        self.clear()
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._left[name] = parameter.grad
+                # A copy, because backward adds to the gradient in place.
+                self._left_to_all[name] = flattened(parameter.grad.clone(), parameter)
+                parameter.grad = None
+
+    def give_back(self) -> None:
+        """Put what was left by an earlier window back, before the backward that DDP synchronizes."""
+        for name, gradient in self._left.items():
+            self._parameters[name].grad = gradient
+        self._left.clear()
+
+    def define(self) -> None:
+        """Fill missing gradients with zeros if any worker's batch used the parameter, as DDP expects."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None and any(name in kept for kept in self._kept):
+                parameter.grad = torch.zeros_like(parameter)
 
     def take(self) -> None:
         """Move the gradients in ``parameter.grad`` to the current batch's worker."""
@@ -47,12 +72,6 @@ class LocalGradients:
                 gradient = flattened(own, parameter)
                 kept[name] = kept[name] + gradient if name in kept else gradient
                 parameter.grad = None
-
-    def define(self) -> None:
-        """Fill missing gradients with zeros if any worker's batch used the parameter, as DDP expects."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is None and any(name in kept for kept in self._kept):
-                parameter.grad = torch.zeros_like(parameter)
 
     def of(self, worker: int, name: str, arrived: Tensor) -> Tensor:
         """Return a worker's gradient, [n], for one parameter; zeros if it has none.
@@ -66,9 +85,13 @@ class LocalGradients:
         kept = self._kept[worker].get(name)
         if worker == self.worker:
             return arrived if kept is None else arrived + kept
-        return arrived.new_zeros(arrived.shape) if kept is None else kept
+        left = self._left_to_all.get(name)
+        if kept is None or left is None:
+            found = left if kept is None else kept
+            return torch.zeros_like(arrived) if found is None else found
+        return kept + left
 
     def clear(self) -> None:
-        """Discard all gradients, for a new window."""
-        for kept in self._kept:
+        """Discard all gradients, at the end of a window."""
+        for kept in (*self._kept, self._left_to_all):
             kept.clear()

@@ -1,5 +1,9 @@
 """Aggregation by a robust rule."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
 from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
@@ -43,7 +47,7 @@ class RobustAggregation(Aggregation):
         self._quarantine = quarantine
         self._observers = observers
 
-    def aggregate(self, matrix: WorkerMatrix) -> Aggregated:
+    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
         """Return the rule's result.
 
         Raises:

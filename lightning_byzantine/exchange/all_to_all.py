@@ -55,9 +55,9 @@ class AllToAll(Exchange):
         shards = self._received.get(index, rows, self._num_ranks * num_local, width)
         return shards, [dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True).wait]
 
-    def matrix(self, blocks: Arriving, layout: tuple[Names, ...]) -> WorkerMatrix:
+    def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None) -> WorkerMatrix:
         """Return the matrix of the shards."""
-        self._unsharded.truncate(len(layout))
+        self._unsharded.truncate(len(blocks))
         return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:

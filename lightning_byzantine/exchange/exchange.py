@@ -1,11 +1,13 @@
 """The base class of exchanges, which turn the vectors of each process into the matrix of all workers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.matrix import Names, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 
@@ -45,7 +47,7 @@ class Exchange(ABC):
     """
 
     def __init__(self) -> None:
-        self._started: list[tuple[Tensor, list[Wait], Names]] = []
+        self._started: list[tuple[Tensor, list[Wait]]] = []
         self._arriving = Arriving([])
         self._sent, self._received = KeptMemory(), KeptMemory()
 
@@ -74,30 +76,50 @@ class Exchange(ABC):
         """
         return self._sent.get(len(self._started), like, num_rows, num_columns)
 
-    def start(self, rows: Tensor, names: Names = ()) -> None:
+    def start(self, rows: Tensor) -> None:
         """Start sending one block.
 
         Args:
             rows: [k, c], of the k workers that this process acts as, the same number on all ranks. Must not be written
                 to before :meth:`collect` has returned.
-            names: the parameters that make up the columns.
 
         """
-        self._started.append((*self.send(len(self._started), rows), names))
+        self._started.append(self.send(len(self._started), rows))
 
-    def finish(self) -> WorkerMatrix:
+    def finish(self, layout: tuple[Names, ...] | None = None, cleared: Sequence[Tensor] | None = None) -> WorkerMatrix:
         """Return all blocks as a matrix, in the order they were started; they may still be arriving.
 
         Rows are ordered by rank, and within a rank as they were sent. :meth:`collect` may overwrite them.
-        """
-        memory, waits, names = zip(*self._started, strict=True)
-        self._started = []
-        for kept in (self._sent, self._received):
-            kept.truncate(len(memory))
-        self._arriving = Arriving(memory, waits)
-        return self.matrix(self._arriving, names)
 
-    def matrix(self, blocks: Arriving, layout: tuple[Names, ...]) -> WorkerMatrix:
+        Args:
+            layout: the parameters that make up the columns of each block.
+            cleared: for each block, this rank's columns that shall be 0 in all rows, [c'] bool; None for none.
+
+        """
+        started, self._started = self._started, []
+        for kept in (self._sent, self._received):
+            kept.truncate(len(started))
+        for (received, waits), columns in zip(started, cleared or (), strict=cleared is not None):
+            # A single row is compared with no other, and may be the sender's own memory.
+            if len(received) > 1:
+                waits.append(partial(received.masked_fill_, columns, 0))
+        self._arriving = Arriving(*zip(*started, strict=True))
+        return self.matrix(self._arriving, layout)
+
+    def discard(self) -> None:
+        """Forget the blocks that were started, where no other rank will send them."""
+        self._started = []
+
+    def on_any_rank(self, flags: Tensor) -> Tensor:
+        """Return which flags are set on any rank, [n] bool on the CPU: no rank can clear another's.
+
+        Args:
+            flags: [n] bool.
+
+        """
+        return gather_rows(flags.byte()).any(dim=0).cpu()
+
+    def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None) -> WorkerMatrix:
         """Return the matrix of the blocks."""
         return WorkerMatrix(blocks, layout=layout)
 

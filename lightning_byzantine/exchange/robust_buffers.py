@@ -4,10 +4,11 @@ from collections.abc import Callable
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_byzantine.exchange.torch_internals import _BufferCommHookLocation
+from lightning_byzantine.exchange.signature import Signature
+from lightning_byzantine.exchange.torch_internals import _BufferCommHookLocation, syncs_buffers
 from lightning_byzantine.exchange.votes import majority, median, outvoted
 
 __all__ = ["RobustBuffers"]
@@ -38,11 +39,14 @@ class RobustBuffers:
         self._model = model
         self._gather = gather
         self._notice = notice
+        # What all ranks had in the last vote, so that what they send next is of the same length on all.
+        self._agreed = Signature({})
+        self._num_bytes = 0
         model._register_buffer_comm_hook(self, RobustBuffers.vote, _BufferCommHookLocation.PRE_FORWARD)
 
     def synchronize(self) -> None:
         """Vote now instead of before the next forward, for example to save the buffers in a checkpoint."""
-        if self._model.forward_sync_buffers:
+        if syncs_buffers(self._model):
             self._model._sync_buffers()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -50,7 +54,10 @@ class RobustBuffers:
         """Overwrite the buffers with the result of the vote.
 
         Args:
-            buffers: by name, of any shapes and dtypes, the same on all ranks.
+            buffers: by name, of any shapes and dtypes.
+
+        Raises:
+            ValueError: on every rank, if shapes or dtypes differ between ranks; names the buffer and the ranks.
 
         """
         if not buffers:
@@ -60,7 +67,9 @@ class RobustBuffers:
         parts.sort(key=lambda part: str(part.dtype))
         groups = [list(group) for _, group in groupby(parts, key=lambda part: part.dtype)]
         flats = [torch.cat([part.flatten() for part in group]) for group in groups]
-        received = self._gather(torch.cat([flat.view(torch.uint8) for flat in flats]))
+        received = self._gather_alike(
+            self._signature_of(buffers), torch.cat([flat.view(torch.uint8) for flat in flats])
+        )
         sizes = [flat.numel() * flat.element_size() for flat in flats]
         for group, flat, columns in zip(groups, flats, torch.split(received, sizes, dim=1), strict=True):
             # A copy, because a view as another dtype needs aligned memory.
@@ -72,3 +81,18 @@ class RobustBuffers:
                 voted = majority(reports)
             for part, value in zip(group, torch.split(voted, [part.numel() for part in group]), strict=True):
                 part.copy_(value.view(part.shape))
+
+    def _signature_of(self, buffers: dict[str, Tensor]) -> Signature:
+        return self._agreed if self._agreed.is_of(buffers) else Signature(buffers)
+
+    def _gather_alike(self, own: Signature, content: Tensor) -> Tensor:
+        """Return the bytes of all ranks, [m, n], after a check that they are of the same buffers."""
+        cut = nn.functional.pad(content, (0, self._num_bytes - content.numel()))
+        received = self._gather(torch.cat([own.digest.to(content.device), cut]))
+        digests, contents = torch.split(received, [own.digest.numel(), cut.numel()], dim=1)
+        if bool((digests != digests[0]).any()):
+            own.check_same(self._gather, content.device)
+        if torch.equal(own.digest, self._agreed.digest):
+            return contents
+        self._agreed, self._num_bytes = own, content.numel()
+        return self._gather(content)

@@ -24,6 +24,10 @@ class SingleRank(Exchange):
         """Return 0."""
         return 0
 
+    def on_any_rank(self, flags: Tensor) -> Tensor:
+        """Return this rank's flags."""
+        return flags.cpu()
+
     def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
         """Return the rows; there is nothing to send."""
         return rows, []

@@ -5,8 +5,16 @@ from torch._C._distributed_c10d import GradBucket, PrefixStore, Store
 
 # The store of the process group's rendezvous, which all ranks can reach.
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn.parallel import DistributedDataParallel
 
 # The argument of DistributedDataParallel's hook for buffers, which has no public name either.
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
-__all__ = ["GradBucket", "PrefixStore", "Store", "_BufferCommHookLocation", "_get_default_store"]
+__all__ = ["GradBucket", "PrefixStore", "Store", "_BufferCommHookLocation", "_get_default_store", "syncs_buffers"]
+
+
+def syncs_buffers(model: DistributedDataParallel) -> bool:
+    """Return whether buffers are synchronized before a forward; torch 2.13 renamed the attribute that says so."""
+    # As for all_gather_single, a source tree should run with older versions, which GPU images have.
+    name = "forward_sync_buffers" if hasattr(model, "forward_sync_buffers") else "broadcast_buffers"
+    return bool(getattr(model, name))

@@ -15,7 +15,7 @@ from lightning_byzantine.matrix.row_view import RowView
 
 __all__ = ["Names", "WorkerMatrix"]
 
-# The parameters of a block, in order; None for a frozen one, such as by `toggle_optimizer`.
+# The parameters of a block, in order; None for one that no worker has used in this step.
 Names = tuple[str | None, ...]
 
 # Largest squared norm of float64 rows, so that sums of squared distances over the workers don't overflow either.

@@ -37,7 +37,8 @@ class DoubleMomentum(Optimizer):
     paper's public code does.
 
     Args:
-        base: an optimizer whose ``step()`` takes one gradient, not LBFGS. Its parameters must be float32 or float64.
+        base: an optimizer whose ``step()`` takes one gradient, not LBFGS. Its parameters must be float32 or float64, or
+            complex numbers of these.
         beta: a constant in (0, 1] for beta_t; None for 1 / t.
         gamma: a constant in (0, 1] for gamma_t; None for 2 / (t + 2).
         min_beta: lower bound of the scheduled beta_t, in [0, 1].
@@ -259,7 +260,7 @@ def _check_dtypes(param_groups: list[dict[str, Any]]) -> None:
     for group in param_groups:
         for named in group["params"]:
             parameter = named[1] if isinstance(named, tuple) else named
-            if parameter.dtype not in (torch.float32, torch.float64):
+            if parameter.dtype.to_real() not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"DoubleMomentum needs parameters of float32 or float64, got {parameter.dtype}, in which its small"
                     " steps are lost to rounding. With Lightning, use precision='bf16-mixed' or '16-mixed'."

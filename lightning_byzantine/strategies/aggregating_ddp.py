@@ -20,6 +20,8 @@ from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
+from lightning_byzantine.exchange.collectives import gather_rows
+from lightning_byzantine.exchange.signature import Signature
 from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
 from lightning_byzantine.strategies.fault_tolerant_ddp import FaultTolerantDDP
 from lightning_byzantine.strategies.skipped_steps import SkippedSteps
@@ -119,6 +121,15 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
             )
 
     @override
+    def configure_ddp(self) -> None:
+        self._check_ignored()
+        if self.world_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True):
+            # DDP copies rank 0's buffers, and the process would be aborted if another rank's are larger or smaller.
+            own = {name: buffer for name, buffer in self._module.named_buffers() if name not in self._ignored}
+            Signature(own).check_same(self._watched(gather_rows), self.root_device)
+        super().configure_ddp()
+
+    @override
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only. Ours needs the optimizers, and is registered in setup_optimizers. The
         # parameters that DDP has just ignored are known here.
@@ -144,10 +155,12 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         assert isinstance(self.model, DistributedDataParallel)
         gradients = self.engine.local
         if self.window.position == 0:
-            gradients.clear()
+            gradients.begin()
         gradients.worker = self.window.worker
-        if self.model.find_unused_parameters and self.model.require_backward_grad_sync:
-            gradients.define()
+        if self.model.require_backward_grad_sync:
+            gradients.give_back()
+            if self.model.find_unused_parameters:
+                gradients.define()
         # Lightning divides by the number of batches of all workers together.
         loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
         if not self.model.require_backward_grad_sync:
@@ -173,6 +186,19 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         self.engine = self.window = None
         vars(self).pop("_skipped_steps", None)  # knows the Trainer
         super().teardown()
+
+    @property
+    def _ignored(self) -> frozenset[str]:
+        """Names of parameters and buffers that DDP is told to ignore, by an attribute that it reads from the module."""
+        return frozenset(getattr(self._module, "_ddp_params_and_buffers_to_ignore", ()))
+
+    def _check_ignored(self) -> None:
+        trainable = (name for name, parameter in self._module.named_parameters() if parameter.requires_grad)
+        for name in self._ignored.intersection(trainable):
+            raise MisconfigurationException(
+                f"The module lets DDP ignore its parameter {name!r}, so its gradient would bypass the aggregation, and"
+                " every rank would train another one. Remove it from `_ddp_params_and_buffers_to_ignore`, or freeze it."
+            )
 
     def _loss_scale(self) -> float | None:
         """Return the factor that a gradient scaler has multiplied the loss by; None without one."""

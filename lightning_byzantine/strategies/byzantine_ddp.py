@@ -163,10 +163,11 @@ class ByzantineDDPStrategy(AggregatingDDP):
         super().set_world_ranks()
         # The number of workers is known from here on, while the Trainer is created.
         self.aggregator.check(self.num_workers, self.num_byzantine)
-        if self.parallel_devices and self.root_device.type not in ("cpu", "cuda"):
+        # Not `root_device`: a process may have a local rank for which there is no device, and not train.
+        for kind in {device.type for device in self.parallel_devices or ()} - {"cpu", "cuda"}:
             raise MisconfigurationException(
                 f"{type(self).__name__} runs where DDP runs, on accelerator='cpu' or 'cuda', got a device of type"
-                f" {self.root_device.type!r}"
+                f" {kind!r}"
             )
 
     @override

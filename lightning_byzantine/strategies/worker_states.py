@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_byzantine.aggregation.gradients import flat_size
 from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange.collectives import gather, gather_to_first
@@ -100,7 +101,8 @@ class WorkerStates:
         for index, (name, parameter) in enumerate(self.parameters.items()):
             if not present[:, index].any():
                 continue
-            zeros = torch.zeros(parameter.numel(), dtype=torch.promote_types(parameter.dtype, torch.float32))
+            dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
+            zeros = torch.zeros(flat_size(parameter), dtype=dtype)
             values = torch.stack([state.get(name, zeros).to(self.device) for state in own])
             for worker, row in enumerate(chain.from_iterable(gather_to_first(values) or [])):
                 if present[worker, index]:

@@ -12,7 +12,7 @@ from lightning_byzantine.aggregation.gradient_block import GradientBlock
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
-from lightning_byzantine.aggregators import Aggregator, CenteredClipping, CoordinateWiseMedian, Krum, Mean, Report
+from lightning_byzantine.aggregators import CTMA, Aggregator, CenteredClipping, CoordinateWiseMedian, Krum, Mean, Report
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.exchange import make_exchange
 from lightning_byzantine.matrix import WorkerMatrix
@@ -182,6 +182,89 @@ def test_an_observer_may_end_itself() -> None:
     for _ in range(2):
         observers.tell(lambda: Report.of_breakdown([0], num_workers=3))
     assert len(calls) == 3
+
+
+def drive_partly_used(exchange: str, max_norm: float | None) -> tuple[Tensor, Tensor, list[list[float]]]:
+    """Return what three steps leave in the buffer, a worker's momentum after each, and the distances reported.
+
+    In the second step, nobody uses the bias, and only rank 0 the scale, of which the others have no gradient.
+    """
+    num_ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    observers, reports = Observers(), []
+    observers.add(lambda report: reports.append(report.distances.tolist()))
+    estimator = WorkerMomentum()
+    engine = AggregationEngine(
+        {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()},
+        RobustAggregation(CTMA(CoordinateWiseMedian()), 1, Quarantine(), observers),
+        make_exchange(exchange, num_ranks),
+        estimator,
+        max_norm=max_norm,
+    )
+    received, momenta = [], []
+    for step, workers in enumerate(gradients(seed=0, steps=3)):
+        own = dict(zip(SIZES, workers[rank].clone().split(list(SIZES.values())), strict=True))
+        used = set(SIZES)
+        if step == 1:
+            own["bias"][:] = torch.nan  # left by an earlier step
+            used = {"weight", "scale"} if rank == 0 else {"weight"}
+            own["scale"] *= rank == 0
+        block = GradientBlock.of(own)
+        engine.send(block)
+        engine.aggregate(used)
+        received.append(block.buffer)
+        momenta.append(torch.cat([estimator.worker_state()[name] for name in SIZES]))
+    return torch.stack(received), torch.stack(momenta), reports
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e6])
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_a_parameter_takes_part_if_any_rank_has_used_it(
+    three_ranks: RankPool, exchange: str, max_norm: float | None
+) -> None:
+    sent, momentum = gradients(seed=0, steps=3), torch.zeros(3, 10)
+    sent[1, 1:, 9] = 0
+    bias, expected, before = slice(6, 9), [], torch.zeros(10)
+    for step, workers in enumerate(sent):
+        moved = 0.9 * momentum + 0.1 * workers
+        seen = moved if step != 1 else moved.index_fill(1, torch.arange(6, 9), 0)
+        aggregate = CTMA(CoordinateWiseMedian())(seen, num_byzantine=1)
+        distances = (seen - CoordinateWiseMedian()(seen, num_byzantine=1)).norm(dim=1)
+        if step == 1:
+            moved[:, bias], aggregate[bias] = momentum[:, bias], before[bias]
+        expected.append(((aggregate - 0.9 * before) / 0.1, moved, distances))
+        momentum, before = moved, aggregate
+    for rank, (received, momenta, reports) in enumerate(three_ranks.run(drive_partly_used, exchange, max_norm)):
+        for step, (gradient, moved, distances) in enumerate(expected):
+            if step == 1:
+                assert received[1, bias].isnan().all()  # as it was
+                gradient[bias] = torch.nan
+            torch.testing.assert_close(received[step], gradient, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(momenta[step], moved[rank])
+            torch.testing.assert_close(reports[step], distances.tolist(), rtol=1e-4, atol=1e-5)
+
+
+def discard_and_go_on() -> Tensor:
+    rule = Mean()
+    engine = AggregationEngine(
+        {"weight": nn.Parameter(torch.zeros(6))},
+        RobustAggregation(rule, 0, Quarantine(), Observers()),
+        make_exchange("all_gather", 1),
+    )
+    assert not engine.is_pending
+    engine.send(GradientBlock.of({"weight": torch.ones(6)}))
+    assert engine.is_pending
+    assert engine.num_aggregated == 0
+    engine.discard()
+    assert not engine.is_pending
+    block = GradientBlock.of({"weight": torch.full((6,), 2.0)})
+    engine.send(block)
+    engine.aggregate()
+    assert engine.num_aggregated == 1
+    return block.buffer
+
+
+def test_a_step_that_does_not_end_can_be_discarded(one_rank: RankPool) -> None:
+    assert torch.equal(one_rank.run(discard_and_go_on)[0], torch.full((6,), 2.0))
 
 
 def test_nothing_sent_is_an_error() -> None:

@@ -1,4 +1,5 @@
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,12 @@ def test_reports_what_the_rule_would_have_done(three_ranks: RankPool) -> None:
             torch.testing.assert_close(report.distances, own.distances, rtol=1e-5, atol=1e-9)
 
 
-def report_of(shadow: ShadowAggregation, observers: Observers, matrix: WorkerMatrix) -> Report:
+def report_of(
+    shadow: ShadowAggregation, observers: Observers, matrix: WorkerMatrix, unused: list[Tensor] | None = None
+) -> Report:
     reports: list[Report] = []
     handle = observers.add(reports.append)
-    shadow.aggregate(matrix)
+    shadow.aggregate(matrix, unused)
     handle.remove()
     return reports[0]
 
@@ -83,6 +86,26 @@ def test_sees_momentum_of_what_could_be_measured() -> None:
         assert torch.equal(report.trimmed, expected.trimmed)
         finite = sent.isfinite().all(1)
         momentum[finite] = sent[finite]
+
+
+@pytest.mark.parametrize("rule", [CTMA(NNM(CoordinateWiseMedian())), CTMA(CenteredClipping(tau=2.0))])
+def test_networks_that_take_turns_keep_their_momentum(rule: Aggregator) -> None:
+    generator, names = torch.Generator().manual_seed(0), ("first", "second")
+    observers, oracle, previous = Observers(), deepcopy(rule), torch.zeros(30)
+    shadow = ShadowAggregation(rule, 2, beta=0.9, observers=observers)
+    momentum = torch.zeros(5, 30)
+    for step in range(6):
+        gradients, unused = torch.randn(5, 30, generator=generator), torch.zeros(30, dtype=torch.bool)
+        unused[[slice(10), slice(10, 30)][step % 2]] = True
+        gradients[:, unused] = 0
+        momentum = torch.where(unused, momentum, torch.lerp(gradients, momentum, 0.9))
+        sent = WorkerMatrix([momentum.masked_fill(unused, 0)]).with_previous([previous.masked_fill(unused, 0)])
+        expected = oracle.decide(sent, 2)
+        previous = torch.where(unused, previous, expected.values()[0])
+        layout = (tuple(None if unused[10 * index] else name for index, name in enumerate(names)),)
+        report = report_of(shadow, observers, WorkerMatrix([gradients], layout=layout), [unused])
+        torch.testing.assert_close(report.distances, expected.report().distances)
+        assert torch.equal(report.trimmed, expected.report().trimmed)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])

@@ -5,7 +5,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ["rules", "steps", "monitor", "double_momentum", "faults"]
+# By name: a file. That of "cuda" would hide NVIDIA's package of that name, which torch imports.
+NAMES = {name: name for name in ["rules", "steps", "monitor", "double_momentum", "faults"]} | {"cuda": "on_cuda"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -15,7 +16,7 @@ def main() -> None:
     names = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__, add_help=False)
     names.add_argument("name", choices=NAMES)
     name = names.parse_args(sys.argv[1:2]).name
-    benchmark = import_module(name)
+    benchmark = import_module(NAMES[name])
     options = argparse.ArgumentParser(
         prog=f"{names.prog} {name}",
         description=benchmark.__doc__,
