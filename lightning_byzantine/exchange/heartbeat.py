@@ -114,6 +114,7 @@ class Heartbeat:
             raise lost from error
         finally:
             self._waits_since = outer
+            self._here = replace(self._here, waits=outer is not None)
 
     def fail(self, error: BaseException) -> None:
         """State that this rank has failed, so that others don't wait for it."""
@@ -186,13 +187,13 @@ class Heartbeat:
             self._end(DesynchronizedRanksError(places))
         elif self._inquiry is not None and self._inquiry.age > _PATIENCE:
             silent = self._signs.silent(besides=self._rank)
-            behind = self._signs.behind(self._here.entered)
+            late = self._signs.late(self._here.entered)
             if silent:
                 reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
                 self._end(WorkerLostError(silent, reason))
-            elif self._inquiry.timed_out and behind and self._rank not in behind:
+            elif self._inquiry.timed_out and late:
                 reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
-                self._end(WorkerLostError(behind, reason))
+                self._end(WorkerLostError(late, reason))
             self._inquiry.is_answered = True
 
     def _end(self, error: EndOfRun) -> None:
@@ -229,8 +230,8 @@ class _SignsOfLife:
         silent = self.silent(besides)
         return all(state.has_ended or rank in (besides, *silent) for rank, state in enumerate(self.ranks))
 
-    def behind(self, entered: int) -> list[int]:
-        return [rank for rank, state in enumerate(self.ranks) if state.entered < entered]
+    def late(self, entered: int) -> list[int]:
+        return [rank for rank, state in enumerate(self.ranks) if state.entered < entered and not state.waits]
 
 
 @dataclass

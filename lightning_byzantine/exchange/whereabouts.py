@@ -18,6 +18,7 @@ class Whereabouts:
         beats: grows while the process lives.
         entered: number of collectives that it has entered.
         places: what the last of these are for, oldest first.
+        waits: whether it is still in the last.
         has_ended: whether the rank has left the run, well or with an error.
         ports: local ports of its connections.
 
@@ -33,13 +34,14 @@ class Whereabouts:
     beats: int = 0
     entered: int = 0
     places: tuple[str, ...] = ()
+    waits: bool = False
     has_ended: bool = False
     ports: tuple[int, ...] = ()
 
     def entering(self, place: str) -> "Whereabouts":
         """Return the same with one more collective."""
         places = (*self.places[1 - _NUM_KEPT :], place[:_MAX_LENGTH])
-        return replace(self, entered=self.entered + 1, places=places)
+        return replace(self, entered=self.entered + 1, places=places, waits=True)
 
     def place(self, number: int) -> str | None:
         """Return what the first, second, ... collective is for; None if it is not known."""
@@ -56,8 +58,14 @@ class Whereabouts:
         try:
             values = json.loads(text)
             places = tuple(str(place)[:_MAX_LENGTH] for place in values["places"])[-_NUM_KEPT:]
-            ports = tuple(int(port) for port in values["ports"])
-            return cls(int(values["beats"]), int(values["entered"]), places, bool(values["has_ended"]), ports)
+            return cls(
+                beats=int(values["beats"]),
+                entered=int(values["entered"]),
+                places=places,
+                waits=bool(values["waits"]),
+                has_ended=bool(values["has_ended"]),
+                ports=tuple(int(port) for port in values["ports"]),
+            )
         except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
             return cls()
 

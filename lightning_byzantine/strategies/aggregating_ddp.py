@@ -126,7 +126,7 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         if self.world_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True):
             # DDP copies rank 0's buffers, and the process would be aborted if another rank's are larger or smaller.
             own = {name: buffer for name, buffer in self._module.named_buffers() if name not in self._ignored}
-            Signature(own).check_same(self._watched(gather_rows), self.root_device)
+            Signature(own).check_same(self._watched(gather_rows, "the comparison of buffers"), self.root_device)
         super().configure_ddp()
 
     @override
@@ -148,8 +148,21 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.engine is not None
+        assert isinstance(self.model, DistributedDataParallel)
+        so_far = self.engine.num_aggregated
         if self.workers_per_process == 1:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        else:
+            loss = self._backward_of_one_worker(closure_loss, optimizer, *args, **kwargs)
+        if self.model.require_backward_grad_sync and self.engine.num_aggregated == so_far:
+            raise RuntimeError(
+                "The backward pass has not reached all parameters, so no gradients were aggregated. If some do not take"
+                " part in every step, use find_unused_parameters=True."
+            )
+        return loss
+
+    def _backward_of_one_worker(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.engine is not None
         assert self.window is not None
         assert isinstance(self.model, DistributedDataParallel)
@@ -162,7 +175,7 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
             if self.model.find_unused_parameters:
                 gradients.define()
         # Lightning divides by the number of batches of all workers together.
-        loss = super().backward(closure_loss * self.workers_per_process, optimizer, *args, **kwargs)
+        loss = super().backward(loss * self.workers_per_process, *args, **kwargs)
         if not self.model.require_backward_grad_sync:
             gradients.take()
         return loss

@@ -2,14 +2,12 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from functools import wraps
-from secrets import randbits  # does not change the random state of training
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -20,15 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_byzantine.aggregation.observers import Observers
-from lightning_byzantine.errors import ByzantineBreakdownError, WorkerLostError
+from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.exchange.collectives import gather_rows
-from lightning_byzantine.exchange.heartbeat import Heartbeat
-from lightning_byzantine.exchange.rendezvous import Rendezvous
+from lightning_byzantine.exchange.rank_watch import RankWatch
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
-from lightning_byzantine.exchange.torch_internals import _get_default_store
 from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
 from lightning_byzantine.strategies.consistency import ConsistencyCheck
+from lightning_byzantine.strategies.last_good_checkpoint import LastGoodCheckpoint
 from lightning_byzantine.strategies.lightning_internals import _WrappingCheckpointIO, position_of
 from lightning_byzantine.strategies.stop_signal import StopSignal
 from lightning_byzantine.strategies.worker_errors import WorkerErrors
@@ -52,8 +49,8 @@ class FaultTolerantDDP(DDPStrategy):
         check_consistency_every_n_steps: how often to compare parameters and optimizer state of all ranks, in optimizer
             steps; 0 for never.
         on_inconsistency: what to do when ranks differ: "raise", or "restore" the state of the majority.
-        on_worker_error: what to do when a rank raises in its ``training_step``: "raise", or "exclude" the gradient of
-            the batch's worker from that step and continue.
+        on_worker_error: what to do when a rank raises in its ``training_step``, or returns None or a loss without a
+            graph: "raise", or "exclude" the gradient of the batch's worker from that step and continue.
         **kwargs: arguments of DDPStrategy.
 
     """
@@ -78,8 +75,8 @@ class FaultTolerantDDP(DDPStrategy):
         self._observers = Observers()
         self._buffers: RobustBuffers | None = None
         self._consistency: ConsistencyCheck | None = None
-        self._heartbeat: Heartbeat | None = None
-        self._rendezvous: Rendezvous | None = None
+        self._last_good: LastGoodCheckpoint | None = None
+        self._watch: RankWatch | None = None
         self._stop_signal: StopSignal | None = None
 
     @property
@@ -126,16 +123,17 @@ class FaultTolerantDDP(DDPStrategy):
         super().setup_environment()
         if self.world_size > 1:
             assert self._timeout is not None
-            self._rendezvous = Rendezvous(self._timeout)
-            self._heartbeat = self._start_heartbeat()
+            self._watch = RankWatch(self._timeout, self.root_device, lambda: position_of(self._module.trainer))
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        if self._heartbeat is not None:
-            self._stop_signal = StopSignal(trainer, self._any_rank)
+        if self._watch is not None:
+            any_rank = partial(self._watch.any_rank, "the start of the next batch")
+            self._stop_signal = StopSignal(trainer, any_rank)
         self._watched(super().setup, "the set-up of the model")(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._last_good = LastGoodCheckpoint(trainer.lightning_module)
         if self._on_worker_error == "exclude" and self.num_workers > 1:
             self.worker_errors = WorkerErrors(trainer.lightning_module)
         if self._check_every and self.world_size > 1:
@@ -204,7 +202,13 @@ class FaultTolerantDDP(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._buffers is not None and not self._has_failed():
             self._buffers.synchronize()  # in place, so that the checkpoint has the result
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if not self.is_global_zero or self._last_good is None or self._last_good.may_write(filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self._last_good is None or self._last_good.may_remove(filepath):
+            super().remove_checkpoint(filepath)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -218,11 +222,12 @@ class FaultTolerantDDP(DDPStrategy):
     @override
     def teardown(self) -> None:
         try:
-            self._finish()
+            if self._watch is not None:
+                self._watch.finish(is_well=not self._has_failed())
         finally:
             if self._stop_signal is not None:
                 self._stop_signal.restore()
-            self._heartbeat = self._rendezvous = self._stop_signal = self._buffers = self._consistency = None
+            self._watch = self._stop_signal = self._buffers = self._consistency = None
             self._observers.forget_outvoted()
             super().teardown()
 
@@ -231,68 +236,9 @@ class FaultTolerantDDP(DDPStrategy):
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _start_heartbeat(self) -> Heartbeat:
-        assert self._timeout is not None
-        name, store = torch.tensor([randbits(62)], device=self.root_device), _get_default_store()
-        dist.broadcast(name, src=0)
-        heartbeat = Heartbeat(store, f"{name.item():x}", self.global_rank, self.world_size, self._timeout)
-        heartbeat.start()
-        return heartbeat
-
     def _watched(self, collective: _Collective, what: str, meets: bool = True) -> _Collective:
-        """Return the same function, except that it fails when ranks are missing, with an error that names them.
-
-        Args:
-            collective: the function.
-            what: what it is for.
-            meets: whether ranks make sure before that they are in the same. Not worth its time if they have just met.
-
-        """
-        if self._heartbeat is None:
-            return collective
-
-        @wraps(collective)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self._watching(what) as place:
-                if meets:
-                    self._meet(place)
-                return collective(*args, **kwargs)
-
-        return watched  # type: ignore[return-value]
-
-    @contextmanager
-    def _watching(self, what: str) -> Iterator[str]:
-        assert self._heartbeat is not None
-        place = f"{what} ({position_of(self._module.trainer)})"
-        with self._heartbeat.watching(place):
-            yield place
-
-    def _meet(self, place: str, flag: bool = False) -> bool:
-        """Wait for all ranks, and return whether any has set its flag."""
-        assert self._heartbeat is not None
-        assert self._rendezvous is not None
-        are_together, any_flag = self._rendezvous.meet(place, flag)
-        if not are_together:
-            raise self._heartbeat.desynchronized()
-        return any_flag
-
-    def _any_rank(self, flag: bool) -> bool:
-        with self._watching("the start of the next batch") as place:
-            return self._meet(place, flag)
-
-    def _finish(self) -> None:
-        """Leave the run together with the other ranks."""
-        if self._heartbeat is None:
-            return
-        assert self._rendezvous is not None
-        try:
-            if not self._has_failed():
-                with suppress(WorkerLostError), self._watching("the end of the run") as place:
-                    self._meet(place)
-                    self._rendezvous.close()
-        finally:
-            self._heartbeat.stay()
-            self._heartbeat.stop()
+        """Return the same function, except that it fails when ranks are missing, with an error that names them."""
+        return collective if self._watch is None else self._watch.watched(collective, what, meets)
 
     def _has_failed(self) -> bool:
         """Return whether the run ends on this rank for an error, and tell the others, who may be elsewhere in the code.
@@ -303,8 +249,8 @@ class FaultTolerantDDP(DDPStrategy):
         if not self._module.trainer.interrupted or has_agreed:
             return False
         error = sys.exception()
-        if self._heartbeat is not None and error is not None:
-            self._heartbeat.fail(error)
+        if self._watch is not None and error is not None:
+            self._watch.fail(error)
         return True
 
 
@@ -313,4 +259,4 @@ def _of(value: Any) -> str:
     if not isinstance(value, Tensor):
         return ""
     dtype = str(value.dtype).removeprefix("torch.")
-    return f" of a {dtype}" if value.ndim == 0 else f" of {dtype} {list(value.shape)}"
+    return f" of {dtype}" + (f" {list(value.shape)}" if value.ndim else "")

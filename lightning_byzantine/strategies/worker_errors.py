@@ -2,7 +2,7 @@
 
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,15 @@ __all__ = ["WorkerErrors"]
 class WorkerErrors:
     """Replaces the loss of a failed ``training_step`` by one with a non-finite gradient, whose row is then dropped.
 
-    So the rank continues with backward, where all others wait for it.
+    So the rank continues with backward, where all others wait for it. A step that returns None, or a loss without a
+    graph, has failed too, because nothing would be sent.
 
     Args:
         module: the module to train.
 
     Attributes:
         count: number of failed steps on this rank.
-        last: the last error, and where it was raised.
+        last: what was wrong with the last, and where an error was raised.
 
     Raises:
         MisconfigurationException: if the module optimizes manually, or its training step contains collectives, in
@@ -61,18 +62,22 @@ class WorkerErrors:
             except MisconfigurationException:
                 raise
             except Exception as error:
-                self._report(error)
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                self._report(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
                 return _non_finite_loss(self._module)
             self._check_logged()
+            loss = output.get("loss", output) if isinstance(output, Mapping) else output
+            if loss is None or (isinstance(loss, Tensor) and not loss.requires_grad):
+                self._report("`training_step` returned " + ("None." if loss is None else "a loss without a graph."))
+                return _non_finite_loss(self._module)
             return output
 
         with replaced(self._module, training_step=guarded):
             yield
 
-    def _report(self, error: Exception) -> None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+    def _report(self, what: str) -> None:
         self.count += 1
-        self.last = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        self.last = what
         warnings.warn(
             f"Rank {self._module.global_rank} failed in its training step at batch"
             f" {self._module.trainer.fit_loop.batch_idx}, so its gradient is excluded from that step;"
@@ -91,5 +96,5 @@ class WorkerErrors:
 
 def _non_finite_loss(module: nn.Module) -> Tensor:
     # Depends on all parameters, because DDP waits for the gradient of each.
-    sums = [parameter.float().sum() for parameter in module.parameters() if parameter.requires_grad]
+    sums = [parameter.abs().float().sum() for parameter in module.parameters() if parameter.requires_grad]
     return torch.stack(sums).sum() * torch.nan
