@@ -194,6 +194,8 @@ class Heartbeat:
             elif self._inquiry.timed_out and late:
                 reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
                 self._end(WorkerLostError(late, reason))
+            elif self._inquiry.timed_out and len(set(self._signs.last_places())) > 1:
+                self._end(DesynchronizedRanksError(self._signs.last_places()))
             self._inquiry.is_answered = True
 
     def _end(self, error: EndOfRun) -> None:
@@ -229,6 +231,9 @@ class _SignsOfLife:
     def have_ended(self, besides: int) -> bool:
         silent = self.silent(besides)
         return all(state.has_ended or rank in (besides, *silent) for rank, state in enumerate(self.ranks))
+
+    def last_places(self) -> list[str]:
+        return [state.places[-1] if state.places else "no collective yet" for state in self.ranks]
 
     def late(self, entered: int) -> list[int]:
         return [rank for rank, state in enumerate(self.ranks) if state.entered < entered and not state.waits]

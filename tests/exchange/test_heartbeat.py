@@ -1,4 +1,4 @@
-"""What a failed collective is put down to. With real signals: test_process_faults.py."""
+"""What a failed collective is put down to. With real processes: test_process_faults.py and test_parting.py."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,9 +8,10 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
-from lightning_byzantine.errors import ByzantineBreakdownError, WorkerLostError
-from lightning_byzantine.exchange import heartbeat
+from lightning_byzantine.errors import ByzantineBreakdownError, DesynchronizedRanksError, WorkerLostError
+from lightning_byzantine.exchange import board, heartbeat
 from lightning_byzantine.exchange.heartbeat import Heartbeat
+from lightning_byzantine.exchange.whereabouts import Whereabouts, find_desynchronized
 
 Start = Callable[..., list[Heartbeat]]
 
@@ -19,6 +20,9 @@ Start = Callable[..., list[Heartbeat]]
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     monkeypatch.setattr(heartbeat, "_PERIOD", 0.05)
     monkeypatch.setattr(heartbeat, "_PATIENCE", 1.0)
+    monkeypatch.setattr(heartbeat, "_UNUSUAL_WAIT", 0.2)
+    monkeypatch.setattr(heartbeat, "_GRACE", 0.2)
+    monkeypatch.setattr(heartbeat, "abort_collectives", lambda *_: None)  # all ranks are one process here
     started: list[Heartbeat] = []
 
     def start(store: HashStore, num_ranks: int = 3, timeout: float = 1000) -> list[Heartbeat]:
@@ -33,10 +37,13 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         each.stop()
 
 
-def fail(watched: Heartbeat, error: Exception | None = None, after: float = 0) -> None:
-    with watched.watching():
+CLOSED = "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+
+
+def fail(watched: Heartbeat, error: Exception | None = None, after: float = 0, place: str = "backward") -> None:
+    with watched.watching(place):
         time.sleep(after)
-        raise error or RuntimeError("connection closed by peer")
+        raise error or RuntimeError(CLOSED)
 
 
 def test_names_who_has_fallen_silent(start: Start) -> None:
@@ -45,8 +52,7 @@ def test_names_who_has_fallen_silent(start: Start) -> None:
     with pytest.raises(WorkerLostError, match="Lost rank 1: no sign of life for 1 s") as caught:
         fail(first)
     assert caught.value.ranks == [1]
-    assert str(caught.value.__cause__) == "connection closed by peer"
-    assert first.lost is caught.value
+    assert str(caught.value.__cause__) == CLOSED
     # Who was found out to be missing first stays the one who is, though the finder is gone by now.
     first.stop()
     with pytest.raises(WorkerLostError, match="Lost rank 1: "):
@@ -55,32 +61,97 @@ def test_names_who_has_fallen_silent(start: Start) -> None:
 
 def test_names_who_is_late_when_time_has_run_out(start: Start) -> None:
     first, _, third = start(HashStore(), timeout=0.5)
-    with third.watching():
+    with third.watching("backward"):
         pass
     with pytest.raises(WorkerLostError, match="Lost rank 1: alive, but the others waited for it for more than"):
         fail(first, after=0.5)
 
 
-def test_the_first_rank_which_may_host_the_store_waits_until_all_have_found_out(start: Start) -> None:
+def test_who_waits_itself_is_not_late(start: Start) -> None:
+    # The first is ahead of both others, which wait for it in what it has left without sending.
+    first, second, third = start(HashStore(), timeout=0.5)
+    with first.watching("backward"):
+        pass
+    message = "rank 0 in the next batch; ranks 1, 2 in backward"
+    with (
+        second.watching("backward"),
+        third.watching("backward"),
+        pytest.raises(DesynchronizedRanksError, match=message),
+    ):
+        fail(first, after=0.5, place="the next batch")
+
+
+def test_names_where_all_are_who_wait_for_each_other(start: Start) -> None:
     first, second, third = start(HashStore())
-    third.stop()
+    with second.watching("backward"), third.watching("the end of the run"):
+        with pytest.raises(
+            DesynchronizedRanksError, match="rank 2 in the end of the run; ranks 0, 1 in backward"
+        ) as caught:
+            fail(first, after=1)
+        assert caught.value.ranks == [2]
+    with pytest.raises(DesynchronizedRanksError, match="rank 2 in the end of the run; ranks 0, 1 in backward"):
+        fail(second)
+
+
+def test_names_who_has_failed(start: Start) -> None:
+    first, second, _ = start(HashStore())
+    second.fail(ValueError("out of range"))
+    with pytest.raises(WorkerLostError, match="Lost rank 1: it has failed with ValueError: out of range"):
+        fail(first)
+
+
+def test_a_failed_rank_stays_until_the_others_have_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "_COURTESY", 60)
+    first, second, third = start(HashStore())
+    first.fail(ValueError("out of range"))
     with ThreadPoolExecutor() as pool:
-        later = pool.submit(fail, second, after=1.5)
-        with pytest.raises(WorkerLostError, match="Lost rank 2: "):
-            fail(first)
-        assert isinstance(later.exception(timeout=0.5), WorkerLostError)
+        staying = pool.submit(first.stay)
+        second.stop()  # is silent, so that nobody waits for it
+        with pytest.raises(WorkerLostError):
+            fail(third)
+        assert not staying.done()
+        third.stay()
+        staying.result(timeout=5)
 
 
 def test_other_errors_stay_what_they_are(start: Start) -> None:
     first, *_ = start(HashStore())
-    with pytest.raises(RuntimeError, match="shapes do not match") as caught:
-        fail(first, RuntimeError("shapes do not match"))
-    assert type(caught.value) is RuntimeError
-    for error in (ByzantineBreakdownError([0], 3, 0), WorkerLostError([1], "gone"), ValueError("no number")):
-        with pytest.raises(type(error)) as other:
+    errors = [RuntimeError("shapes do not match"), ByzantineBreakdownError([0], 3, 0), ValueError("no number")]
+    for error in errors:
+        began = time.monotonic()
+        with pytest.raises(type(error)) as caught:
             fail(first, error)
-        assert other.value is error
+        assert caught.value is error
+        assert time.monotonic() - began < 1  # without looking for who is missing
     assert first.lost is None
+
+
+def test_what_another_rank_writes_can_not_harm(start: Start) -> None:
+    store = HashStore()
+    first, *_ = start(store)
+    for text in [
+        "",
+        "[]",
+        "{",
+        '{"entered": 1e400}',
+        "[" * 100_000,
+        '{"beats": 0, "entered": "x", "places": 3}',
+        "\\ud800",
+    ]:
+        assert Whereabouts.decode(text) == Whereabouts()
+        store.set("lightning_byzantine/run/rank/1", text)
+    store.set("lightning_byzantine/run/end", "[" * 100_000)
+    with pytest.raises(WorkerLostError, match="gives a reason that can't be read"):
+        fail(first)
+
+
+def test_ranks_that_are_not_equally_far_are_on_the_same_way() -> None:
+    here = Whereabouts()
+    for number in range(100):
+        ahead = here.entering(f"backward of batch {number}")
+        assert find_desynchronized([here, ahead, here]) is None
+        here = ahead
+    assert find_desynchronized([here, Whereabouts()]) is None  # too far apart to know
 
 
 class Silent:
@@ -89,13 +160,15 @@ class Silent:
     def __init__(self, *_: object) -> None:
         """Stand in for a client of the real one."""
 
-    def add(self, key: str, value: int) -> int:
+    def set(self, key: str, value: str) -> None:
         time.sleep(5)
-        return 0
+
+    def check(self, keys: list[str]) -> bool:
+        return False
 
 
 class Gone(Silent):
-    def add(self, key: str, value: int) -> int:
+    def set(self, key: str, value: str) -> None:
         raise RuntimeError("connection refused")
 
 
@@ -107,7 +180,7 @@ class Gone(Silent):
 def test_a_store_that_does_not_answer_is_missing_itself(
     start: Start, monkeypatch: pytest.MonkeyPatch, store: type[Silent], by_torchrun: str, message: str
 ) -> None:
-    monkeypatch.setattr(heartbeat, "PrefixStore", store)
+    monkeypatch.setattr(board, "PrefixStore", store)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", by_torchrun)
     _, second, _ = start(HashStore())
     with pytest.raises(WorkerLostError, match=message):
