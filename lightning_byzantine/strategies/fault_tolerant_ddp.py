@@ -246,10 +246,10 @@ class FaultTolerantDDP(DDPStrategy):
         Collectives, such as of callbacks that save a checkpoint then, would not complete.
         """
         has_agreed = self._stop_signal is not None and self._stop_signal.is_agreed
-        if not self._module.trainer.interrupted or has_agreed:
+        if self._watch is None or has_agreed or not self._module.trainer.interrupted:
             return False
         error = sys.exception()
-        if self._watch is not None and error is not None:
+        if error is not None:
             self._watch.fail(error)
         return True
 
