@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
-from lightning_byzantine.aggregation.gradients import flat_size
+from lightning_byzantine.aggregation.gradients import flat_size, flattened
+from lightning_byzantine.aggregation.sparse_gradients import sparsified, touched_rows
 from lightning_byzantine.aggregation.used_parameters import UsedParameters
 from lightning_byzantine.exchange.torch_internals import GradBucket
 
@@ -34,7 +35,7 @@ class AggregationHook:
         self._parameters = dict(module.named_parameters())
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         self._used: UsedParameters | None = None
-        self._waiting: list[tuple[GradientBlock, Future[Tensor]]] = []
+        self._waiting: list[tuple[GradBucket, GradientBlock, Future[Tensor]]] = []
 
     def register(self, model: DistributedDataParallel) -> None:
         """Replace the model's all-reduce."""
@@ -47,19 +48,27 @@ class AggregationHook:
         """Send one bucket, and aggregate after the last one."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = tuple(self._names[parameter] for parameter in parameters)
+        if buffer.is_sparse:  # that of a single parameter
+            buffer = flattened(buffer, parameters[0])
         block = GradientBlock(names, [flat_size(parameter) for parameter in parameters], buffer)
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
         if not self._engine.is_pending:
             self._waiting = []  # those of a step that was discarded
-        self._waiting.append((block, future))
+        self._waiting.append((bucket, block, future))
         self._engine.send(block)
         if bucket.is_last():
             waiting, self._waiting = self._waiting, []
             self._engine.aggregate(None if self._used is None else self._used.take())
-            for done, claim in waiting:
-                claim.set_result(done.buffer)
+            for sent, done, claim in waiting:
+                claim.set_result(self._sparse_result(sent, done.buffer) if sent.buffer().is_sparse else done.buffer)
         return future
+
+    def _sparse_result(self, bucket: GradBucket, result: Tensor) -> Tensor:
+        # Of the rows that any rank has touched, as by DDP's all-reduce: optimizers leave the others alone.
+        touched = self._engine.exchange.on_any_rank(touched_rows(bucket.buffer()))
+        (parameter,) = bucket.parameters()
+        return sparsified(result.as_strided(parameter.shape, parameter.stride()), touched)
 
 
 def _hook(state: AggregationHook, bucket: GradBucket) -> Future[Tensor]:

@@ -22,7 +22,8 @@ def flat_size(parameter: Tensor) -> int:
 def flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
     """Return the gradient as [n], in the memory order of the parameter, as in DDP's buckets.
 
-    With ``torch.channels_last``, this differs from the order of indices. A complex number is two real ones.
+    With ``torch.channels_last``, this differs from the order of indices. A complex number is two real ones. A sparse
+    gradient becomes dense.
 
     Example:
         >>> flattened(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), parameter=torch.zeros(2, 2).T)
@@ -31,6 +32,8 @@ def flattened(gradient: Tensor, parameter: Tensor) -> Tensor:
         tensor([1., 2.])
 
     """
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
     if gradient.is_complex():
         return torch.view_as_real(_in_memory_order(gradient.resolve_conj(), parameter)).flatten()
     return _in_memory_order(gradient, parameter)

@@ -33,8 +33,7 @@ class DoubleMomentum(Optimizer):
     of them; elsewhere, :meth:`step` needs a closure, which it calls at both points with the same random numbers.
 
     Keeps two copies of the parameters, w and x_{t-1}, besides d and the base optimizer's own state. A parameter without
-    a gradient does not move. ``SGD(weight_decay=...)`` pulls w to 0; to pull x, add the penalty to the loss, as the
-    paper's public code does.
+    a gradient does not move. ``SGD(weight_decay=...)`` pulls w to 0; to pull x, add the penalty to the loss.
 
     Args:
         base: an optimizer whose ``step()`` takes one gradient, not LBFGS. Its parameters must be float32 or float64, or

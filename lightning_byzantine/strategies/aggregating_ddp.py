@@ -142,7 +142,9 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
             if parameter.requires_grad:
                 raise MisconfigurationException(
                     f"The parameter {name!r} was frozen when DDP was set up, so its gradient would bypass the"
-                    " aggregation now. Freeze in `on_train_start`, and use find_unused_parameters=True."
+                    " aggregation now. Freeze in `on_fit_start`, and use find_unused_parameters=True. A callback that"
+                    " derives from BaseFinetuning freezes in `setup`, too early: override `setup` to do nothing, and"
+                    " `on_fit_start` to call `self.freeze_before_training(pl_module)` first."
                 )
         return super().training_step(*args, **kwargs)
 

@@ -15,6 +15,7 @@ from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
+from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Report
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import EXCHANGES, make_exchange
@@ -237,6 +238,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         if self.shadow:
             beta = 0.0 if self.estimator is None else self.estimator.memory
             return ShadowAggregation(self.aggregator, self.num_byzantine, beta, self._observers)
+        self._check_sparse()
         return RobustAggregation(self.aggregator, self.num_byzantine, self._quarantine, self._observers)
 
     def _set_up_estimator(self, trainer: Trainer) -> None:
@@ -259,6 +261,14 @@ class ByzantineDDPStrategy(AggregatingDDP):
             raise MisconfigurationException(
                 "With shadow=True the run is one of stock DDP, and the rule sees the momentum of raw gradients, got"
                 f" estimator={self.estimator!r}. Use WorkerMomentum() or None."
+            )
+
+    def _check_sparse(self) -> None:
+        for name in sparse_parameters(self._module):
+            raise MisconfigurationException(
+                f"The gradient of the parameter {name!r} is sparse, but the aggregation needs whole vectors: workers'"
+                " momentum has values in every row. Make its module with sparse=False, with an optimizer such as Adam"
+                " instead of SparseAdam. With shadow=True, sparse gradients are averaged as by stock DDP."
             )
 
     def _load_quarantine(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from training import trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
 from lightning_byzantine.aggregators import CoordinateWiseMedian, Mean
+from lightning_byzantine.optim import DoubleMomentum
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -233,3 +234,57 @@ def test_accumulation_by_one_process_for_several_workers(
     strategy = OPTIONS[option] | {"workers_per_process": k, "num_byzantine": 0}
     seen = two_ranks.run(gradients_of_fit, Automatic, options, strategy, bool(view), k * accumulate)
     assert_as_stock(seen, of_stock(two_ranks, Automatic, k * accumulate, *options.items()))
+
+
+class HeadsInTurn(pl.LightningModule):
+    """Each batch uses one of two heads, which double momentum moves only when it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.heads[batch_idx // 2 % 2](self.body(batch).tanh()) - 1).square().mean()
+
+    def see(self, *_: Any) -> None:
+        self.seen.append(torch.cat([parameter.detach().flatten().clone() for parameter in self.parameters()]))
+
+    on_train_batch_end = see
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return DoubleMomentum(torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=0.1), min_beta=0.3)
+
+
+def heads_of_fit(strategy: dict[str, Any]) -> Tensor:
+    torch.manual_seed(5)
+    module = HeadsInTurn()
+    made = ByzantineDDPStrategy(find_unused_parameters=True, aggregator=Mean(), **strategy)
+    trainer(made, use_distributed_sampler=False).fit(module, DataLoader(inputs(8), batch_size=None))
+    return torch.stack(module.seen)
+
+
+def heads_of_a_loop() -> Tensor:
+    """Return what the optimizer makes of the mean loss of all ranks, in one process and without a strategy."""
+    torch.manual_seed(5)
+    module = HeadsInTurn()
+    optimizer = module.configure_optimizers()
+    batches = torch.randn(8 * 2, 3, 4, generator=torch.Generator().manual_seed(7))
+    for batch_idx in range(8):
+        of_ranks = batches[2 * batch_idx : 2 * batch_idx + 2]
+
+        def closure(batch_idx: int = batch_idx, of_ranks: Tensor = of_ranks) -> Tensor:
+            optimizer.zero_grad()
+            loss = torch.stack([module.training_step(batch, batch_idx) for batch in of_ranks]).mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        module.see()
+    return torch.stack(module.seen)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_double_momentum_of_unused_parameters_waits(two_ranks: RankPool, exchange: str) -> None:
+    for seen in two_ranks.run(heads_of_fit, {"exchange": exchange}):
+        torch.testing.assert_close(seen, heads_of_a_loop(), rtol=0, atol=1e-6)
