@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["Signature"]
 
+_LONGEST = 1 << 24  # no other rank may fill this one's memory
+
 
 class Signature:
     """Names, dtypes and shapes of tensors, to compare them between ranks.
@@ -50,7 +52,12 @@ class Signature:
             ValueError: on every rank, if they differ; names the tensor and the ranks.
 
         """
-        lengths = gather(torch.tensor([len(self._text)], device=device))
+        lengths = gather(torch.tensor([len(self._text)], device=device)).flatten()
+        if lengths.max() > _LONGEST:
+            raise ValueError(
+                f"The names and shapes of a rank's buffers must have at most {_LONGEST} bytes, got {int(lengths.max())}"
+                f" on rank {int(lengths.argmax())}"
+            )
         padded = self._text.ljust(int(lengths.max()), b"\n")
         texts = gather(torch.frombuffer(bytearray(padded + b"\n"), dtype=torch.uint8).to(device)).cpu()
         reports = [_parsed(bytes(text.tolist())) for text in texts]
