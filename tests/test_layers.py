@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "utilities"},
     {"matrix", "estimators"},
     {"aggregators", "optim", "exchange"},
-    {"attacks", "aggregation", "monitoring"},
+    {"attacks", "aggregation", "monitoring", "watch"},
     {"strategies"},
     {"callbacks"},
     {"__init__", "__main__"},

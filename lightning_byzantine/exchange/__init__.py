@@ -1,4 +1,4 @@
-"""Communication between ranks: gradients, buffers, metrics and heartbeats."""
+"""Communication between ranks: gradients, buffers and metrics."""
 
 from collections.abc import Callable
 

@@ -20,7 +20,6 @@ from typing_extensions import override
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.exchange.collectives import gather_rows
-from lightning_byzantine.exchange.rank_watch import RankWatch
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
 from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
@@ -30,6 +29,7 @@ from lightning_byzantine.strategies.lightning_internals import _WrappingCheckpoi
 from lightning_byzantine.strategies.stop_signal import StopSignal
 from lightning_byzantine.strategies.worker_errors import WorkerErrors
 from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
+from lightning_byzantine.watch.rank_watch import RankWatch
 
 __all__ = ["FaultTolerantDDP"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_byzantine.errors import DesynchronizedRanksError, WorkerLostError
 from lightning_byzantine.exchange.torch_internals import PrefixStore, Store
-from lightning_byzantine.exchange.whereabouts import Whereabouts
+from lightning_byzantine.watch.whereabouts import Whereabouts
 
 __all__ = ["Board", "EndOfRun"]
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_byzantine.errors import WorkerLostError
-from lightning_byzantine.exchange.heartbeat import Heartbeat
-from lightning_byzantine.exchange.rendezvous import Rendezvous
 from lightning_byzantine.exchange.torch_internals import _get_default_store
+from lightning_byzantine.watch.heartbeat import Heartbeat
+from lightning_byzantine.watch.rendezvous import Rendezvous
 
 __all__ = ["RankWatch"]
 

@@ -9,11 +9,11 @@ from datetime import timedelta
 from threading import Event, Thread
 
 from lightning_byzantine.errors import DesynchronizedRanksError, WorkerLostError
-from lightning_byzantine.exchange.board import Board, EndOfRun
 from lightning_byzantine.exchange.collectives import is_failed_collective
-from lightning_byzantine.exchange.connections import abort_collectives, connected_ports, port_of
 from lightning_byzantine.exchange.torch_internals import Store
-from lightning_byzantine.exchange.whereabouts import Whereabouts, find_desynchronized
+from lightning_byzantine.watch.board import Board, EndOfRun
+from lightning_byzantine.watch.connections import abort_collectives, connected_ports, port_of
+from lightning_byzantine.watch.whereabouts import Whereabouts, find_desynchronized
 
 __all__ = ["Heartbeat"]
 

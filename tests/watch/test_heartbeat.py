@@ -9,9 +9,9 @@ import pytest
 from torch.distributed import HashStore
 
 from lightning_byzantine.errors import ByzantineBreakdownError, DesynchronizedRanksError, WorkerLostError
-from lightning_byzantine.exchange import board, heartbeat
-from lightning_byzantine.exchange.heartbeat import Heartbeat
-from lightning_byzantine.exchange.whereabouts import Whereabouts, find_desynchronized
+from lightning_byzantine.watch import board, heartbeat
+from lightning_byzantine.watch.heartbeat import Heartbeat
+from lightning_byzantine.watch.whereabouts import Whereabouts, find_desynchronized
 
 Start = Callable[..., list[Heartbeat]]
 
