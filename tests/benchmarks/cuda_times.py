@@ -20,6 +20,8 @@ MORE: dict[str, Aggregator] = {
     "CenteredClipping": CenteredClipping(),
 }
 SMALL_SIZES = [(17, 1_000), (17, 100_000), (256, 1_000), (1024, 1_000)]
+# Kernels are counted in calls that take no more seconds than this: a profile of very many takes long.
+BRIEF = 0.05
 
 
 def run(section: Section) -> None:
@@ -68,7 +70,8 @@ def large(section: Section, dimension: int) -> None:
 
 
 def small(section: Section) -> None:
-    table = section.table({"workers": "{}", "dimension": "{}", "rule": "`{}`", "ms": "{:.3f}"}, "_small")
+    columns = {"workers": "{}", "dimension": "{}", "rule": "`{}`", "ms": "{:.3f}", "kernels": "{}"}
+    table = section.table(columns, "_small")
     for num_workers, dimension in SMALL_SIZES[:2] if section.small else SMALL_SIZES:
         vectors = torch.randn(num_workers, dimension, device=section.device)
         contenders: dict[str, Callable[[], Any]] = {
@@ -82,7 +85,9 @@ def small(section: Section) -> None:
                 contenders[name] = lambda rule=rule, vectors=vectors: rule(vectors, (len(vectors) - 1) // 2)
         for name, call in contenders.items():
             with section.attempt(f"{name} on {num_workers} x {dimension}"):
-                table.add(num_workers, dimension, name, 1e3 * seconds_of(section, call))
+                seconds = seconds_of(section, call)
+                kernels = num_kernels(call) if section.device.type == "cuda" and seconds <= BRIEF else ""
+                table.add(num_workers, dimension, name, 1e3 * seconds, kernels)
 
 
 def seconds_of(section: Section, call: Callable[[], object]) -> float:
@@ -120,11 +125,19 @@ def profile(section: Section, dimension: int) -> None:
 
 def add_kernels(table: Table, rule: Aggregator, vectors: Tensor) -> None:
     rule(vectors, 8)
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
-        rule(vectors, 8)
+    for event in kernels_of(lambda: rule(vectors, 8))[:6]:
+        table.add(type(rule).__name__, event.key[:90].replace("|", ""), event.count, event.self_device_time_total / 1e3)
+
+
+def num_kernels(call: Callable[[], object]) -> int:
+    """Return how many kernels and copies a call launches on the GPU."""
+    return sum(event.count for event in kernels_of(call))
+
+
+def kernels_of(call: Callable[[], object]) -> list[Any]:
+    """Return the kernels and copies of a call, those that take longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
         torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
-    for event in kernels[:6]:
-        table.add(type(rule).__name__, event.key[:90].replace("|", ""), event.count, event.self_device_time_total / 1e3)
+    return sorted(kernels, key=lambda event: -event.self_device_time_total)

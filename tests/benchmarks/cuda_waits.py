@@ -45,7 +45,7 @@ class Waits(pl.Callback):
 
     def note(self, message: Any, *_: Any, **__: Any) -> None:
         """Take a warning's place."""
-        if "synchroniz" not in str(message):
+        if "called a synchronizing" not in str(message):  # nor that this mode is a prototype
             return
         frames = [frame for frame in traceback.extract_stack() if PACKAGE in frame.filename]
         if not frames:
@@ -125,6 +125,6 @@ def of_rules(section: Section) -> None:
 
 def add(table: Table, name: str, places: Counter[str]) -> None:
     table.add(name, sum(places.values()) / STEPS, "all places")
-    for place, count in islice(places.most_common(), 8):
+    for place, count in islice(places.most_common(), 12):
         table.add(name, count / STEPS, place)
     sys.stdout.flush()
