@@ -10,39 +10,42 @@ from tempfile import TemporaryDirectory
 from harness import Table
 from parting import CASES, Case, Outcome, outcomes_of_processes
 
+LAUNCHERS = ["lightning", "torchrun"]
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--launchers", nargs="+", default=["lightning", "torchrun"], choices=["lightning", "torchrun"])
-    parser.add_argument("--faults", nargs="+", default=[case.fault for case in CASES])
+    parser.add_argument("--launchers", nargs="+", default=LAUNCHERS, choices=LAUNCHERS)
+    parser.add_argument("--faults", nargs="+", default=sorted({case.fault for case in CASES}), metavar="FAULT")
     parser.add_argument("--csv", type=Path)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    columns = ["fault", "on rank", "started by", "that rank says", "the others say"]
-    table = Table(dict.fromkeys(columns, "{}") | {"seconds until the last says it": "{:.1f}"}, arguments.csv)
+    columns = ["fault", "on rank", "that rank says", "the others say", "seconds until the last says it"]
+    table = Table(dict.fromkeys(columns, "{}"), arguments.csv)
     for case in CASES:
+        if case.fault not in arguments.faults:
+            continue
+        seconds: dict[tuple[str, str], list[str]] = {}
         for launcher in arguments.launchers:
-            if case.fault in arguments.faults:
-                table.add(*row(case, launcher))
+            own, others, last = start(case, launcher)
+            seconds.setdefault((own, others), []).append(f"{launcher} {last:.1f}")
+        for (own, others), times in seconds.items():
+            table.add(case.fault, "all" if case.rank is None else case.rank, own, others, ", ".join(times))
 
 
-def row(case: Case, launcher: str) -> list[object]:
+def start(case: Case, launcher: str) -> tuple[str, str, float]:
+    """Return what the faulty rank says, what the others say, and after how many seconds the last has said it."""
     with TemporaryDirectory() as folder:
         outcomes = outcomes_of_processes(case, launcher, Path(folder))
         checkpoints = len(list(Path(folder).glob("*.ckpt")))
-    faulty = outcomes[case.rank or 0]
-    others = [outcome for rank, outcome in enumerate(outcomes) if rank != (case.rank or 0)]
-    said = {describe(outcome) for outcome in others}
-    saved = f", {checkpoints} checkpoint" if case.fault == "SIGTERM" else ""
-    return [
-        case.fault,
-        "all" if case.rank is None else case.rank,
-        launcher,
-        describe(faulty) + saved,
-        "the same" if said == {describe(faulty)} else " or ".join(sorted(said)),
-        max(outcome.seconds for outcome in outcomes),
-    ]
+    said = [describe(outcome) for outcome in outcomes]
+    own = said.pop(case.rank or 0)
+    others = "the same" if set(said) == {own} else " or ".join(sorted(set(said)))
+    own += f", {checkpoints} checkpoint" if case.fault == "SIGTERM" else ""
+    return own, others, max(outcome.seconds for outcome in outcomes)
 
 
 def describe(outcome: Outcome) -> str:
-    return f"`{outcome.error}: {outcome.message}`" if outcome.message else f"`{outcome.error}`"
+    # Without what is the same in all errors about different collectives, and without quotes that end those of Markdown.
+    message = outcome.message.partition(" Do all ranks")[0].replace("`", "'")
+    return f"`{outcome.error}: {message}`" if message else f"`{outcome.error}`"
