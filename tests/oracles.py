@@ -30,23 +30,44 @@ def coordinate_wise_trimmed_mean(rows: Rows, f: int) -> np.ndarray:
 
 
 def geometric_median(rows: Rows, f: int) -> np.ndarray:
-    """Subgradient-checked Weiszfeld: from every row and the mean, keep the best point seen."""
-
-    def cost(point: np.ndarray) -> float:
-        return sum(np.linalg.norm(row - point) for row in rows)
-
-    best = min([*rows, mean(rows, f)], key=cost)
-    scale = max(np.linalg.norm(row - best) for row in rows)
-    point = mean(rows, f) if scale == 0 else mean(rows, f) + 1e-9 * (coordinate_wise_median(rows, f) - mean(rows, f))
-    for _ in range(5000):
-        distances = [max(np.linalg.norm(row - point), 1e-12 * scale) for row in rows]
-        if scale == 0:
+    """Return the row at which Vardi & Zhang's condition holds, or else descend by steps of Newton and Weiszfeld."""
+    best = rows[0]
+    for row in rows:
+        if sum(change_of_norm(best - other, row - best) for other in rows) < 0:
+            best = row
+    others = [row for row in rows if (row != best).any()]
+    if not others:
+        return best
+    toward = [(row - best) / np.linalg.norm(row - best) for row in others]
+    if all(abs(direction @ toward[0]) > 1 - 1e-13 for direction in toward):  # on a line
+        ordered = sorted(rows, key=lambda row: float((row - best) @ toward[0]))
+        return (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
+    pull, copies = sum(toward), len(rows) - len(others)
+    if np.linalg.norm(pull) <= copies:
+        return best
+    point = best + (1 - copies / np.linalg.norm(pull)) * pull / sum(1 / np.linalg.norm(row - best) for row in others)
+    for _ in range(200):
+        differences = [point - row for row in rows]
+        distances = [np.linalg.norm(difference) for difference in differences]
+        units = [difference / distance for difference, distance in zip(differences, distances, strict=True)]
+        curvature = sum(1 / distance for distance in distances)
+        hessian = curvature * np.eye(len(point))
+        for unit, distance in zip(units, distances, strict=True):
+            hessian -= np.outer(unit, unit) / distance
+        directions = -np.linalg.solve(hessian, sum(units)), -sum(units) / curvature
+        steps = [length * direction for direction in directions for length in (1, 0.5, 0.1, 0.01, 1e-3, 1e-4)]
+        changes = [sum(change_of_norm(difference, step) for difference in differences) for step in steps]
+        step = steps[int(np.argmin(changes))]
+        if min(changes) >= 0 or np.linalg.norm(step) <= 1e-12 * np.median(distances):
             break
-        before = point
-        point = sum(row / d for row, d in zip(rows, distances, strict=True)) / sum(1 / d for d in distances)
-        if np.linalg.norm(point - before) <= 1e-16 * scale:
-            break
-    return min(best, point, key=cost)
+        point = point + step
+    return point
+
+
+def change_of_norm(vector: np.ndarray, step: np.ndarray) -> float:
+    """Return ||vector + step|| - ||vector||, without the difference of large numbers."""
+    lengths = float(np.linalg.norm(vector + step) + np.linalg.norm(vector))
+    return float(step @ (2 * vector + step)) / lengths if lengths > 0 else 0.0
 
 
 def rfa(rows: Rows, f: int) -> np.ndarray:

@@ -30,8 +30,9 @@ def process_context() -> multiprocessing.context.ForkServerContext:
 class RankPool:
     """Runs module-level functions on every rank at once."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, backend: str = "gloo") -> None:
         self.num_ranks = num_ranks
+        self._backend = backend
         self._folder = tempfile.TemporaryDirectory()
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -70,19 +71,21 @@ class RankPool:
         rendezvous = tempfile.mktemp(dir=self._folder.name)
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.num_ranks, rendezvous), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.num_ranks, rendezvous, self._backend), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(pipe: Connection, rank: int, num_ranks: int, rendezvous: str) -> None:
+def _serve(pipe: Connection, rank: int, num_ranks: int, rendezvous: str, backend: str) -> None:
     torch.set_num_threads(1)
     # What Lightning looks at to see that its processes were started already.
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(num_ranks)}
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=Path(rendezvous).as_uri(),
         rank=rank,
         world_size=num_ranks,

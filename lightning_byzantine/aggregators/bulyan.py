@@ -4,7 +4,7 @@ import torch
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.krum import krum_scores
-from lightning_byzantine.aggregators.mea_med import mean_around_median
+from lightning_byzantine.aggregators.mea_med import MeanAroundMedian
 from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["Bulyan"]
@@ -44,4 +44,4 @@ class Bulyan(Aggregator):
             is_left[is_left.nonzero()[best]] = False
         chosen = matrix.select((~is_left).nonzero().flatten())
         count = matrix.num_workers - 4 * num_byzantine
-        return chosen.coordinatewise(lambda rows: mean_around_median(rows, count))
+        return chosen.coordinatewise(MeanAroundMedian(count))

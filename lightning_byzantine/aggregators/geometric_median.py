@@ -7,29 +7,36 @@ from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.coordinate_wise_median import CoordinateWiseMedian
+from lightning_byzantine.aggregators.median_weights import median_weights
 from lightning_byzantine.matrix import Point, WorkerMatrix, nearest
+from lightning_byzantine.matrix.gram import most_central_row
 from lightning_byzantine.utilities.checks import check_at_least, check_integer_at_least
 
 __all__ = ["GeometricMedian"]
 
+# Inner products in float32 will do if they move the result by no more than this fraction of the median distance.
+_ACCURACY = 1e-7
 # A row nearer to the iterate than this fraction of the median distance coincides with it.
 _SITS_ON = 1e-9
 
 
 class GeometricMedian(Aggregator):
-    """argmin_z sum_i ||x_i - z||, by Weiszfeld's iteration z <- sum_i x_i / d_i / sum_i 1 / d_i, d_i = ||x_i - z||.
+    """argmin_z sum_i ||x_i - z||, to 1e-7 of the rows' median distance from it.
 
     The iterate is kept as weights of the rows, so that all iterations together cost one Gram matrix and one
-    combination. An iterate that coincides with a row leaves it by the step of Vardi & Zhang.
+    combination: see :func:`~lightning_byzantine.aggregators.median_weights.median_weights`. An even number of rows on
+    one line have many medians: the result is the middle of them, as for numbers.
+
+    With ``tolerance=0`` or with ``smoothing``, the result is that of Weiszfeld's iteration z <- sum_i x_i / d_i /
+    sum_i 1 / d_i, d_i = ||x_i - z||. An iterate that coincides with a row leaves it by the step of Vardi & Zhang.
 
     Args:
-        max_iterations: maximum number of iterations.
+        max_iterations: maximum number of iterations, of which it takes ten or fewer to converge without smoothing.
         tolerance: stop when an iteration moves by less than this fraction of the median distance to the rows, which is
-            robust to outliers. 0 to never stop early.
+            robust to outliers. 0 for exactly ``max_iterations`` of Weiszfeld's iterations.
         smoothing: d_i is replaced by max(smoothing, d_i), in the units of the rows. 0 for the exact median.
-        init: where to start: "medoid" (the row with the least sum of distances to all others), "median"
-            (coordinate-wise, one more pass), "mean" or "zero". Attackers can move the mean far away, from where
-            convergence takes many iterations.
+        init: where Weiszfeld's iteration starts: "medoid" (the row with the least sum of distances to all others),
+            "median" (coordinate-wise, one more pass), "mean" or "zero". The exact median does not depend on it.
 
     ``GeometricMedian(max_iterations=3, tolerance=0, smoothing=0.1, init="zero")`` is the unconverged form of the
     paper's public code ("rfa") and of ByzFL.
@@ -62,6 +69,19 @@ class GeometricMedian(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the geometric median as weights of the rows."""
+        if self.tolerance == 0 or self.smoothing > 0:
+            return matrix.combine(self._weiszfeld(matrix))
+        amid = most_central_row(matrix.squared_distances())
+        gram = matrix.products_about(amid)
+        squared, errors = gram.squared_norms()
+        if errors.median() <= _ACCURACY * squared.median():
+            weights, error = median_weights(gram, self.max_iterations, self.tolerance)
+            if error <= _ACCURACY:
+                return matrix.combine(weights)
+        exact = matrix.products_about(amid, exact=True)
+        return matrix.combine(median_weights(exact, self.max_iterations, self.tolerance)[0])
+
+    def _weiszfeld(self, matrix: WorkerMatrix) -> Tensor:
         weights: Tensor | None = None
         distances = self._initial_distances(matrix)
         for _ in range(self.max_iterations):
@@ -70,7 +90,7 @@ class GeometricMedian(Aggregator):
                 break
             distances = matrix.distances(matrix.combine(weights))
         assert weights is not None  # max_iterations is at least 1
-        return matrix.combine(weights)
+        return weights
 
     def _initial_distances(self, matrix: WorkerMatrix) -> Tensor:
         if self.init == "zero":

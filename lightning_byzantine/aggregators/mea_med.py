@@ -1,15 +1,20 @@
 """The mean around the median of every coordinate."""
 
-from functools import reduce
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.matrix import Point, WorkerMatrix
-from lightning_byzantine.matrix.order_statistics import order_statistics
+from lightning_byzantine.matrix.column_function import ColumnFunction
+from lightning_byzantine.matrix.order_statistics import mean_of_rows, order_statistics
+from lightning_byzantine.matrix.ties import TIE
 
-__all__ = ["MeaMed", "mean_around_median"]
+__all__ = ["MeaMed", "MeanAroundMedian"]
+
+# Distances of float32 that differ by less than this fraction of the larger one are compared in float64.
+_DOUBT = 1e-6
 
 
 class MeaMed(Aggregator):
@@ -30,28 +35,50 @@ class MeaMed(Aggregator):
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the vector of means."""
         count = matrix.num_workers - num_byzantine
-        return matrix.coordinatewise(lambda rows: mean_around_median(rows, count))
+        return matrix.coordinatewise(MeanAroundMedian(count))
 
 
-def mean_around_median(rows: Tensor, count: int) -> Tensor:
-    """Return, in every column, the mean of the ``count`` values nearest to the median.
+@dataclass(frozen=True)
+class MeanAroundMedian(ColumnFunction):
+    """In every column, the mean of the ``count`` values nearest to the median.
 
     Args:
-        rows: [m, c]; overwritten.
-        count: at least 1 and at most m.
+        count: at least 1 and at most the number of rows.
 
-    Returns:
-        [c].
+    Example:
+        >>> MeanAroundMedian(2)(torch.tensor([[1.0], [2.0], [4.0], [90.0]]))
+        tensor([3.], dtype=torch.float64)
 
     """
-    num_rows = len(rows)
-    values = order_statistics(rows, range(num_rows))
-    median = (values[(num_rows - 1) // 2] + values[num_rows // 2]) / 2
-    # The nearest values are adjacent in sorted order. Move up from the first ones while the next value is nearer.
-    kept = values[:count]
-    for lowest in range(num_rows - count):
-        below, above = values[lowest], values[lowest + count]
-        gain = (median - below) - (above - median)
-        moved = torch.where(gain > 0, above, kept[lowest % count])
-        kept[lowest % count] = torch.where(gain == 0, below / 2 + above / 2, moved)
-    return reduce(torch.add, kept) / count
+
+    count: int
+
+    jumps = True
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Map m rows [m, c], which are overwritten, to [c] in float64."""
+        values = order_statistics(rows, range(len(rows)))
+        if rows.dtype == torch.float64:
+            return self._of_sorted(values, TIE)[0]
+        mean, is_close = self._of_sorted(values, _DOUBT)
+        columns = is_close.nonzero().flatten()
+        if len(columns):
+            mean[columns] = self._of_sorted([row[columns].double() for row in values], TIE)[0]
+        return mean
+
+    def _of_sorted(self, values: list[Tensor], tie: float) -> tuple[Tensor, Tensor]:
+        """Return the means, and where a distance from below and one from above are equal but for ``tie``."""
+        num_rows = len(values)
+        low, high = values[(num_rows - 1) // 2], values[num_rows // 2]
+        is_tied = torch.zeros_like(low, dtype=torch.bool)
+        # The nearest values are adjacent in sorted order. Move up from the first ones while the next value is nearer.
+        kept = values[: self.count]
+        for lowest in range(num_rows - self.count):
+            below, above = values[lowest], values[lowest + self.count]
+            # Twice the distances from the median (low + high) / 2, without its rounding.
+            down, up = (low - below) + (high - below), (above - low) + (above - high)
+            ties = (down - up).abs() < tie * torch.maximum(down, up)
+            nearer = torch.where(up < down, above, kept[lowest % self.count])
+            kept[lowest % self.count] = torch.where(ties, below / 2 + above / 2, nearer)
+            is_tied |= ties
+        return mean_of_rows([row.double() for row in kept]), is_tied

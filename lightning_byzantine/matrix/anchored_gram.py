@@ -46,9 +46,12 @@ class AnchoredGram(Gram):
         seen = weights - weights[central]
         gram = self.mixed(seen)
         # Parallel rows may be scaled to the same point up to rounding: they must tie.
-        terms = (_with_zero(seen).abs() @ self.products.diagonal().sqrt()).square()
+        terms = self._longest(seen).square()
         same = differences(gram.products) <= ROUNDING * (terms + terms[:, None])
         return gram.rows(same.int().argmax(1))
+
+    def _longest(self, weights: Tensor) -> Tensor:
+        return super()._longest(_with_zero(weights))
 
 
 def _with_zero(weights: Tensor) -> Tensor:

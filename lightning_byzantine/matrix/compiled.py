@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_byzantine.matrix.column_function import ColumnFunction
 from lightning_byzantine.matrix.order_statistics import MeanOfRanks
 from lightning_byzantine.utilities.torch_internals import BackendCompilerFailed, separate_symbols
 
@@ -19,7 +20,7 @@ _Kernel = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Compiled(ColumnFunction):
     """A compiled function of every column: bit-identical, but faster.
 
     A process compiles once for each function, number of rows and dtype, for any number of columns.
@@ -39,8 +40,13 @@ class Compiled:
     function: MeanOfRanks
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Map m rows [m, c], without writing to them, to [c]: float32, or float64 for float64 rows."""
+        """Map m rows [m, c], without writing to them, to [c] in the dtype of the function's result."""
         return self.with_squares(rows)[0]
+
+    @property
+    def eager(self) -> MeanOfRanks:
+        """The function that is not compiled."""
+        return self.function
 
     def with_squares(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same, and the sum of squares of all rows: a float64 scalar, finite only if all rows are."""

@@ -1,7 +1,7 @@
 """Distances from inner products."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -49,6 +49,19 @@ class Gram:
         """Return the Gram matrix of the points sum_j weights[i, j] x_j, about any origin."""
         return self.mixed(weights)
 
+    def about(self, weights: Tensor, row: int) -> "Gram":
+        """Return the Gram matrix of the points sum_j weights[i, j] x_j about one of them, exactly 0 for its copies.
+
+        Its errors are likely ones: those of different products are independent. They include what rounding in float64
+        takes where the origin is far from the points.
+        """
+        copies = self.points(weights).squared_distances()[0][row] == 0
+        seen = weights - weights[row]
+        lengths = self._longest(seen)
+        likely = replace(self, errors=self.errors.square()).mixed(seen.square()).errors.sqrt()
+        errors = likely + ROUNDING * lengths * lengths[:, None]
+        return Gram(*(part.masked_fill(copies | copies[:, None], 0) for part in (self.mixed(seen).products, errors)))
+
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         """Return ||x_i - o||^2, [m], and their errors."""
         return self.products.diagonal().clamp(min=0), self.errors.diagonal()
@@ -64,6 +77,10 @@ class Gram:
     def is_sharp(self) -> bool:
         """Return whether all distances between rows are known to six digits."""
         return are_sharp(*self.squared_distances())
+
+    def _longest(self, weights: Tensor) -> Tensor:
+        """Return upper bounds of the lengths of sum_j weights[i, j] x_j, to which rounding is in proportion."""
+        return weights.abs() @ self.products.diagonal().clamp(min=0).sqrt()
 
 
 def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:

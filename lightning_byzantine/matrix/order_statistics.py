@@ -7,11 +7,13 @@ from functools import cache, reduce
 import torch
 from torch import Tensor
 
-__all__ = ["MeanOfRanks", "order_statistics"]
+from lightning_byzantine.matrix.column_function import ColumnFunction
+
+__all__ = ["MeanOfRanks", "mean_of_rows", "order_statistics"]
 
 
 @dataclass(frozen=True)
-class MeanOfRanks:
+class MeanOfRanks(ColumnFunction):
     """The mean, in every column, of the values at certain ranks of the sorted column.
 
     Args:
@@ -19,15 +21,15 @@ class MeanOfRanks:
 
     Example:
         >>> MeanOfRanks((1, 2))(torch.tensor([[3.0], [1.0], [2.0], [90.0]]))
-        tensor([2.5000])
+        tensor([2.5000], dtype=torch.float64)
 
     """
 
     ranks: tuple[int, ...]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Map m rows [m, c], which are overwritten, to [c]."""
-        return self._mean(order_statistics(rows, self.ranks))
+        """Map m rows [m, c], which are overwritten, to [c]: float64, or a value as it is."""
+        return mean_of_rows(order_statistics(rows, self.ranks))
 
     def unrolled(self, rows: Sequence[Tensor]) -> Tensor:
         """Return the same without writing in place: for a compiler, which keeps all values in registers."""
@@ -38,11 +40,20 @@ class MeanOfRanks:
                 values[low] = torch.minimum(first, second)
             if keeps_high:
                 values[high] = torch.maximum(first, second)
-        return self._mean([values[rank] for rank in self.ranks])
+        return mean_of_rows([values[rank] for rank in self.ranks])
 
-    def _mean(self, values: list[Tensor]) -> Tensor:
-        # Row by row, so that the result of a coordinate does not depend on the chunk it is in.
-        return reduce(torch.add, values) / len(values) if len(values) > 1 else values[0]
+
+def mean_of_rows(rows: Sequence[Tensor]) -> Tensor:
+    """Return the mean of rows [c] in float64, so that its rounding breaks no tie of distances from it; of one, itself.
+
+    Example:
+        >>> mean_of_rows([torch.tensor([0.5]), torch.tensor([1.0])])
+        tensor([0.7500], dtype=torch.float64)
+
+    """
+    # Row by row, so that the result of a coordinate does not depend on the chunk it is in.
+    first, *others = rows
+    return reduce(torch.add, (row.double() for row in others), first.double()) / len(rows) if others else first
 
 
 def order_statistics(rows: Tensor, ranks: Sequence[int]) -> list[Tensor]:

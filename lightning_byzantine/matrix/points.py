@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_byzantine.matrix.blocks import at_least_float32, float64
+from lightning_byzantine.matrix.column_function import ColumnFunction
 from lightning_byzantine.matrix.row_view import RowView, weighted_sum
 from lightning_byzantine.matrix.scratch import Scratch
 
 __all__ = ["Combination", "Coordinatewise", "Given", "LazyPoint", "Measurement", "Point", "as_lazy"]
 
 # Relative error of a squared distance that is summed in float32 over one chunk: a multiple of float32's rounding.
-_ROUNDING_OF_NORMS = 16 * 2.0**-24
+_ROUNDING = 2.0**-24
+_ROUNDING_OF_NORMS = 16 * _ROUNDING
 
 
 class LazyPoint(ABC):
@@ -30,12 +33,7 @@ class LazyPoint(ABC):
 
     def exact_squared_distances(self, view: RowView) -> Tensor:
         """Return ||x_i - point||^2 of the rows of a view, [m] float64, accurate to float64: in one pass."""
-        values = self.values(view)
-
-        def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
-            return (chunk - at(values).double()).square().sum(1)
-
-        return view.sum_over_columns(statistic)
+        return _squared_distances_from(self.values(view), view)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return the same as quickly as possible, with bounds of the rounding errors: two [m]."""
@@ -90,6 +88,8 @@ class Given(LazyPoint):
 class Coordinatewise(LazyPoint):
     """A point of which each coordinate is a function of the workers' values of that coordinate.
 
+    Distances are from the point before it is rounded, or rounding would break ties: see :class:`ColumnFunction`.
+
     Args:
         made_of: the rows.
         function: maps m rows [m, c] (float32, or float64 for float64 blocks) to [c].
@@ -109,32 +109,62 @@ class Coordinatewise(LazyPoint):
         self._function = function
         self._overwrites = overwrites
         self._values = values
+        self._keeps_ties = isinstance(function, ColumnFunction)
+        self._needs_digits = made_of.mixing is not None and isinstance(function, ColumnFunction) and function.jumps
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the function's values, computed once, in one pass."""
         if self._values is None:
             scratch = Scratch()
-            self._values = self._made_of.compute(lambda chunk, out: out.copy_(self._at(chunk, scratch)))
+            self._values = self._made_of.compute(
+                lambda chunk, out: out.copy_(self._at(chunk, scratch)),
+                chunks_in=float64 if self._needs_digits else at_least_float32,
+            )
         return self._values
+
+    def exact_squared_distances(self, view: RowView) -> Tensor:
+        """Return ||x_i - point||^2 in float64, [m], in two passes."""
+        made_of, scratch = self._made_of, Scratch()
+        function = self._function.eager if isinstance(self._function, ColumnFunction) else self._function
+        # Means of rows are rounded in float32, and functions of another kind may round as well.
+        is_exact = self._keeps_ties and made_of.mixing is None
+        values = made_of.compute(
+            lambda chunk, out: out.copy_(function(made_of.writable(chunk, scratch))),
+            chunks_in=at_least_float32 if is_exact else float64,
+            result_in=float64,
+        )
+        return _squared_distances_from(values, view)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return squared distances and their errors, in the pass that computes the values unless they are known."""
         # The point may have been computed without some rows whose distances from it are still needed.
         same_rows = torch.equal(view.rows, self._made_of.rows)
-        if self._values is not None or not view.blocks.are_quick or not same_rows:
+        if self._values is not None or self._needs_digits or not view.blocks.are_quick or not same_rows:
             return super().squared_distances(view)
-        norms, scratch, differences = [], Scratch(), Scratch()
+        shares = self._made_of.largest_shares() + view.largest_shares()
+        is_mixed = bool(shares.any())
+        measured, scratch, differences = [], Scratch(), Scratch()
 
         def measure(chunk: Tensor, out: Tensor) -> None:
-            out.copy_(self._at(chunk, scratch))
+            center = self._at(chunk, scratch)
+            out.copy_(center)
             difference = torch.sub(view.mixed(chunk, scratch), out, out=differences.rows(view.num_rows, chunk))
+            if center.dtype != out.dtype:
+                difference -= (center - out).to(out.dtype)
             # Float32 within a chunk, float64 over the chunks.
-            norms.append(torch.linalg.vector_norm(difference, dim=1))
+            measured.append(torch.linalg.vector_norm(difference, dim=1))
+            lengths.append(torch.linalg.vector_norm(chunk, dim=1) if is_mixed else torch.zeros(len(chunk)))
 
+        lengths: list[Tensor] = []
         self._values = view.compute(measure)
-        squared = torch.stack(norms).double().square()
-        sums = view.blocks.complete(torch.stack([squared.sum(0), squared.square().sum(0)]))
-        return sums[0], _ROUNDING_OF_NORMS * sums[1].sqrt()
+        squared = torch.stack(measured).double().square()
+        squared_lengths = torch.stack(lengths).double().square().sum(0)
+        sums = view.blocks.complete(torch.cat([squared.sum(0), squared.square().sum(0), squared_lengths]))
+        squared, squares, squared_lengths = torch.split(sums, [view.num_rows, view.num_rows, len(shares)])
+        # The point and the rows may be off by what products of float32 round: n terms of the same size, of which the
+        # partial sums are half of the whole on average.
+        off = (2 + len(shares) / 2) * _ROUNDING * (shares @ squared_lengths.sqrt())
+        return squared, _ROUNDING_OF_NORMS * squares.sqrt() + off * (2 * squared.sqrt() + off)
 
     def _at(self, chunk: Tensor, scratch: Scratch) -> Tensor:
         rows = self._made_of.writable(chunk, scratch) if self._overwrites else self._made_of.mixed(chunk, scratch)
@@ -155,6 +185,15 @@ class Measurement:
     is_measurable: Tensor
     norms: Tensor
     point: Coordinatewise | None = None
+
+
+def _squared_distances_from(values: list[Tensor], view: RowView) -> Tensor:
+    """Return ||x_i - point||^2 of the rows of a view from a point, one [c_b] tensor for each block: [m] float64."""
+
+    def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        return (chunk - at(values).double()).square().sum(1)
+
+    return view.sum_over_columns(statistic)
 
 
 #: What a rule may return: weights of rows, a function of rows, or one [c_b] tensor for each column block.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_byzantine.matrix.gram import are_sharp
+from lightning_byzantine.matrix.gram import Gram, are_sharp
 from lightning_byzantine.matrix.points import Combination, Point, as_lazy
 from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.ties import is_decided, nearest
@@ -35,6 +35,17 @@ class RowDistances:
     def exact_squared_distances(self) -> Tensor:
         """Return ||x_i - x_j||^2, [m, m], in float64: for statistics that don't grow with each of the distances."""
         return self._view.exact_gram.squared_distances()[0]
+
+    def products_about(self, row: int, exact: bool = False) -> Gram:
+        """Return the inner products (x_i - x_r).(x_j - x_r) with bounds of their errors.
+
+        Args:
+            row: r. Its products and those of its copies are exactly 0.
+            exact: whether they have to be accurate to float64.
+
+        """
+        products = self._view.products
+        return (products.exact_gram if exact else products.gram).about(self._view.weights, row)
 
     def lowest(self, statistic: Callable[[Tensor], Tensor], count: int) -> Tensor:
         """Return the indices of the lowest values of a statistic of squared distances, ties broken by index.

@@ -76,6 +76,12 @@ class RowView:
         """Multiply each row by its factor, [m]."""
         return replace(self.mix(factors.double().diag()), products=self.products.serving(is_affine=False))
 
+    def largest_shares(self) -> Tensor:
+        """Return the largest weight of each stored row in a sum of several, [n]; 0 if rows are unchanged."""
+        if self.mixing is None:
+            return torch.zeros(len(self.rows), dtype=torch.float64)
+        return self.mixing.abs().amax(0)
+
     @property
     def gram(self) -> Gram:
         """The inner products of these rows, about an origin that leaves their distances sharp."""
@@ -94,17 +100,24 @@ class RowView:
         """Return the same as a copy that may be written to."""
         return scratch.like(chunk).copy_(chunk) if self.mixing is None else self.mixed(chunk, scratch)
 
-    def compute(self, fill: Callable[[Tensor, Tensor], object]) -> list[Tensor]:
-        """Return a vector in float32 or float64, one [c_b] tensor for each block, computed in one pass.
+    def compute(
+        self,
+        fill: Callable[[Tensor, Tensor], object],
+        chunks_in: Callable[[torch.dtype], torch.dtype] = at_least_float32,
+        result_in: Callable[[torch.dtype], torch.dtype] = at_least_float32,
+    ) -> list[Tensor]:
+        """Return a vector, one [c_b] tensor for each block, computed in one pass.
 
         Args:
             fill: takes a chunk [n, c] of the rows that these are made of, and writes the vector's part [c].
+            chunks_in: maps the dtype of a block to that of its chunks.
+            result_in: maps it to that of the vector.
 
         """
         vector = []
         for index, block in enumerate(self.blocks.arriving):
-            vector.append(block.new_empty(block.shape[1], dtype=at_least_float32(block.dtype)))
-            for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
+            vector.append(block.new_empty(block.shape[1], dtype=result_in(block.dtype)))
+            for columns, chunk in self.blocks.chunks(index, self.rows, chunks_in):
                 fill(chunk, vector[-1][columns])
         return vector
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-__all__ = ["is_decided", "mean_of", "nearest"]
+__all__ = ["TIE", "is_decided", "mean_of", "nearest"]
 
 # Equal distances differ by rounding, by a fraction of at most 1e-10 if they come from a Gram matrix, which depends on
 # the column blocks. Anything this close counts as a tie, so that rounding never decides which worker is kept.
-_TIE = 1e-9
+TIE = 1e-9
 
 
 def nearest(distances: Tensor, count: int) -> Tensor:
@@ -29,7 +29,7 @@ def nearest(distances: Tensor, count: int) -> Tensor:
     """
     ascending, order = distances.sort(dim=-1, stable=True)
     opens_group = torch.zeros_like(order)
-    opens_group[..., 1:] = ascending.diff(dim=-1) > _TIE * ascending[..., 1:]
+    opens_group[..., 1:] = ascending.diff(dim=-1) > TIE * ascending[..., 1:]
     group = torch.empty_like(order).scatter_(-1, order, opens_group.cumsum(-1))
     return group.argsort(dim=-1, stable=True)[..., :count]
 

@@ -145,7 +145,9 @@ class WorkerMatrix(RowDistances):
         """Return the point of which each coordinate is a function of m values, lazily, in one pass when computed.
 
         Args:
-            function: maps m rows [m, c] (float32, or float64 for float64 blocks) to [c].
+            function: maps m rows [m, c] (float32, or float64 for float64 blocks) to [c]; a
+                :class:`~lightning_byzantine.matrix.column_function.ColumnFunction` if distances from the point are to
+                tie where they would without rounding.
             overwrites: whether it may write to these rows, which are then a copy.
 
         """
@@ -182,7 +184,9 @@ class WorkerMatrix(RowDistances):
             return self.measure()
         blocks = self._view.blocks
         values, squares = zip(*map(function.with_squares, blocks.arriving), strict=True)
-        point = Coordinatewise(self._view, function, values=list(values))
+        pairs = zip(values, blocks.memory, strict=True)
+        rounded = [part.to(at_least_float32(block.dtype)) for part, block in pairs]
+        point = Coordinatewise(self._view, function, values=rounded)
         if float(blocks.complete(torch.stack(squares).sum())) <= self._largest_squared_norm:
             unknown = torch.full((self.num_workers,), torch.nan, dtype=torch.float64)
             return Measurement(torch.ones(self.num_workers, dtype=torch.bool), unknown, point)

@@ -2,18 +2,14 @@
 
 from cases import Exempt
 
-BETWEEN_TWO = Exempt(
-    ["oracle", "permutation"],
-    because="every point between two rows is a geometric median",
-    where=lambda m, f: m == 2,
-)
 TIE_OF_TWO = Exempt(
     ["permutation"],
     because="two rows are equally near to each other: a tie, which the lower index wins",
     where=lambda m, f: m - f <= 2,
 )
-MANY_MEDIANS = Exempt(["ties"], because="an even number of rows on a line has many geometric medians")
-MIXED_TIES = Exempt(["ties"], because="averages of rows tie but for rounding, in the oracle and in the rule")
+MIXED_TIES = Exempt(
+    ["ties"], because="averages of rows tie but for rounding in the oracle; test_exact_choices.py has one of fractions"
+)
 ITERATIVE = Exempt(["cuts"], because="it iterates on sums over all columns, whose last digits depend on the cuts")
 OWN_UNITS = Exempt(["translation", "scaling"], because="it has a length in the units of the rows, measured from 0")
 SHORTENS = Exempt(["agreement"], because="a row may be longer than what it is clipped to")

@@ -52,43 +52,66 @@ class Classifier(pl.LightningModule):
 
 
 def run(section: Section) -> None:
-    columns = {"processes": "{}", "exchange": "`{}`", "training": "{}", "same on all ranks": "{}"}
+    columns = {"processes": "{}", "backend": "{}", "exchange": "`{}`", "training": "{}", "same on all ranks": "{}"}
     table = section.table(columns | {"against the CPU": "{:.1e}", "ms a step": "{:.1f}"})
+    comparison = Comparison(section, table)
     # Not forked, because CUDA does not survive that.
     spawn = multiprocessing.get_context("spawn")
-    for num_processes in (2,) if section.small else (2, 4):
-        with mock.patch.object(rank_pool, "process_context", lambda: spawn), ranks(num_processes) as pool:
+    # Like NCCL, which needs a GPU for every process, the second backend takes no tensors that are on the CPU.
+    backends = ["gloo", f"{section.device.type}:gloo"]
+    for num_processes, backend in product((2,) if section.small else (2, 4), backends):
+        with mock.patch.object(rank_pool, "process_context", lambda: spawn), ranks(num_processes, backend) as pool:
             rank_pool.TIMEOUT = 90.0  # sooner than `ranks` would give up
             for exchange, name in product(EXCHANGES, CONFIGURATIONS):
                 if len(section.failures) > 3:
                     return  # each may have taken the whole time
-                what = f"{name} in {num_processes} processes by {exchange}"
-                with section.attempt(what):
-                    compare(section, table, pool, exchange, name)
+                with section.attempt(f"{name} in {num_processes} processes by {exchange} over {backend}"):
+                    comparison.add(pool, backend, exchange, name)
+            with section.attempt(f"a failing rank of {num_processes} over {backend}"):
+                check_failure(section, pool)
     with section.attempt("collectives of one process"):
         collectives(section)
 
 
-def compare(section: Section, table: Table, pool: rank_pool.RankPool, exchange: str, name: str) -> None:
-    what = f"{name} in {pool.num_ranks} processes by {exchange}"
-    on_cpu = pool.run(train, "cpu", exchange, CONFIGURATIONS[name])[0][0]
-    results = pool.run(train, section.device.type, exchange, CONFIGURATIONS[name])
-    on_device, seconds = results[0]
-    same = all(torch.equal(on_device, other) for other, _ in results)
-    error = float((on_device - on_cpu).norm() / on_cpu.norm())
-    good = section.expect(same, f"{what}: parameters differ between ranks")
-    section.expect(error < 1e-4, f"{what}: parameters differ from the CPU's by {error}")
-    table.add(pool.num_ranks, exchange, name, good, error, 1e3 * seconds)
+class Comparison:
+    """Training on the device, compared with the CPU."""
+
+    def __init__(self, section: Section, table: Table) -> None:
+        self._section, self._table = section, table
+        self._on_cpu: dict[tuple[int, str, str], Tensor] = {}
+
+    def add(self, pool: rank_pool.RankPool, backend: str, exchange: str, name: str) -> None:
+        what, arguments = f"{name} in {pool.num_ranks} processes by {exchange} over {backend}", CONFIGURATIONS[name]
+        key = (pool.num_ranks, exchange, name)
+        if key not in self._on_cpu:
+            self._on_cpu[key] = pool.run(train, "cpu", exchange, arguments)[0][0]
+        results = pool.run(train, self._section.device.type, exchange, arguments)
+        on_device, seconds = results[0]
+        same = all(torch.equal(on_device, other) for other, _ in results)
+        error = float((on_device - self._on_cpu[key]).norm() / on_device.norm())
+        good = self._section.expect(same, f"{what}: parameters differ between ranks")
+        self._section.expect(error < 1e-4, f"{what}: parameters differ from the CPU's by {error}")
+        self._table.add(pool.num_ranks, backend, exchange, name, good, error, 1e3 * seconds)
 
 
-def train(device: str, exchange: str, arguments: dict[str, Any]) -> tuple[Tensor, float]:
+def check_failure(section: Section, pool: rank_pool.RankPool) -> None:
+    """See that an error of one rank ends the others, which name the rank."""
+    reports = pool.run(fail, section.device.type)
+    print("\na rank fails:", *reports, "", sep="\n", flush=True)
+    lost = [report for report in reports[1:] if report.startswith("WorkerLostError: Lost rank 0")]
+    section.expect(reports[0].startswith("KeyError") and len(lost) == len(reports) - 1, f"errors are {reports}")
+
+
+def train(
+    device: str, exchange: str, arguments: dict[str, Any], model: Classifier | None = None
+) -> tuple[Tensor, float]:
     """Train in this process of several; return its parameters and buffers, and the seconds a step."""
     be_quiet()
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     # To Lightning, every process is the only one of its machine, for all to use the first GPU.
     os.environ |= {"NODE_RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     torch.manual_seed(1)
-    model = Classifier()
+    model = Classifier() if model is None else model
     strategy = ByzantineDDPStrategy(exchange=exchange, process_group_backend="gloo", **arguments)
     callbacks: list[pl.Callback] = [ByzantineMonitor()]
     if dist.get_world_size() > 2:
@@ -113,6 +136,25 @@ def train(device: str, exchange: str, arguments: dict[str, Any]) -> tuple[Tensor
     seconds = (time.perf_counter() - start) / STEPS
     values = [value.detach().double().cpu().flatten() for value in model.state_dict().values()]
     return torch.cat(values), seconds
+
+
+class Failing(Classifier):
+    """Raises on rank 0, some steps later."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 3 and self.global_rank == 0:
+            raise KeyError("of this rank")
+        return super().training_step(batch, batch_idx)
+
+
+def fail(device: str) -> str:
+    """Return the error of a training in which rank 0 fails, and after which time."""
+    start = time.perf_counter()
+    try:
+        train(device, "all_gather", {}, Failing())
+    except Exception as error:
+        return f"{type(error).__name__}: {error} ({time.perf_counter() - start:.1f} s)"
+    return "no error"
 
 
 def loader() -> DataLoader:

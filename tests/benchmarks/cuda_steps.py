@@ -98,8 +98,10 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(1)
-    task, batch = make(section)
-    steps, clock = 3 if section.small else 10, Clock(first_step=1 if section.small else 3)
+    with section.device:
+        task, batch = make(section)
+    # As many batches with several a step as with one.
+    steps, clock = 3 if section.small else 8 + 32 // batches, Clock(first_step=1 if section.small else 4)
     pl.Trainer(
         accelerator=section.device.type,
         devices=1,
@@ -121,13 +123,13 @@ def measure(
 def resnet(section: Section) -> tuple[Task, Any]:
     if section.small:
         network: nn.Module = ResNet18(width=8)
-        pictures = torch.randn(8, 3, 32, 32, device=section.device)
+        pictures = torch.randn(8, 3, 32, 32)
     else:
         from torchvision.models import resnet50
 
         network = resnet50(num_classes=1000).to(memory_format=torch.channels_last)
-        pictures = torch.randn(64, 3, 224, 224, device=section.device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (len(pictures),), device=section.device)
+        pictures = torch.randn(64, 3, 224, 224).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (len(pictures),))
     return Task(network, lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])), [pictures, labels]
 
 
@@ -159,7 +161,7 @@ class GPT(nn.Module):
 def gpt(section: Section) -> tuple[Task, Any]:
     network = GPT(layers=2, width=64, words=500, length=64) if section.small else GPT()
     words, length = network.words.num_embeddings, network.positions.num_embeddings
-    tokens = torch.randint(words, (2 if section.small else 8, length), device=section.device)
+    tokens = torch.randint(words, (2 if section.small else 8, length))
 
     def loss(net: nn.Module, batch: Tensor) -> Tensor:
         return nn.functional.cross_entropy(net(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())

@@ -27,6 +27,7 @@ from lightning_byzantine.aggregators import (
 )
 from lightning_byzantine.attacks import ALittleIsEnough, SignFlip
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
+from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.optim import DoubleMomentumEstimator
 
 NUM_WORKERS = 17
@@ -85,6 +86,8 @@ def run(section: Section) -> None:
             add(section, table, f"{name} in {precision}", [name, precision], model, [1e3 * seconds, compared])
     with section.attempt("resuming"):
         resume(section, table, steps)
+    with section.attempt("a breakdown"):
+        break_down(section)
 
 
 def configurations(small: bool) -> list[tuple[str, str, Callable[[], Any], Callable[[], list[pl.Callback]]]]:
@@ -136,7 +139,7 @@ def fit(
 ) -> tuple[Classifier, float]:
     """Train; return the model and the seconds of an optimizer step."""
     torch.manual_seed(1)
-    model, clock = Classifier(), Clock()
+    model, clock = arguments.get("model") or Classifier(), Clock()
     folder = tempfile.mkdtemp()
     trainer = pl.Trainer(
         accelerator=section.device.type,
@@ -192,3 +195,27 @@ def resume(section: Section, table: Table, steps: int) -> None:
         model, seconds = fit(section, strategy(), "16-mixed", [], steps, ckpt_path=path)
         model.losses = first.losses + model.losses
         add(section, table, f"{name}, resumed", [f"{name}, resumed", "16-mixed"], model, [1e3 * seconds, ""])
+
+
+class Broken(Classifier):
+    """Has no finite loss in most batches of the second step."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        most = self.trainer.global_step == 1 and batch_idx % NUM_WORKERS > NUM_WORKERS // 2 - 1
+        return loss * torch.nan if most else loss
+
+
+def break_down(section: Section) -> None:
+    """See that an error in DDP's hook, which autograd calls in a thread of its own for a GPU, arrives as itself."""
+    for policy, expected in (("raise", ByzantineBreakdownError), ("skip", None), ("propagate", None)):
+        raised: Exception | None = None
+        try:
+            strategy = ByzantineDDPStrategy(workers_per_process=NUM_WORKERS, on_breakdown=policy)
+            fit(section, strategy, "32-true", [], 4, model=Broken())
+        except Exception as error:
+            raised = error
+        what = "none" if raised is None else f"{type(raised).__name__}: {raised}"
+        print(f"error of a breakdown with on_breakdown={policy!r}: {what}", flush=True)
+        good = raised is None if expected is None else type(raised) is expected
+        section.expect(good, f"a breakdown with on_breakdown={policy!r} raised {what}")

@@ -1,7 +1,6 @@
-"""What makes the processor wait for the device in a step, and where."""
+"""What makes the processor wait for the device in a step, and where, and how many kernels a step has."""
 
 import os
-import sys
 import traceback
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from cuda_times import gpu_profiler, kernels_in, rules
 from cuda_training import Classifier, double_momentum, loader
 from harness import Table
 from lightning.pytorch.strategies import DDPStrategy
@@ -29,19 +29,26 @@ FIRST, STEPS = 2, 4
 
 
 class Waits(pl.Callback):
-    """Counts waits of some optimizer steps by the place in the code."""
+    """Counts waits of some optimizer steps by the place in the code, and kernels."""
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
+        self.num_kernels = 0
+        self._profiler: Any = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Not within the first steps, in which DDP rebuilds its buckets.
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("warn" if trainer.global_step >= FIRST else "default")
+        if torch.cuda.is_available() and trainer.global_step == FIRST and self._profiler is None:
+            self._profiler = gpu_profiler()
+            self._profiler.start()
+            torch.cuda.set_sync_debug_mode("warn")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            self._profiler.stop()
+            self.num_kernels = sum(event.count for event in kernels_in(self._profiler))
 
     def note(self, message: Any, *_: Any, **__: Any) -> None:
         """Take a warning's place."""
@@ -64,7 +71,8 @@ def noted(waits: Waits) -> Iterator[None]:
 
 
 def run(section: Section) -> None:
-    table = section.table({"training": "{}", "waits a step": "{:.2f}", "where": "`{}`"})
+    columns = {"training": "{}", "precision": "{}", "waits a step": "{:.2f}", "where": "`{}`", "kernels a step": "{}"}
+    table = section.table(columns)
     for name, precision, strategy, callbacks in configurations():
         with section.attempt(name):
             waits = Waits()
@@ -84,7 +92,7 @@ def run(section: Section) -> None:
             )
             with noted(waits):
                 trainer.fit(Classifier(), loader(FIRST + STEPS))
-            add(table, name, waits.places)
+            add(table, [name, precision], waits)
     if section.device.type == "cuda":
         with section.attempt("waits of rules"):
             of_rules(section)
@@ -109,8 +117,6 @@ def configurations() -> Iterator[tuple[str, Any, Callable[[], Any], Callable[[],
 
 def of_rules(section: Section) -> None:
     """Count the waits of one call of each rule."""
-    from cuda_times import rules  # compiles nothing
-
     table = section.table({"rule": "`{}`", "waits": "{:.0f}", "where": "`{}`"}, "_rules")
     vectors = torch.randn(17, 100_000, device=section.device)
     for name, rule in rules().items():
@@ -123,8 +129,7 @@ def of_rules(section: Section) -> None:
         table.add(name, sum(waits.places.values()), "; ".join(f"{n} x {where}" for where, n in waits.places.items()))
 
 
-def add(table: Table, name: str, places: Counter[str]) -> None:
-    table.add(name, sum(places.values()) / STEPS, "all places")
-    for place, count in islice(places.most_common(), 12):
-        table.add(name, count / STEPS, place)
-    sys.stdout.flush()
+def add(table: Table, training: list[str], waits: Waits) -> None:
+    table.add(*training, sum(waits.places.values()) / STEPS, "all places", round(waits.num_kernels / STEPS))
+    for place, count in islice(waits.places.most_common(), 12):
+        table.add(*training, count / STEPS, place, "")

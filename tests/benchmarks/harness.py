@@ -17,9 +17,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @contextmanager
-def ranks(num_ranks: int) -> Iterator[rank_pool.RankPool]:
-    """Give new gloo processes, which may take half an hour to answer."""
-    pool = rank_pool.RankPool(num_ranks)
+def ranks(num_ranks: int, backend: str = "gloo") -> Iterator[rank_pool.RankPool]:
+    """Give new processes, which may take half an hour to answer."""
+    pool = rank_pool.RankPool(num_ranks, backend)
     with mock.patch.object(rank_pool, "TIMEOUT", 1800.0):
         try:
             yield pool
