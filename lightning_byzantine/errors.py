@@ -109,7 +109,7 @@ class WorkerLostError(_PicklableError):
     def __init__(self, ranks: Sequence[int], reason: str) -> None:
         self.ranks = list(ranks)
         self.reason = reason
-        super().__init__(f"Lost {_named(self.ranks)}: {reason}")
+        super().__init__(f"Lost {ranks_in_words(self.ranks)}: {reason}")
 
 
 class DesynchronizedRanksError(_PicklableError):
@@ -139,7 +139,7 @@ with sync_dist=True in the same steps?
         fewest_first = sorted(by_place, key=lambda place: len(by_place[place]))
         has_majority = 2 * len(by_place[fewest_first[-1]]) > len(self.places)
         self.ranks = sorted(rank for place in fewest_first[:-1] for rank in by_place[place]) if has_majority else []
-        where = "; ".join(f"{_named(by_place[place])} in {place}" for place in fewest_first)
+        where = "; ".join(f"{ranks_in_words(by_place[place])} in {place}" for place in fewest_first)
         super().__init__(
             f"Ranks are in different collectives: {where}. Do all ranks have the same number of batches, and"
             " log with sync_dist=True in the same steps?"
@@ -168,14 +168,15 @@ state of rank 1 differ from those of the other 2
         self.num_ranks = num_ranks
         self.step = step
         found = (
-            f"of {_named(self.ranks)} differ from those of the other {num_ranks - len(self.ranks)}"
+            f"of {ranks_in_words(self.ranks)} differ from those of the other {num_ranks - len(self.ranks)}"
             if self.ranks
             else f"differ, and no majority of the {num_ranks} ranks agrees"
         )
         super().__init__(f"After {step} optimizer steps, the parameters or the optimizer state {found}")
 
 
-def _named(ranks: list[int]) -> str:
+def ranks_in_words(ranks: list[int]) -> str:
+    """Return "rank 1", "ranks 1, 2", or "contact" for none."""
     if not ranks:
         return "contact"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

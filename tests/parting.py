@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 from training import Regression
 
 from lightning_byzantine import ByzantineDDPStrategy
@@ -59,6 +61,10 @@ CASES = [
     Case("None", 1, "Skipping the `training_step` by returning None", "Lost rank 1: it has failed with RuntimeError"),
     Case("exception in training_step", 0, "this batch is broken", "Lost rank 0: it has failed with ValueError: this "),
     Case("exception in validation_step", 1, "this batch is broken", "Lost rank 1: it has failed with ValueError: th"),
+    Case(
+        "exception beside a torchmetrics metric", 1, "this batch is broken", "Lost rank 1: it has failed with ValueErr"
+    ),
+    Case("a checkpoint on one rank", 1, _PARTED.format(1) + "the gathering of states for a checkpoint (train, epoch 0"),
     Case("exception in backward", None, "no gradient for this"),
     Case("exception in setup", 1, "no data on this machine", "Lost rank 1: it has failed with ValueError: no data"),
     Case("exception in setup", None, "no data on this machine"),
@@ -67,11 +73,12 @@ CASES = [
     Case("lazy parameters", None, "Modules with uninitialized parameters can't be used with `DistributedDataPar"),
     Case("SIGTERM", 1, "", ""),
     Case("SIGTERM", None, "", ""),
+    Case("SIGTERM in validation", 1, "", ""),
 ]
 
 
 class Outcome(NamedTuple):
-    """How a rank has ended: the error's name, "" without one, its message, and how long after the fault, in seconds."""
+    """How a rank has ended: the error, "" without one, its message and notes, and how many seconds after the fault."""
 
     error: str
     message: str
@@ -86,6 +93,7 @@ class Parting(Regression):
         self.fault = fault
         self.rank = rank
         self.fault_at: float | None = None
+        self.metric = MeanMetric()
         if fault == "everything frozen":
             self.requires_grad_(False)
         if fault == "lazy parameters":
@@ -129,6 +137,8 @@ class Parting(Regression):
             raise ValueError("this batch is broken")
         if self.has("SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.has("a checkpoint on one rank"):
+            self.trainer.save_checkpoint(Path(tempfile.mkdtemp()) / "alone.ckpt")
         if self.has("a metric on one rank"):
             self.log("odd", loss, sync_dist=True)
         if self.has("a loss without a graph"):
@@ -142,8 +152,14 @@ class Parting(Regression):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        if self.has("exception in validation_step"):
+        if self.has("exception in validation_step", "exception beside a torchmetrics metric"):
             raise ValueError("this batch is broken")
+        if self.fault == "exception beside a torchmetrics metric":
+            self.metric.update(batch[0])
+            self.log("metric", self.metric)
+            return
+        if batch_idx == 1 and self.has("SIGTERM in validation"):
+            os.kill(os.getpid(), signal.SIGTERM)
         if batch_idx == NUM_BATCHES - 1:
             self.has("one more batch to validate")
         loss = nn.functional.mse_loss(self(batch[0]), batch[1])
@@ -172,7 +188,7 @@ def train(fault: str, rank: int | None, folder: Path | None = None, timeout: flo
         devices=NUM_RANKS,
         max_epochs=2,
         num_sanity_val_steps=0,
-        limit_val_batches=1.0 if "validat" in fault else 0,
+        limit_val_batches=1.0 if "validat" in fault or "torchmetrics" in fault else 0,
         logger=False,
         enable_checkpointing=folder is not None,
         callbacks=[ModelCheckpoint(folder)] if folder is not None else [],
@@ -186,8 +202,10 @@ def train(fault: str, rank: int | None, folder: Path | None = None, timeout: flo
     except BaseException as raised:
         error = raised
     now = time.time()
-    name, message = ("", "") if error is None else (type(error).__name__, str(error))
-    return Outcome(name, message, now - (model.fault_at or now))
+    if error is None:
+        return Outcome("", "", 0.0)
+    message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    return Outcome(type(error).__name__, message, now - (model.fault_at or now))
 
 
 def outcomes_of_processes(case: Case, launcher: str, folder: Path | None = None) -> list[Outcome]:

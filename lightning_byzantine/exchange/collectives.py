@@ -46,10 +46,10 @@ def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
     return [part.cpu() for part in received]
 
 
-def is_failed_collective(error: RuntimeError) -> bool:
+def is_failed_collective(error: BaseException) -> bool:
     """Return whether the error is one of a collective, such as of a broken connection, and not of the user's code."""
     # gloo's errors have no type of their own, but name the file of gloo's code that raised them.
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 # torch 2.13 renamed all_gather_into_tensor and deprecated the old name. Older versions only have that one; they are not

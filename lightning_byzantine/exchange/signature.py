@@ -7,6 +7,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from lightning_byzantine.errors import ranks_in_words
+
 __all__ = ["Signature"]
 
 _LONGEST = 1 << 24  # no other rank may fill this one's memory
@@ -75,13 +77,9 @@ def _parsed(text: bytes) -> dict[str, str]:
 def _message(name: str, found: list[str]) -> str:
     kinds = [kind for kind, _ in Counter(found).most_common()]
     ranks = {kind: [rank for rank, other in enumerate(found) if other == kind] for kind in kinds}
-    differing = ", ".join(f"{kind} on {_listed(ranks[kind])}" for kind in reversed(kinds))
+    differing = ", ".join(f"{kind} on {ranks_in_words(ranks[kind])}" for kind in reversed(kinds))
     return (
-        f"The buffer {name!r} must have the same shape and dtype on all ranks, got {differing}. Keep what depends on a"
-        " rank's own data in an attribute that is not a buffer, or let every rank have its own buffers with"
+        f"The buffer {name[:200]!r} must have the same shape and dtype on all ranks, got {differing}. Keep what depends on"
+        " a rank's own data in an attribute that is not a buffer, or let every rank have its own buffers with"
         " `broadcast_buffers=False` among the strategy's arguments."
     )
-
-
-def _listed(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

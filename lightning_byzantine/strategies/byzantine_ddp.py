@@ -213,7 +213,10 @@ class ByzantineDDPStrategy(AggregatingDDP):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         # Not in checkpoints of weights only, nor in the parent process of spawned ranks.
         if "optimizer_states" in checkpoint and torch.distributed.is_initialized():
-            state = self._states().save(alone=self._has_failed())
+            save, alone = self._states().save, self._has_failed()
+            if not alone:
+                save = self._watched(save, "the gathering of states for a checkpoint")
+            state = save(alone=alone)
             state |= {"quarantined": sorted(self.quarantined), "skipped": self._breakdown.skipped}
             checkpoint[_CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)

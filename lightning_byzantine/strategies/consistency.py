@@ -40,8 +40,13 @@ class ConsistencyCheck:
     device: torch.device
     _steps: int = field(default=0, init=False)
 
-    def after_step(self) -> None:
-        """Count a step, and compare after every ``every_n_steps``.
+    def is_due(self) -> bool:
+        """Count a step, and return whether ranks compare after it."""
+        self._steps += 1
+        return self._steps % self.every_n_steps == 0
+
+    def compare(self) -> None:
+        """Compare with all other ranks.
 
         Raises:
             InconsistentRanksError: if ranks differ under "raise"; under "restore" if they can't be restored, because
@@ -49,11 +54,6 @@ class ConsistencyCheck:
                 another state than the one it reported.
 
         """
-        self._steps += 1
-        if self._steps % self.every_n_steps == 0:
-            self._compare()
-
-    def _compare(self) -> None:
         state = self.state()
         own = torch.frombuffer(bytearray(b"".join(fingerprints(state))), dtype=torch.uint8)
         reports = [bytes(report.tolist()) for report in gather(own.to(self.device))]

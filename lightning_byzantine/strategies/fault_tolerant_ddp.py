@@ -4,7 +4,6 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -128,8 +127,7 @@ class FaultTolerantDDP(DDPStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         if self._watch is not None:
-            any_rank = partial(self._watch.any_rank, "the start of the next batch")
-            self._stop_signal = StopSignal(trainer, any_rank)
+            self._stop_signal = StopSignal(trainer, self._watch)
         self._watched(super().setup, "the set-up of the model")(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -155,18 +153,42 @@ class FaultTolerantDDP(DDPStrategy):
             return super().training_step(*args, **kwargs)
 
     @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        if self._stop_signal is not None:
+            self._stop_signal.before_validation_batch()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._stop_signal is not None:
+            self._stop_signal.on_validation_start()
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self._stop_signal is not None:
+            self._stop_signal.on_validation_end()
+
+    @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._watched(super().backward, "the backward pass", meets=False)(closure_loss, *args, **kwargs)
+        assert isinstance(self.model, DistributedDataParallel)
+        backward = super().backward
+        if self.model.require_backward_grad_sync:
+            backward = self._watched(backward, "the backward pass", meets=False)
+        return backward(closure_loss, *args, **kwargs)
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
-        if self._consistency is not None:
-            self._watched(self._consistency.after_step, "the check for consistency")()
+        if self._consistency is not None and self._consistency.is_due():
+            self._watched(self._consistency.compare, "the check for consistency")()
         return output
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not _is_of_all_ranks(group):
+            return super().reduce(tensor, group, reduce_op)
         if self._has_failed():
             return tensor
         # Lightning's own decisions, such as whether any rank stops, are not reduced by name.
@@ -180,7 +202,10 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return self._watched(super().all_gather, f"an all_gather{_of(tensor)}")(tensor, group, sync_grads)
+        all_gather = super().all_gather
+        if _is_of_all_ranks(group):
+            all_gather = self._watched(all_gather, f"an all_gather{_of(tensor)}")
+        return all_gather(tensor, group, sync_grads)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -252,6 +277,10 @@ class FaultTolerantDDP(DDPStrategy):
         if error is not None:
             self._watch.fail(error)
         return True
+
+
+def _is_of_all_ranks(group: Any) -> bool:
+    return group is None or group is torch.distributed.group.WORLD
 
 
 def _of(value: Any) -> str:

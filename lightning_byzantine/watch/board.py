@@ -7,9 +7,11 @@ from lightning_byzantine.errors import DesynchronizedRanksError, WorkerLostError
 from lightning_byzantine.exchange.torch_internals import PrefixStore, Store
 from lightning_byzantine.watch.whereabouts import Whereabouts
 
-__all__ = ["Board", "EndOfRun"]
+__all__ = ["Board", "FatalError"]
 
-EndOfRun = WorkerLostError | DesynchronizedRanksError
+FatalError = WorkerLostError | DesynchronizedRanksError
+
+_MAX_LENGTH = 2000  # characters of a reason
 
 
 class Board:
@@ -28,9 +30,9 @@ class Board:
         >>> board.write(1, Whereabouts(beats=3))
         >>> [rank.beats for rank in board.read()]
         [0, 3]
-        >>> board.end(WorkerLostError([1], "it has failed"))
+        >>> board.declare(WorkerLostError([1], "it has failed"))
         WorkerLostError('Lost rank 1: it has failed')
-        >>> board.end(WorkerLostError([0], "it has failed"))
+        >>> board.declare(WorkerLostError([0], "it has failed"))
         WorkerLostError('Lost rank 1: it has failed')
 
     """
@@ -54,21 +56,22 @@ class Board:
             for key, is_stated in zip(self._ranks, stated, strict=True)
         ]
 
-    def end(self, error: EndOfRun) -> EndOfRun:
+    def declare(self, error: FatalError) -> FatalError:
         """State why the run has ended, and return the reason of the rank that was the first to do so."""
         value = {"lost": error.ranks, "reason": error.reason} if isinstance(error, WorkerLostError) else error.places
-        return _decoded(self._store.compare_set("end", "", json.dumps(value)))
+        return self._decoded(self._store.compare_set("end", "", json.dumps(value)))
 
-    def end_of_run(self) -> EndOfRun | None:
+    def declared(self) -> FatalError | None:
         """Return why the run has ended; None while it goes on."""
-        return _decoded(self._store.get("end")) if self._store.check(["end"]) else None
+        return self._decoded(self._store.get("end")) if self._store.check(["end"]) else None
 
-
-def _decoded(text: bytes) -> EndOfRun:
-    try:
-        value: Any = json.loads(text)
-        if isinstance(value, dict):
-            return WorkerLostError([int(rank) for rank in value["lost"]], str(value["reason"]))
-        return DesynchronizedRanksError([str(place) for place in value])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    def _decoded(self, text: bytes) -> FatalError:
+        try:
+            value: Any = json.loads(text)
+            if isinstance(value, dict):
+                return WorkerLostError([int(rank) for rank in value["lost"]], str(value["reason"])[:_MAX_LENGTH])
+            if isinstance(value, list) and len(value) == len(self._ranks):
+                return DesynchronizedRanksError([str(place)[:_MAX_LENGTH] for place in value])
+        except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
+            pass
         return WorkerLostError([], f"a rank has ended the run, and gives a reason that can't be read: {text[:100]!r}.")

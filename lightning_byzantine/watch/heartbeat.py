@@ -11,8 +11,9 @@ from threading import Event, Thread
 from lightning_byzantine.errors import DesynchronizedRanksError, WorkerLostError
 from lightning_byzantine.exchange.collectives import is_failed_collective
 from lightning_byzantine.exchange.torch_internals import Store
-from lightning_byzantine.watch.board import Board, EndOfRun
+from lightning_byzantine.watch.board import Board, FatalError
 from lightning_byzantine.watch.connections import abort_collectives, connected_ports, port_of
+from lightning_byzantine.watch.signs_of_life import SignsOfLife
 from lightning_byzantine.watch.whereabouts import Whereabouts, find_desynchronized
 
 __all__ = ["Heartbeat"]
@@ -22,6 +23,7 @@ _SHORT_PERIOD = 0.02  # the same, while this rank waits for what others state
 _UNUSUAL_WAIT = 1.0  # seconds in a collective after which it looks where the others are
 _PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as missing
 _GRACE = 0.5  # seconds that a rank gets to raise an error of its own before its collective is aborted
+_MAX_LENGTH = 2000  # characters of an error that others show
 _COURTESY = 5.0  # seconds that a failed rank stays for others to find out, because its launcher then kills them
 
 
@@ -41,7 +43,7 @@ class Heartbeat:
         timeout: the timeout of collectives.
 
     Attributes:
-        lost: the error that ended the run, once it is known.
+        error: why the run has ended, once it is known.
 
     Example:
         >>> from torch.distributed import HashStore
@@ -55,19 +57,20 @@ class Heartbeat:
     """
 
     def __init__(self, store: Store, name: str, rank: int, num_ranks: int, timeout: timedelta) -> None:
-        self.lost: EndOfRun | None = None
+        self.error: FatalError | None = None
         self._board = Board(store, name, num_ranks)  # is the thread's, since it can block for ever
-        self._port_of_store = port_of(store)
         self._rank = rank
         self._timeout = timeout.total_seconds()
-        self._here = Whereabouts(ports=tuple(connected_ports()))
-        self._signs = _SignsOfLife(num_ranks)
+        self._here = Whereabouts(ports=tuple(connected_ports(besides=port_of(store))))
+        self._signs = SignsOfLife(rank, num_ranks, _PATIENCE)
         self._period = max(_PERIOD, 0.01 * num_ranks)  # the store has to answer all of them
         self._waits_since: float | None = None
-        self._failure: str | None = None
+        self._has_failed = False
+        self._failure: str | None = None  # which is not that of another rank
+        self._has_aborted = False
         self._inquiry: _Inquiry | None = None
         self._hurries = False  # the main thread waits for what others state
-        self._ended_at: float | None = None
+        self._known_since: float | None = None  # since when there is an error
         self._beats = 0
         self._is_stopped = False
         self._is_cut_off = False
@@ -97,16 +100,18 @@ class Heartbeat:
             DesynchronizedRanksError: if ranks wait for each other in different collectives.
 
         """
-        if self.lost is not None:
-            raise self.lost
+        if self.error is not None:
+            raise self.error
         began = time.monotonic()
         outer = self._waits_since
         self._here = self._here.entering(place)
         self._waits_since = began
         try:
             yield
+            if self._has_aborted and self.error is not None:
+                raise self.error  # what an aborted collective has written is worth nothing
         except RuntimeError as error:
-            if isinstance(error, EndOfRun) or not is_failed_collective(error):
+            if isinstance(error, FatalError) or not is_failed_collective(error):
                 raise
             lost = self._find_lost(timed_out=time.monotonic() - began >= 0.9 * self._timeout)
             if lost is None:
@@ -117,12 +122,21 @@ class Heartbeat:
             self._here = replace(self._here, waits=outer is not None)
 
     def fail(self, error: BaseException) -> None:
-        """State that this rank has failed, so that others don't wait for it."""
-        if self._failure is None:
-            self._failure = f"{type(error).__name__}: {error}"
-            self._wake.set()
+        """State that this rank has failed, so that others don't wait for it.
 
-    def desynchronized(self) -> EndOfRun:
+        If the error is one of a collective that is not watched, such as of torchmetrics, a note is added to it that
+        names the ranks that are missing.
+        """
+        if self._has_failed:
+            return
+        self._has_failed = True
+        if isinstance(error, FatalError) or not is_failed_collective(error):
+            self._failure = f"{type(error).__name__}: {error}"[:_MAX_LENGTH]
+            self._wake.set()
+        elif (lost := self._find_lost(timed_out=False)) is not None:
+            error.add_note(f"{type(lost).__name__}: {lost}")
+
+    def desynchronized(self) -> FatalError:
         """Return an error that names where ranks are, which have come to one place for different collectives."""
         return self._find_lost(timed_out=False) or WorkerLostError(
             [], "a rank is not in the collective that it states."
@@ -131,26 +145,26 @@ class Heartbeat:
     def stay(self) -> None:
         """Wait, in the end, for other ranks to find out why: rank 0 may host the store, and launchers kill the rest."""
         self._here = replace(self._here, has_ended=True)
-        if self._failure is None and self.lost is None:
+        if not self._has_failed and self.error is None:
             return
         deadline = time.monotonic() + _COURTESY
         self._hurry()
-        while not (self._is_cut_off or self._signs.have_ended(besides=self._rank) or time.monotonic() > deadline):
+        while not (self._is_cut_off or self._signs.have_ended() or time.monotonic() > deadline):
             time.sleep(_SHORT_PERIOD)
 
     def _hurry(self) -> None:
         self._hurries = True
         self._wake.set()
 
-    def _find_lost(self, timed_out: bool) -> EndOfRun | None:
+    def _find_lost(self, timed_out: bool) -> FatalError | None:
         inquiry = self._inquiry = _Inquiry(timed_out)
         self._hurry()
         deadline = time.monotonic() + 2.5 * _PATIENCE
-        while self.lost is None and not inquiry.is_answered:
+        while self.error is None and not inquiry.is_answered:
             if self._is_cut_off or time.monotonic() > deadline:
-                self.lost = _without_store()
+                self.error = _without_store()
             time.sleep(_SHORT_PERIOD)
-        return self.lost
+        return self.error
 
     def _beat(self) -> None:
         try:
@@ -161,23 +175,25 @@ class Heartbeat:
                 self._wake.clear()
             self._write()
         except RuntimeError:  # the store is gone
+            pass
+        finally:
             self._is_cut_off = True
 
     def _write(self) -> None:
         self._beats += 1
         self._board.write(self._rank, replace(self._here, beats=self._beats))
-        if self._failure is not None and self.lost is None:
+        if self._failure is not None and self.error is None:
             self._end(WorkerLostError([self._rank], f"it has failed with {self._failure}"))
 
     def _read(self) -> None:
-        if self.lost is None:
-            self.lost = self._board.end_of_run()
+        if self.error is None:
+            self.error = self._board.declared()
         waited = 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
-        if self._hurries or waited > _UNUSUAL_WAIT:
+        if self._hurries or waited > _UNUSUAL_WAIT or self.error is not None:
             self._signs.update(self._board.read())
-            if self.lost is None:
+            if self.error is None:
                 self._judge()
-        if self.lost is not None and waited > 0:
+        if self.error is not None and not self._has_failed and not self._here.has_ended:
             self._abort()
 
     def _judge(self) -> None:
@@ -186,57 +202,30 @@ class Heartbeat:
         if places is not None:
             self._end(DesynchronizedRanksError(places))
         elif self._inquiry is not None and self._inquiry.age > _PATIENCE:
-            silent = self._signs.silent(besides=self._rank)
-            late = self._signs.late(self._here.entered)
+            silent, late, last = self._signs.silent(), self._signs.late(self._here.entered), self._signs.last_places()
             if silent:
                 reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
                 self._end(WorkerLostError(silent, reason))
             elif self._inquiry.timed_out and late:
                 reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
                 self._end(WorkerLostError(late, reason))
-            elif self._inquiry.timed_out and len(set(self._signs.last_places())) > 1:
-                self._end(DesynchronizedRanksError(self._signs.last_places()))
+            elif self._inquiry.timed_out and len(set(last)) > 1:
+                self._end(DesynchronizedRanksError(last))
+            elif self._inquiry.timed_out:
+                reason = f"all ranks are in {last[0]}, and one has sent nothing for {self._timeout:g} s."
+                self._end(WorkerLostError([], reason))
             self._inquiry.is_answered = True
 
-    def _end(self, error: EndOfRun) -> None:
-        self.lost = self._board.end(error)
+    def _end(self, error: FatalError) -> None:
+        self.error = self._board.declare(error)
 
     def _abort(self) -> None:
-        """Abort the collective in which this rank waits, once it could have raised an error of its own."""
-        if self._ended_at is None:
-            self._ended_at = time.monotonic()
-        if time.monotonic() - self._ended_at >= _GRACE:
-            abort_collectives({port for rank in self._signs.ranks for port in rank.ports}, self._port_of_store)
-
-
-class _SignsOfLife:
-    """Where each rank is, as last read, and when its heartbeat was last seen to change."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self.ranks = [Whereabouts() for _ in range(num_ranks)]
-        self._read_at = time.monotonic()
-        self._changed_at = [self._read_at] * num_ranks
-
-    def update(self, ranks: list[Whereabouts]) -> None:
-        self._read_at = time.monotonic()
-        for rank, (before, after) in enumerate(zip(self.ranks, ranks, strict=True)):
-            if before.beats != after.beats:
-                self._changed_at[rank] = self._read_at
-        self.ranks = ranks
-
-    def silent(self, besides: int) -> list[int]:
-        # Not until now, since nothing is read as long as nothing is unusual.
-        return [rank for rank, at in enumerate(self._changed_at) if rank != besides and self._read_at - at > _PATIENCE]
-
-    def have_ended(self, besides: int) -> bool:
-        silent = self.silent(besides)
-        return all(state.has_ended or rank in (besides, *silent) for rank, state in enumerate(self.ranks))
-
-    def last_places(self) -> list[str]:
-        return [state.places[-1] if state.places else "no collective yet" for state in self.ranks]
-
-    def late(self, entered: int) -> list[int]:
-        return [rank for rank, state in enumerate(self.ranks) if state.entered < entered and not state.waits]
+        """Abort collectives in which this rank may wait, unless it has just raised an error of its own."""
+        if self._known_since is None:
+            self._known_since = time.monotonic()
+        if time.monotonic() - self._known_since >= _GRACE:
+            self._has_aborted = True
+            abort_collectives(self._here.ports, {port for rank in self._signs.ranks for port in rank.ports})
 
 
 @dataclass

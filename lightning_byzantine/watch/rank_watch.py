@@ -64,6 +64,11 @@ class RankWatch:
         with self._watching(what) as place:
             return self._meet(place, flag)
 
+    def are_equal(self, what: str, value: object) -> bool:
+        """Return on all ranks whether all of them have called this with the same value, as text."""
+        with self._watching(what):
+            return self._rendezvous.meet(str(value))[0]
+
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends for an error."""
         self._heartbeat.fail(error)

@@ -41,7 +41,7 @@ def start(case: Case, launcher: str) -> tuple[str, str, float]:
     said = [describe(outcome) for outcome in outcomes]
     own = said.pop(case.rank or 0)
     others = "the same" if set(said) == {own} else " or ".join(sorted(set(said)))
-    own += f", {checkpoints} checkpoint" if case.fault == "SIGTERM" else ""
+    own += f", {checkpoints} checkpoint" if "SIGTERM" in case.fault else ""
     return own, others, max(outcome.seconds for outcome in outcomes)
 
 

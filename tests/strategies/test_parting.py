@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parting import BATCH_OF_FAULT, CASES, NUM_RANKS, Case, Outcome, outcomes_of_processes, train
+from parting import BATCH_OF_FAULT, CASES, NUM_BATCHES, NUM_RANKS, Case, Outcome, outcomes_of_processes, train
 from rank_pool import RankPool
 
 SECONDS = 10
@@ -33,7 +33,7 @@ def name(case: Case) -> str:
     return f"{case.fault}, {'all ranks' if case.rank is None else f'rank {case.rank}'}"
 
 
-ERRORS = [case for case in CASES if case.fault != "SIGTERM"]
+ERRORS = [case for case in CASES if "SIGTERM" not in case.fault]
 QUICK = {"one more batch", "one more batch to validate", "a metric on one rank", "exception in backward"}
 
 
@@ -57,21 +57,30 @@ def test_a_rank_without_a_loss_is_excluded_if_failed_ones_are(ranks: RankPool, f
         assert (outcome.error, outcome.message) == ("", "")
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_signal_to_stop_ends_all_before_the_same_batch(ranks: RankPool, tmp_path: Path, rank: int | None) -> None:
-    for outcome in ranks.run(train, "SIGTERM", rank, tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "rank", "step"),
+    [
+        ("SIGTERM", 1, BATCH_OF_FAULT + 1),
+        pytest.param("SIGTERM", None, BATCH_OF_FAULT + 1, marks=pytest.mark.slow),
+        ("SIGTERM in validation", 1, NUM_BATCHES),
+    ],
+)
+def test_a_signal_to_stop_ends_all_before_the_same_batch(
+    ranks: RankPool, tmp_path: Path, fault: str, rank: int | None, step: int
+) -> None:
+    for outcome in ranks.run(train, fault, rank, tmp_path):
         assert outcome.error == "SIGTERMException"
         assert outcome.seconds < SECONDS
     (checkpoint,) = tmp_path.glob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=False)["global_step"] == BATCH_OF_FAULT + 1
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-@pytest.mark.parametrize("case", [pytest.param(case, id=name(case)) for case in (CASES[1], CASES[7], *CASES[-2:])])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name(case)) for case in (CASES[1], CASES[7], *CASES[-3:])])
 def test_under_launchers(case: Case, launcher: str, tmp_path: Path) -> None:
     outcomes = outcomes_of_processes(case, launcher, tmp_path)
     check(case, outcomes)
-    if case.fault == "SIGTERM":
+    if "SIGTERM" in case.fault:
         assert {outcome.error for outcome in outcomes} == {"SIGTERMException"}
         assert len(list(tmp_path.glob("*.ckpt"))) == 1
