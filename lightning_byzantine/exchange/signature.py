@@ -79,7 +79,7 @@ def _message(name: str, found: list[str]) -> str:
     ranks = {kind: [rank for rank, other in enumerate(found) if other == kind] for kind in kinds}
     differing = ", ".join(f"{kind} on {ranks_in_words(ranks[kind])}" for kind in reversed(kinds))
     return (
-        f"The buffer {name[:200]!r} must have the same shape and dtype on all ranks, got {differing}. Keep what depends on"
-        " a rank's own data in an attribute that is not a buffer, or let every rank have its own buffers with"
+        f"The buffer {name[:200]!r} must have the same shape and dtype on all ranks, got {differing}. Keep what depends"
+        " on a rank's own data in an attribute that is not a buffer, or let every rank have its own buffers with"
         " `broadcast_buffers=False` among the strategy's arguments."
     )

@@ -72,23 +72,17 @@ def test_who_waits_itself_is_not_late(start: Start) -> None:
     first, second, third = start(HashStore(), timeout=0.5)
     with first.watching("backward"):
         pass
-    message = "rank 0 in the next batch; ranks 1, 2 in backward"
-    with (
-        second.watching("backward"),
-        third.watching("backward"),
-        pytest.raises(DesynchronizedRanksError, match=message),
-    ):
+    error = pytest.raises(DesynchronizedRanksError, match="rank 0 in the next batch; ranks 1, 2 in backward")
+    with error, second.watching("backward"), third.watching("backward"):
         fail(first, after=0.5, place="the next batch")
 
 
 def test_names_where_all_are_who_wait_for_each_other(start: Start) -> None:
     first, second, third = start(HashStore())
-    with second.watching("backward"), third.watching("the end of the run"):
-        with pytest.raises(
-            DesynchronizedRanksError, match="rank 2 in the end of the run; ranks 0, 1 in backward"
-        ) as caught:
-            fail(first, after=1)
-        assert caught.value.ranks == [2]
+    error = pytest.raises(DesynchronizedRanksError, match="rank 2 in the end of the run; ranks 0, 1 in backward")
+    with error as caught, second.watching("backward"), third.watching("the end of the run"):
+        fail(first, after=1)
+    assert caught.value.ranks == [2]
     with pytest.raises(DesynchronizedRanksError, match="rank 2 in the end of the run; ranks 0, 1 in backward"):
         fail(second)
 
@@ -123,10 +117,10 @@ def test_other_errors_stay_what_they_are(start: Start) -> None:
             fail(first, error)
         assert caught.value is error
         assert time.monotonic() - began < 1  # without looking for who is missing
-    assert first.lost is None
+    assert first.error is None
 
 
-def test_what_another_rank_writes_can_not_harm(start: Start) -> None:
+def test_what_another_rank_writes_is_read_with_care(start: Start) -> None:
     store = HashStore()
     first, *_ = start(store)
     for text in [
@@ -140,9 +134,24 @@ def test_what_another_rank_writes_can_not_harm(start: Start) -> None:
     ]:
         assert Whereabouts.decode(text) == Whereabouts()
         store.set("lightning_byzantine/run/rank/1", text)
-    store.set("lightning_byzantine/run/end", "[" * 100_000)
+    with pytest.raises(WorkerLostError, match="no sign of life"):
+        fail(first)
+
+
+@pytest.mark.parametrize("text", ["[]", '"abc"', "[" * 100_000, '{"lost": [1e999], "reason": ""}', '{"lost": 3}', "{}"])
+def test_a_reason_that_can_not_be_read_ends_the_run_all_the_same(start: Start, text: str) -> None:
+    store = HashStore()
+    first, *_ = start(store)
+    store.set("lightning_byzantine/run/end", text)
     with pytest.raises(WorkerLostError, match="gives a reason that can't be read"):
         fail(first)
+
+
+def test_ranks_that_send_nothing_are_together(start: Start) -> None:
+    first, second, third = start(HashStore(), timeout=0.5)
+    error = pytest.raises(WorkerLostError, match="all ranks are in backward, and one has sent nothing for 0.5 s")
+    with error, second.watching("backward"), third.watching("backward"):
+        fail(first, after=0.5)
 
 
 def test_ranks_that_are_not_equally_far_are_on_the_same_way() -> None:
