@@ -53,8 +53,6 @@ class AggregationHook:
         block = GradientBlock(names, [flat_size(parameter) for parameter in parameters], buffer)
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
-        if not self._engine.is_pending:
-            self._waiting = []  # those of a step that was discarded
         self._waiting.append((bucket, block, future))
         self._engine.send(block)
         if bucket.is_last():

@@ -88,17 +88,6 @@ class AggregationEngine:
         """Let a simulated attack rewrite the rows of every step from now on, the same on all ranks."""
         self._attacks.append(attack)
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether a step was started by :meth:`send`, and not ended by :meth:`aggregate`."""
-        return bool(self._blocks)
-
-    def discard(self) -> None:
-        """Forget what was sent in a step that will never end."""
-        self._blocks = []
-        self.exchange.discard()
-        self.local.clear()
-
     @torch.no_grad()
     def send(self, block: GradientBlock) -> None:
         """Start sending one block of this process's gradients."""

@@ -106,10 +106,6 @@ class Exchange(ABC):
         self._arriving = Arriving(*zip(*started, strict=True))
         return self.matrix(self._arriving, layout)
 
-    def discard(self) -> None:
-        """Forget the blocks that were started, where no other rank will send them."""
-        self._started = []
-
     def on_any_rank(self, flags: Tensor) -> Tensor:
         """Return which flags are set on any rank, [n] bool on the CPU: no rank can clear another's.
 

@@ -153,20 +153,15 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         assert self.engine is not None
         assert isinstance(self.model, DistributedDataParallel)
         so_far = self.engine.num_aggregated
-        try:
-            if self.workers_per_process == 1:
-                loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-            else:
-                loss = self._backward_of_one_worker(closure_loss, optimizer, *args, **kwargs)
-            if self.model.require_backward_grad_sync and self.engine.num_aggregated == so_far:
-                raise RuntimeError(
-                    "The backward pass has not reached all parameters, so no gradients were aggregated. If some do not"
-                    " take part in every step, use find_unused_parameters=True."
-                )
-        except Exception:
-            if self.engine.is_pending:
-                self.engine.discard()  # the module may catch the error, and continue with another batch
-            raise
+        if self.workers_per_process == 1:
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        else:
+            loss = self._backward_of_one_worker(closure_loss, optimizer, *args, **kwargs)
+        if self.model.require_backward_grad_sync and self.engine.num_aggregated == so_far:
+            raise RuntimeError(
+                "The backward pass has not reached all parameters, so no gradients were aggregated. If some do not take"
+                " part in every step, use find_unused_parameters=True."
+            )
         return loss
 
     def _backward_of_one_worker(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -243,30 +243,6 @@ def test_a_parameter_takes_part_if_any_rank_has_used_it(
             torch.testing.assert_close(reports[step], distances.tolist(), rtol=1e-4, atol=1e-5)
 
 
-def discard_and_go_on() -> Tensor:
-    rule = Mean()
-    engine = AggregationEngine(
-        {"weight": nn.Parameter(torch.zeros(6))},
-        RobustAggregation(rule, 0, Quarantine(), Observers()),
-        make_exchange("all_gather", 1),
-    )
-    assert not engine.is_pending
-    engine.send(GradientBlock.of({"weight": torch.ones(6)}))
-    assert engine.is_pending
-    assert engine.num_aggregated == 0
-    engine.discard()
-    assert not engine.is_pending
-    block = GradientBlock.of({"weight": torch.full((6,), 2.0)})
-    engine.send(block)
-    engine.aggregate()
-    assert engine.num_aggregated == 1
-    return block.buffer
-
-
-def test_a_step_that_does_not_end_can_be_discarded(one_rank: RankPool) -> None:
-    assert torch.equal(one_rank.run(discard_and_go_on)[0], torch.full((6,), 2.0))
-
-
 def test_nothing_sent_is_an_error() -> None:
     engine = AggregationEngine(
         {}, RobustAggregation(Mean(), 0, Quarantine(), Observers()), make_exchange("all_gather", 1)

@@ -134,8 +134,8 @@ def test_what_another_rank_writes_is_read_with_care(start: Start) -> None:
     ]:
         assert Whereabouts.decode(text) == Whereabouts()
         store.set("lightning_byzantine/run/rank/1", text)
-    with pytest.raises(WorkerLostError, match="no sign of life"):
-        fail(first)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        fail(first)  # nobody is missing
 
 
 @pytest.mark.parametrize("text", ["[]", '"abc"', "[" * 100_000, '{"lost": [1e999], "reason": ""}', '{"lost": 3}', "{}"])
@@ -149,7 +149,7 @@ def test_a_reason_that_can_not_be_read_ends_the_run_all_the_same(start: Start, t
 
 def test_ranks_that_send_nothing_are_together(start: Start) -> None:
     first, second, third = start(HashStore(), timeout=0.5)
-    error = pytest.raises(WorkerLostError, match="all ranks are in backward, and one has sent nothing for 0.5 s")
+    error = pytest.raises(WorkerLostError, match="all ranks are in backward, and one has sent nothing for")
     with error, second.watching("backward"), third.watching("backward"):
         fail(first, after=0.5)
 
