@@ -54,11 +54,10 @@ def median_weights(gram: Gram, max_iterations: int, tolerance: float) -> tuple[T
     if (margins <= 0).any():
         met = copies[margins.argmin()]
         return met / met.sum().double(), 0.0 if is_decided else torch.inf
-    # What the sum at each row is larger than at the origin, without a difference of distances to far rows.
+    # By how much the sum is larger than at the origin, without differences of distances, which lose digits to far rows.
     norms = products.diagonal()
-    sums = (
-        (norms[:, None] - 2 * products) / (distances + norms.sqrt()).clamp(min=torch.finfo(torch.float64).tiny)
-    ).sum(1)
+    lengths = (distances + norms.sqrt()).clamp(min=torch.finfo(torch.float64).tiny)
+    sums = ((norms[:, None] - 2 * products) / lengths).sum(1)
     least = int(sums.argmin())
     stay = counts[least] / squared_pulls[least].sqrt()
     start = (1 - stay) * inverse[least] / inverse[least].sum() + stay * copies[least] / counts[least]

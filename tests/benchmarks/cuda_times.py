@@ -22,6 +22,8 @@ MORE: dict[str, Aggregator] = {
 SMALL_SIZES = [(17, 1_000), (17, 100_000), (256, 1_000), (1024, 1_000)]
 # Kernels are counted in calls that take no more seconds than this: a profile of very many takes long.
 BRIEF = 0.05
+# Rules that take more seconds than this are not tried with more workers.
+LONG = 0.2
 
 
 def run(section: Section) -> None:
@@ -73,6 +75,7 @@ def large(section: Section, dimension: int) -> None:
 def small(section: Section) -> None:
     columns = {"workers": "{}", "dimension": "{}", "rule": "`{}`", "ms": "{:.3f}", "kernels": "{}"}
     table = section.table(columns, "_small")
+    long: set[str] = set()
     for num_workers, dimension in SMALL_SIZES[:2] if section.small else SMALL_SIZES:
         vectors = torch.randn(num_workers, dimension, device=section.device)
         contenders: dict[str, Callable[[], Any]] = {
@@ -85,8 +88,12 @@ def small(section: Section) -> None:
             if "compiled" not in name:
                 contenders[name] = lambda rule=rule, vectors=vectors: rule(vectors, (len(vectors) - 1) // 2)
         for name, call in contenders.items():
+            if name in long:
+                continue
             with section.attempt(f"{name} on {num_workers} x {dimension}"):
                 seconds = seconds_of(section, call)
+                if seconds > LONG:
+                    long.add(name)
                 kernels = num_kernels(call) if section.device.type == "cuda" and seconds <= BRIEF else ""
                 table.add(num_workers, dimension, name, 1e3 * seconds, kernels)
 
@@ -107,7 +114,7 @@ def seconds_of(section: Section, call: Callable[[], object]) -> float:
             begin = perf_counter()
             call()
             times.append(perf_counter() - begin)
-        if sum(times) > 2:
+        if sum(times) > 1:
             break
     return median(times[2:] or times[-1:])
 

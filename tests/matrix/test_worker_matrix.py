@@ -196,3 +196,19 @@ def test_distances_from_a_point_of_some_rows_are_from_that_point(dtype: torch.dt
     matrix = WorkerMatrix(blocks(vectors))
     center = matrix.select(some).coordinatewise(lambda chunk: chunk.sum(0))
     torch.testing.assert_close(matrix.distances(center), (vectors - vectors[some].sum(0)).double().norm(dim=1))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("exact", [False, True])
+def test_products_about_a_row_are_off_by_no_more_than_they_say(offset: float, exact: bool) -> None:
+    vectors = (offset + rows()).float()
+    vectors[4] = vectors[1]
+    for matrix in (WorkerMatrix(blocks(vectors)), WorkerMatrix(blocks(vectors)).mix(affine(4, 6, seed=1))):
+        dense = (
+            torch.eye(6, dtype=torch.float64) if matrix.num_workers == 6 else affine(4, 6, seed=1)
+        ) @ vectors.double()
+        gram = matrix.products_about(1, exact)
+        expected = (dense - dense[1]) @ (dense - dense[1]).T
+        assert ((gram.products - expected).abs() <= gram.errors + 1e-9).all()
+        assert (gram.errors <= 1e-3).all()
+    assert (WorkerMatrix(blocks(vectors)).products_about(1, exact).products[4] == 0).all()
