@@ -158,11 +158,18 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         else:
             loss = self._backward_of_one_worker(closure_loss, optimizer, *args, **kwargs)
         if self.model.require_backward_grad_sync and self.engine.num_aggregated == so_far:
+            self._check_reached()
+        return loss
+
+    def _check_reached(self) -> None:
+        """Raise an error after a backward pass that has not reached DDP's last bucket, if that was its purpose."""
+        if self._module.automatic_optimization:
             raise RuntimeError(
                 "The backward pass has not reached all parameters, so no gradients were aggregated. If some do not take"
                 " part in every step, use find_unused_parameters=True."
             )
-        return loss
+        if self._watch is not None:
+            self._watch.retract()
 
     def _backward_of_one_worker(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.engine is not None

@@ -121,8 +121,7 @@ class FaultTolerantDDP(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         if self.world_size > 1:
-            assert self._timeout is not None
-            self._watch = RankWatch(self._timeout, self.root_device, lambda: position_of(self._module.trainer))
+            self._watch = RankWatch(self.root_device, lambda: position_of(self._module.trainer))
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -218,6 +217,8 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def on_train_end(self) -> None:
+        if self._stop_signal is not None:
+            self._stop_signal.on_train_end()
         # The last forward has changed the buffers, and an evaluation after this would use rank 0's.
         if self._buffers is not None:
             self._buffers.synchronize()
@@ -287,5 +288,4 @@ def _of(value: Any) -> str:
     """Return in words what must be alike on all ranks in a collective of this value."""
     if not isinstance(value, Tensor):
         return ""
-    dtype = str(value.dtype).removeprefix("torch.")
-    return f" of {dtype}" + (f" {list(value.shape)}" if value.ndim else "")
+    return f" of {value.numel()} {str(value.dtype).removeprefix('torch.')}"

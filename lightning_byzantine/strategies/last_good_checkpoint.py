@@ -15,7 +15,8 @@ class LastGoodCheckpoint:
     """Decides what may be overwritten or removed, so that the last checkpoint with finite parameters stays.
 
     One with a non-finite parameter is written only where no other file is, and while the newest is such a one, no file
-    is removed but others of them. Only parameters that are trained count: a mask may be infinite.
+    is removed but others of them. Parameters that are not finite from the start, such as a mask, don't count, nor do
+    those that are not trained.
 
     Args:
         module: what is saved.
@@ -32,6 +33,7 @@ class LastGoodCheckpoint:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._exempt = {name for name, parameter in module.named_parameters() if not _is_finite(parameter)}
         self._broken_files: set[str] = set()
         self._is_broken = False
         self._has_warned = False
@@ -54,8 +56,10 @@ class LastGoodCheckpoint:
         return not self._is_broken or str(path) in self._broken_files
 
     def _broken_parameter(self) -> str | None:
-        trained = ((name, p) for name, p in self._module.named_parameters() if p.requires_grad)
-        return next((name for name, p in trained if not torch.isfinite(p.detach()).all()), None)
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad and name not in self._exempt and not _is_finite(parameter):
+                return name
+        return None
 
     def _warn(self, problem: str, consequence: str) -> None:
         if not self._has_warned:
@@ -64,3 +68,7 @@ class LastGoodCheckpoint:
                 " them is removed."
             )
         self._has_warned = True
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    return bool(torch.isfinite(parameter.detach()).all())

@@ -20,7 +20,8 @@ class StopSignal:
     Lightning's handler communicates, and so waits for ever if the signal finds ranks in different collectives. This one
     leaves a mark. Before each batch, where Lightning broadcasts rank 0's mark, ranks tell each other. Then all stop as
     Lightning does, by a :class:`SIGTERMException`. In validation they do so before each batch if all ranks have equally
-    many, and at its end. Outside of ``fit``, where nothing is lost, each rank stops on its own.
+    many, and at its end, and once more at the end of training. Outside of ``fit``, where nothing is lost, each rank
+    stops on its own.
 
     Args:
         trainer: the trainer.
@@ -61,7 +62,11 @@ class StopSignal:
     def on_validation_end(self) -> None:
         """Stop if any rank has the mark."""
         if self._is_in_fit():
-            self._stop_if_agreed()
+            self._stop_if_agreed("the end of validation")
+
+    def on_train_end(self) -> None:
+        """Stop if any rank has the mark, so that nothing follows."""
+        self._stop_if_agreed("the end of training")
 
     def _is_in_fit(self) -> bool:
         return self._trainer.state.fn == TrainerFn.FITTING
@@ -71,8 +76,8 @@ class StopSignal:
         if not self._is_in_fit():
             self._trainer._signal_connector.received_sigterm = True
 
-    def _stop_if_agreed(self) -> None:
-        if not self._watch.any_rank("the start of the next batch", self._is_marked):
+    def _stop_if_agreed(self, where: str = "the start of the next batch") -> None:
+        if not self._watch.any_rank(where, self._is_marked):
             return
         self.is_agreed = True
         self._trainer._signal_connector.received_sigterm = True

@@ -65,6 +65,10 @@ class Board:
         """Return why the run has ended; None while it goes on."""
         return self._decoded(self._store.get("end")) if self._store.check(["end"]) else None
 
+    def close(self) -> None:
+        """Close the connection to the store."""
+        del self._store
+
     def _decoded(self, text: bytes) -> FatalError:
         try:
             value: Any = json.loads(text)

@@ -61,7 +61,8 @@ class Heartbeat:
         self._board = Board(store, name, num_ranks)  # is the thread's, since it can block for ever
         self._rank = rank
         self._timeout = timeout.total_seconds()
-        self._here = Whereabouts(ports=tuple(connected_ports(besides=port_of(store))))
+        self._here = Whereabouts()
+        self._port_of_store = port_of(store)
         self._signs = SignsOfLife(rank, num_ranks, _PATIENCE)
         self._period = max(_PERIOD, 0.01 * num_ranks)  # the store has to answer all of them
         self._waits_since: float | None = None
@@ -72,6 +73,7 @@ class Heartbeat:
         self._hurries = False  # the main thread waits for what others state
         self._known_since: float | None = None  # since when there is an error
         self._beats = 0
+        self._ports: tuple[int, ...] = ()
         self._is_stopped = False
         self._is_cut_off = False
         self._wake = Event()
@@ -121,6 +123,10 @@ class Heartbeat:
             self._waits_since = outer
             self._here = replace(self._here, waits=outer is not None)
 
+    def retract(self) -> None:
+        """Take back the last collective: nothing was sent in it, and other ranks may still wait there."""
+        self._here = self._here.retracting()
+
     def fail(self, error: BaseException) -> None:
         """State that this rank has failed, so that others don't wait for it.
 
@@ -131,7 +137,7 @@ class Heartbeat:
             return
         self._has_failed = True
         if isinstance(error, FatalError) or not is_failed_collective(error):
-            self._failure = f"{type(error).__name__}: {error}"[:_MAX_LENGTH]
+            self._failure = f"{type(error).__name__}: {_text_of(error)}"[:_MAX_LENGTH]
             self._wake.set()
         elif (lost := self._find_lost(timed_out=False)) is not None:
             error.add_note(f"{type(lost).__name__}: {lost}")
@@ -178,10 +184,13 @@ class Heartbeat:
             pass
         finally:
             self._is_cut_off = True
+            self._board.close()
 
     def _write(self) -> None:
         self._beats += 1
-        self._board.write(self._rank, replace(self._here, beats=self._beats))
+        if not self._hurries or not self._ports:
+            self._ports = tuple(connected_ports(besides=self._port_of_store))  # some connect when they first send
+        self._board.write(self._rank, replace(self._here, beats=self._beats, ports=self._ports))
         if self._failure is not None and self.error is None:
             self._end(WorkerLostError([self._rank], f"it has failed with {self._failure}"))
 
@@ -225,7 +234,7 @@ class Heartbeat:
             self._known_since = time.monotonic()
         if time.monotonic() - self._known_since >= _GRACE:
             self._has_aborted = True
-            abort_collectives(self._here.ports, {port for rank in self._signs.ranks for port in rank.ports})
+            abort_collectives(self._ports, self._signs.ports_of_others())
 
 
 @dataclass
@@ -239,6 +248,13 @@ class _Inquiry:
     @property
     def age(self) -> float:
         return time.monotonic() - self.began
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(it can't be shown as text)"
 
 
 def _without_store() -> WorkerLostError:

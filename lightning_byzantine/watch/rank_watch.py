@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import wraps
 from secrets import randbits  # does not change the random state of training
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_byzantine.errors import WorkerLostError
-from lightning_byzantine.exchange.torch_internals import _get_default_store
+from lightning_byzantine.exchange.torch_internals import _get_default_store, timeout_of
 from lightning_byzantine.watch.heartbeat import Heartbeat
 from lightning_byzantine.watch.rendezvous import Rendezvous
 
@@ -24,13 +23,13 @@ class RankWatch:
     """Has ranks meet before a collective, and watches it by their heartbeats. To be created on all ranks at once.
 
     Args:
-        timeout: the timeout of collectives.
         device: where the process group's tensors are.
         position: returns where the run is, which is the same on all ranks when they meet.
 
     """
 
-    def __init__(self, timeout: timedelta, device: torch.device, position: Callable[[], str]) -> None:
+    def __init__(self, device: torch.device, position: Callable[[], str]) -> None:
+        timeout = timeout_of(device)
         self._position = position
         self._rendezvous = Rendezvous(timeout)
         name = torch.tensor([randbits(62)], device=device)
@@ -68,6 +67,10 @@ class RankWatch:
         """Return on all ranks whether all of them have called this with the same value, as text."""
         with self._watching(what):
             return self._rendezvous.meet(str(value))[0]
+
+    def retract(self) -> None:
+        """Take back the last watched collective: nothing was sent in it, and other ranks may still wait there."""
+        self._heartbeat.retract()
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends for an error."""

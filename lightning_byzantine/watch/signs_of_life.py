@@ -56,6 +56,10 @@ class SignsOfLife:
         """Return the other ranks that have not entered as many collectives, and are not waiting in one."""
         return [rank for rank in self._others if self.ranks[rank].entered < entered and not self.ranks[rank].waits]
 
+    def ports_of_others(self) -> set[int]:
+        """Return the local ports of all connections of the other ranks."""
+        return {port for rank in self._others for port in self.ranks[rank].ports}
+
     def last_places(self) -> list[str]:
         """Return the collective that each rank has entered last."""
         return [state.places[-1] if state.places else "no collective yet" for state in self.ranks]

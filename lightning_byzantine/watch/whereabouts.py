@@ -43,6 +43,10 @@ class Whereabouts:
         places = (*self.places[1 - _NUM_KEPT :], place[:_MAX_LENGTH])
         return replace(self, entered=self.entered + 1, places=places, waits=True)
 
+    def retracting(self) -> "Whereabouts":
+        """Return the same without the last collective, because nothing was sent in it."""
+        return replace(self, entered=self.entered - 1, places=self.places[:-1])
+
     def place(self, number: int) -> str | None:
         """Return what the first, second, ... collective is for; None if it is not known."""
         since = self.entered - number

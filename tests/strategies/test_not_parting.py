@@ -59,6 +59,29 @@ class MoreToValidateOnOneRank(Regression):
         self.log("val_loss", self(batch).mean(), sync_dist=True)
 
 
+class BackwardToInputs(Regression):
+    """Moves inputs against the network, whose parameters then have no gradient; on rank 1 twice in a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        inputs, targets = batch
+        optimizer = self.optimizers()
+        for _ in range(1 + (self.global_rank == 1)):
+            moved = inputs.clone().requires_grad_()
+            self.requires_grad_(False)
+            self.manual_backward(-nn.functional.mse_loss(self(moved), targets))
+            self.requires_grad_(True)
+            inputs = inputs - 0.01 * moved.grad.sign()
+        if batch_idx == 2 and self.global_rank == 0:
+            time.sleep(2.5)
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.mse_loss(self(inputs), targets))
+        optimizer.step()
+
+
 class SlowRank(Regression):
     """Rank 0 has more to do than the others in hooks of all kinds."""
 
@@ -77,7 +100,9 @@ def train(model: Callable[[], pl.LightningModule]) -> float:
 
 
 @pytest.mark.parametrize(
-    "model", [UnevenBackwards, MetricOfSomeRanks, MoreToValidateOnOneRank, SlowRank], ids=lambda model: model.__name__
+    "model",
+    [UnevenBackwards, MetricOfSomeRanks, MoreToValidateOnOneRank, BackwardToInputs, SlowRank],
+    ids=lambda model: model.__name__,
 )
 def test_trains_to_the_end(three_ranks: RankPool, model: type[pl.LightningModule]) -> None:
     assert len(set(three_ranks.run(train, model))) == 1
