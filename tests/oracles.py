@@ -45,7 +45,11 @@ def geometric_median(rows: Rows, f: int) -> np.ndarray:
     pull, copies = sum(toward), len(rows) - len(others)
     if np.linalg.norm(pull) <= copies:
         return best
-    point = best + (1 - copies / np.linalg.norm(pull)) * pull / sum(1 / np.linalg.norm(row - best) for row in others)
+    # Leave the row far enough for the Hessian to be known.
+    least = (1 - copies / np.linalg.norm(pull)) / sum(1 / np.linalg.norm(row - best) for row in others) * pull
+    steps = [2**k * least for k in range(40)]
+    changes = [sum(change_of_norm(best - row, step) for row in rows) for step in steps]
+    point = best + steps[int(np.argmin(changes))]
     for _ in range(200):
         differences = [point - row for row in rows]
         distances = [np.linalg.norm(difference) for difference in differences]

@@ -25,7 +25,8 @@ class GeometricMedian(Aggregator):
 
     The iterate is kept as weights of the rows, so that all iterations together cost one Gram matrix and one
     combination: see :func:`~lightning_byzantine.aggregators.median_weights.median_weights`. An even number of rows on
-    one line have many medians: the result is the middle of them, as for numbers.
+    one line have many medians: the result is the middle of them, as for numbers. Of rows that are within 1e-4 of their
+    distances from one line, fewer digits are known.
 
     With ``tolerance=0`` or with ``smoothing``, the result is that of Weiszfeld's iteration z <- sum_i x_i / d_i /
     sum_i 1 / d_i, d_i = ||x_i - z||. An iterate that coincides with a row leaves it by the step of Vardi & Zhang.
@@ -74,12 +75,14 @@ class GeometricMedian(Aggregator):
         amid = most_central_row(matrix.squared_distances())
         gram = matrix.products_about(amid)
         squared, errors = gram.squared_norms()
-        if errors.median() <= _ACCURACY * squared.median():
-            weights, error = median_weights(gram, self.max_iterations, self.tolerance)
-            if error <= _ACCURACY:
-                return matrix.combine(weights)
-        exact = matrix.products_about(amid, exact=True)
-        return matrix.combine(median_weights(exact, self.max_iterations, self.tolerance)[0])
+        if errors.median() > _ACCURACY * squared.median():
+            gram = matrix.products_about(amid, exact=True)
+        weights, error = median_weights(gram, self.max_iterations, self.tolerance)
+        if error > _ACCURACY:
+            exact = matrix.products_about(amid, exact=True)
+            if not torch.equal(exact.products, gram.products):
+                weights, _ = median_weights(exact, self.max_iterations, self.tolerance)
+        return matrix.combine(weights)
 
     def _weiszfeld(self, matrix: WorkerMatrix) -> Tensor:
         weights: Tensor | None = None

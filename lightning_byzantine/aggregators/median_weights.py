@@ -9,6 +9,8 @@ __all__ = ["median_weights"]
 
 # A distance below this fraction of the median distance is rounding error.
 _LEAST = 1e-13
+# A sum of changes below this fraction of their sizes is rounding error.
+_ROUNDING = 2.0**-51
 # Each step is tried in these lengths, [10, 1, 1].
 _LENGTHS = 2.0 ** torch.tensor([0, 1, 2, -1, -2, -3, -4, -6, -9, -13], dtype=torch.float64)[:, None, None]
 
@@ -94,7 +96,7 @@ def _descend(products: Tensor, weights: Tensor, max_iterations: int, tolerance: 
         growth = _LENGTHS.square() * squared_lengths[:, None] - 2 * _LENGTHS * along
         changes = growth / (distances + (distances.square() + growth).clamp(min=0).sqrt())
         change, best = changes.sum(2).view(-1).min(0)
-        if change >= 0:
+        if -change <= _ROUNDING * changes.view(-1, len(distances))[best].abs().sum():
             break
         length, direction = divmod(int(best), 2)
         weights = weights + _LENGTHS[length, 0] * directions[direction]

@@ -24,7 +24,7 @@ def abort_collectives(own_ports: Collection[int], other_ports: Collection[int]) 
         other_ports: those of other ranks.
 
     """
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    if dist.is_initialized() and "nccl" in dist.get_backend():  # or "cpu:gloo,cuda:nccl"
         assert dist.group.WORLD is not None
         dist.group.WORLD.abort()
     for connection in _connections():

@@ -1,6 +1,6 @@
 """Does all of it work on a GPU, and how fast is it there?
 
-One command on one GPU, under 8 minutes, without a network: every rule, attack and dtype against the CPU, training by
+One command on one GPU, about ten minutes, without a network: every rule, attack and dtype against the CPU, training by
 Lightning in every precision, processes that share the GPU, times as parts of its memory's bandwidth, whole steps
 against stock DDP, and what makes the processor wait. Each section prints a table and writes it to a CSV file. What
 fails is printed and does not keep the rest from running; the exit code is then 1. `--device cpu --small` tries the

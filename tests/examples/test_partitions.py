@@ -40,7 +40,7 @@ def test_deals_as_many_to_each_and_nothing_twice(partition: Partition, labels: l
     assert set(dealt) <= set(range(len(labels)))
 
 
-@pytest.mark.parametrize("partition", PARTITIONS[1:], ids=repr)
+@pytest.mark.parametrize("partition", PARTITIONS[1:], ids=lambda partition: type(partition).__name__)
 def test_a_fixed_partition_is_the_same_in_every_epoch(partition: Partition) -> None:
     assert np.array_equal(split(partition, LABELS, 7, epoch=1), split(partition, LABELS, 7, epoch=2))
 

@@ -3,8 +3,10 @@
 import os
 import socket
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from lightning_byzantine.watch.connections import abort_collectives, connected_ports
 
@@ -36,6 +38,16 @@ def test_shuts_what_leads_from_one_rank_to_another(pair: tuple[socket.socket, so
         assert is_open(*pair)
     abort_collectives([near], [far])
     assert not is_open(*pair)
+
+
+@pytest.mark.parametrize(("backend", "aborts"), [("nccl", 1), ("cpu:gloo,cuda:nccl", 1), ("gloo", 0)])
+def test_aborts_nccl_beside_other_backends_too(monkeypatch: pytest.MonkeyPatch, backend: str, aborts: int) -> None:
+    group = mock.Mock()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "group", mock.Mock(WORLD=group))
+    abort_collectives([], [])
+    assert group.abort.call_count == aborts
 
 
 def test_sockets_stay_blocking(monkeypatch: pytest.MonkeyPatch) -> None:

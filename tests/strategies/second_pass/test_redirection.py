@@ -362,7 +362,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("model", "strategy", "arguments", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("model", "strategy", "arguments", "message"),
+    REFUSED,
+    ids=lambda value: getattr(value, "__name__", str(value)[:40]),
+)
 def test_refuses(
     two_ranks: RankPool, model: type[Plain], strategy: Callable[..., Any], arguments: dict[str, Any], message: str
 ) -> None:
