@@ -113,6 +113,8 @@ class Heartbeat:
             if self._has_aborted and self.error is not None:
                 raise self.error  # what an aborted collective has written is worth nothing
         except RuntimeError as error:
+            if self._has_aborted and self.error is not None and error is not self.error:
+                raise self.error from error
             if isinstance(error, FatalError) or not is_failed_collective(error):
                 raise
             lost = self._find_lost(timed_out=time.monotonic() - began >= 0.9 * self._timeout)
