@@ -1,6 +1,7 @@
 """The mean around the median of every coordinate."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -58,27 +59,39 @@ class MeanAroundMedian(ColumnFunction):
     def __call__(self, rows: Tensor) -> Tensor:
         """Map m rows [m, c], which are overwritten, to [c] in float64."""
         values = order_statistics(rows, range(len(rows)))
-        if rows.dtype == torch.float64:
-            return self._of_sorted(values, TIE)[0]
-        mean, is_close = self._of_sorted(values, _DOUBT)
-        columns = is_close.nonzero().flatten()
-        if len(columns):
-            mean[columns] = self._of_sorted([row[columns].double() for row in values], TIE)[0]
+        is_exact = rows.dtype == torch.float64
+        choices = self._choices(values, TIE if is_exact else _DOUBT)
+        is_tied = reduce(torch.logical_or, [tied for _, tied in choices], torch.zeros_like(values[0], dtype=torch.bool))
+        doubtful = torch.empty(0, dtype=torch.long) if is_exact else is_tied.nonzero().flatten()
+        settled = self(torch.stack([row[doubtful].double() for row in values])) if len(doubtful) else None
+        kept = values[: self.count]
+        for lowest, (is_nearer, tied) in enumerate(choices):
+            below, above, last = values[lowest], values[lowest + self.count], kept[lowest % self.count]
+            half = below / 2 + above / 2 if is_exact else None
+            torch.where(is_nearer, above, last, out=last)
+            if half is not None:
+                torch.where(tied, half, last, out=last)
+        mean = mean_of_rows(kept).double()
+        if settled is not None:
+            mean[doubtful] = settled
         return mean
 
-    def _of_sorted(self, values: list[Tensor], tie: float) -> tuple[Tensor, Tensor]:
-        """Return the means, and where a distance from below and one from above are equal but for ``tie``."""
-        num_rows = len(values)
-        low, high = values[(num_rows - 1) // 2], values[num_rows // 2]
-        is_tied = torch.zeros_like(low, dtype=torch.bool)
-        # The nearest values are adjacent in sorted order. Move up from the first ones while the next value is nearer.
-        kept = values[: self.count]
-        for lowest in range(num_rows - self.count):
-            below, above = values[lowest], values[lowest + self.count]
-            # Twice the distances from the median (low + high) / 2, without its rounding.
-            down, up = (low - below) + (high - below), (above - low) + (above - high)
-            ties = (down - up).abs() < tie * torch.maximum(down, up)
-            nearer = torch.where(up < down, above, kept[lowest % self.count])
-            kept[lowest % self.count] = torch.where(ties, below / 2 + above / 2, nearer)
-            is_tied |= ties
-        return mean_of_rows([row.double() for row in kept]), is_tied
+    def _choices(self, values: list[Tensor], tie: float) -> list[tuple[Tensor, Tensor]]:
+        """Return whether to move up from the first ``count`` of the sorted values, one by one.
+
+        The nearest values are adjacent. A step replaces the lowest one by the next one above.
+
+        Returns:
+            For each step, whether the value above is nearer to the median, and whether both are almost as far: [c].
+
+        """
+        low, high = values[(len(values) - 1) // 2], values[len(values) // 2]
+        gain, other = torch.empty_like(low), torch.empty_like(low)
+        choices = []
+        for below, above in zip(values, values[self.count :], strict=False):
+            # The difference of the distances from (low + high) / 2, without the rounding of that.
+            torch.sub(low, below, out=gain).sub_(torch.sub(above, high, out=other))
+            # Their sum is above - below. Where they are almost equal, each is half of it.
+            torch.sub(above, below, out=other).mul_(tie / 2)
+            choices.append((gain > 0, gain.abs_() < other))
+        return choices

@@ -40,7 +40,8 @@ class MeanOfRanks(ColumnFunction):
                 values[low] = torch.minimum(first, second)
             if keeps_high:
                 values[high] = torch.maximum(first, second)
-        return mean_of_rows([values[rank] for rank in self.ranks])
+        kept = [values[rank] for rank in self.ranks]
+        return reduce(torch.add, [row.double() for row in kept]) / len(kept) if len(kept) > 1 else kept[0]
 
 
 def mean_of_rows(rows: Sequence[Tensor]) -> Tensor:
@@ -51,9 +52,15 @@ def mean_of_rows(rows: Sequence[Tensor]) -> Tensor:
         tensor([0.7500], dtype=torch.float64)
 
     """
-    # Row by row, so that the result of a coordinate does not depend on the chunk it is in.
+    # Row by row, so that the result of a coordinate does not depend on the chunk it is in; in place, because allocating
+    # new pages takes as long.
     first, *others = rows
-    return reduce(torch.add, (row.double() for row in others), first.double()) / len(rows) if others else first
+    if not others:
+        return first
+    total = first.to(torch.float64, copy=True)
+    for row in others:
+        total += row
+    return total.div_(len(rows))
 
 
 def order_statistics(rows: Tensor, ranks: Sequence[int]) -> list[Tensor]:
