@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import oracles
 import pytest
@@ -21,9 +19,9 @@ CASES = [
 ]
 
 
-def distance_from_the_median(rows: Tensor) -> float:
+def distance_from_the_median(rows: Tensor, **arguments: int) -> float:
     """Return how far the result is from the oracle's before it is rounded, as a fraction of the median distance."""
-    point = GeometricMedian().locate(WorkerMatrix([rows]), 0)
+    point = GeometricMedian(**arguments).locate(WorkerMatrix([rows]), 0)
     assert isinstance(point, Combination)
     exact = as_list(rows)
     median = oracles.geometric_median(exact, 0)
@@ -75,17 +73,8 @@ def beside_colluders(m: int, f: int, d: int, seed: int, excess: float) -> Tensor
     ],
     ids=lambda rows: f"{len(rows)}x{rows.shape[1]}",
 )
-def test_to_a_ten_millionth_in_ten_milliseconds(rows: Tensor) -> None:
-    assert distance_from_the_median(rows) < 1e-7
-    matrix = WorkerMatrix([rows])
-    matrix.exact_squared_distances()
-    seconds = []
-    for _ in range(5):
-        start = time.thread_time()
-        GeometricMedian().locate(matrix, 0)
-        seconds.append(time.thread_time() - start)
-    # Three times as long on a busy machine.
-    assert min(seconds) < 0.03
+def test_to_a_ten_millionth_in_a_few_iterations(rows: Tensor) -> None:
+    assert distance_from_the_median(rows, max_iterations=20) < 1e-7
 
 
 @st.composite
