@@ -208,7 +208,11 @@ class FaultTolerantDDP(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._has_failed():
+        if self._has_failed():
+            return
+        if self._watch is not None and self.root_device.type == "cpu":
+            self._watch.any_rank("a barrier", False)  # is one, of ranks; on GPUs, their queues are to be empty too
+        else:
             self._watched(super().barrier, "a barrier")(*args, **kwargs)
 
     @override
