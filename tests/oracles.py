@@ -100,7 +100,9 @@ def multi_krum(rows: Rows, f: int) -> np.ndarray:
 
 
 def nearest(rows: Rows, center: np.ndarray, count: int) -> Rows:
-    order = sorted(range(len(rows)), key=lambda i: (float(np.sum((rows[i] - center) ** 2)), i))
+    # To ten digits, so that the rounding of means, such as 1 / 3, breaks no tie.
+    squared = [float(f"{np.sum((row - center) ** 2):.9e}") for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (squared[i], i))
     return [rows[i] for i in order[:count]]
 
 
