@@ -48,7 +48,7 @@ class Case(NamedTuple):
 _PARTED = "Ranks are in different collectives: rank {} in "
 CASES = [
     Case("one more batch", 2, _PARTED.format(2) + "the start of the next batch (train, epoch 0, batch 5); ranks 0, 1"),
-    Case("one batch less", 0, _PARTED.format(0) + "the start of the next batch (train, epoch 1, before batch 0)"),
+    Case("one batch less", 0, "ranks 1, 2 in the start of the next batch (train, epoch 0, batch 4)"),
     Case("one more batch to validate", 0, _PARTED.format(0) + "a reduction of 1 float32 (validate); ranks 1, 2 in "),
     Case("a metric on one rank", 1, _PARTED.format(1) + "a reduction of 1 float32 (train, epoch 0, batch 3); ranks"),
     Case("a loss without a graph", 2, "element 0 of tensors does not require grad", "Lost rank 2: it has failed with "),
