@@ -172,6 +172,8 @@ class Heartbeat:
             if self._is_cut_off or time.monotonic() > deadline:
                 self.error = _without_store()
             time.sleep(_SHORT_PERIOD)
+        # If nobody is missing, the module may catch the error, and the run goes on.
+        self._inquiry, self._hurries = None, False
         return self.error
 
     def _beat(self) -> None:
@@ -209,23 +211,23 @@ class Heartbeat:
 
     def _judge(self) -> None:
         """End the run if ranks can't continue together."""
-        places = find_desynchronized(self._signs.ranks)
+        places, inquiry = find_desynchronized(self._signs.ranks), self._inquiry
         if places is not None:
             self._end(DesynchronizedRanksError(places))
-        elif self._inquiry is not None and self._inquiry.age > _PATIENCE:
+        elif inquiry is not None and inquiry.age > _PATIENCE:
             silent, late, last = self._signs.silent(), self._signs.late(self._here.entered), self._signs.last_places()
             if silent:
                 reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
                 self._end(WorkerLostError(silent, reason))
-            elif self._inquiry.timed_out and late:
+            elif inquiry.timed_out and late:
                 reason = f"alive, but the others waited for it for more than the timeout of {self._timeout:g} s."
                 self._end(WorkerLostError(late, reason))
-            elif self._inquiry.timed_out and len(set(last)) > 1:
+            elif inquiry.timed_out and len(set(last)) > 1:
                 self._end(DesynchronizedRanksError(last))
-            elif self._inquiry.timed_out:
+            elif inquiry.timed_out:
                 reason = f"all ranks are in {last[0]}, and one has sent nothing for {self._timeout:g} s."
                 self._end(WorkerLostError([], reason))
-            self._inquiry.is_answered = True
+            inquiry.is_answered = True
 
     def _end(self, error: FatalError) -> None:
         self.error = self._board.declare(error)

@@ -194,3 +194,14 @@ def test_a_store_that_does_not_answer_is_missing_itself(
     _, second, _ = start(HashStore())
     with pytest.raises(WorkerLostError, match=message):
         fail(second)
+
+
+def test_an_error_that_nobody_is_missing_for_has_no_consequences(start: Start) -> None:
+    first, second, third = start(HashStore())
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        fail(first)
+    second.stop()  # is silent from now on, which is nobody's business until a collective fails
+    time.sleep(1.5)
+    with first.watching("backward"), third.watching("backward"):
+        pass
+    assert first.error is None
