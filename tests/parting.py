@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import processes
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -210,26 +208,14 @@ def train(fault: str, rank: int | None, folder: Path | None = None, timeout: flo
 
 def outcomes_of_processes(case: Case, launcher: str, folder: Path | None = None) -> list[Outcome]:
     """Start the script as a user would, and return how each rank has ended."""
-    command = [sys.executable]
+    command = []
     if launcher == "torchrun":
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}", "--rdzv-backend=c10d"]
         command += ["--rdzv-endpoint=127.0.0.1:0"]
     command += [str(SCRIPT), case.fault]
     command += [] if case.rank is None else [f"--rank={case.rank}"]
     command += [] if folder is None else [f"--folder={folder}"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        with suppress(ProcessLookupError):  # nobody is left, as it should be
-            os.killpg(process.pid, signal.SIGKILL)
+    _, output = processes.run(*command)
     lines = [json.loads(line[1:]) for line in output.splitlines() if line.startswith("@")]
     ends = {line["rank"]: Outcome(*line["outcome"]) for line in lines}
     if sorted(ends) != list(range(NUM_RANKS)):

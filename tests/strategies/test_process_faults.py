@@ -1,37 +1,20 @@
 """Real signals to real processes, in the middle of a run."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 
+import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "faulty.py"
 
 
 def run(*command: str) -> str:
-    """Return what a command printed, and leave no process of it behind."""
-    # What torchrun starts finds the addresses of the ranks before the restart otherwise.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        with suppress(ProcessLookupError):  # nobody is left, as it should be
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+    """Return what a command printed that ended well."""
+    code, output = processes.run(*command)
+    assert code == 0, output
     return output
 
 
