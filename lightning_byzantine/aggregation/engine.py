@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
 from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
-from lightning_byzantine.aggregation.gradients import clipping_factor, unscaled
+from lightning_byzantine.aggregation.gradients import clipping_factor, flat_size, unscaled
 from lightning_byzantine.aggregation.local_gradients import LocalGradients
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.matrix import Segments, WorkerMatrix
 
 __all__ = ["AggregationEngine"]
 
@@ -73,6 +73,7 @@ class AggregationEngine:
         self.exchange = exchange
         self.estimator = estimator
         self.local = LocalGradients(parameters, num_local_workers)
+        self._sizes = {name: flat_size(parameter) for name, parameter in parameters.items()}
         self._aggregation = aggregation
         self._sends = estimator if aggregation.takes_estimates else None
         self._max_norm = max_norm
@@ -183,7 +184,9 @@ class AggregationEngine:
         return self.exchange.own_columns([block.unused_columns for block in blocks])
 
     def _matrix(self, blocks: list[GradientBlock], unused: list[Tensor] | None) -> WorkerMatrix:
-        matrix = self.exchange.finish(tuple(block.layout for block in blocks), cleared=unused)
+        layout = tuple(block.layout for block in blocks)
+        segments = Segments.of_blocks(self._sizes, [(block.layout, block.sizes) for block in blocks])
+        matrix = self.exchange.finish(layout, unused, segments)
         last = self._aggregation.last_aggregate
         if last is not None and last.parts:
             matrix = matrix.with_previous(self.exchange.own_columns([_last_values(block, last) for block in blocks]))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.exchange.collectives import start_gather
 from lightning_byzantine.exchange.exchange import Exchange, KeptMemory, Wait
-from lightning_byzantine.matrix import Names, WorkerMatrix
+from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 
 __all__ = ["AllToAll"]
@@ -55,10 +55,12 @@ class AllToAll(Exchange):
         shards = self._received.get(index, rows, self._num_ranks * num_local, width)
         return shards, [dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True).wait]
 
-    def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None) -> WorkerMatrix:
+    def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None, segments: Segments | None) -> WorkerMatrix:
         """Return the matrix of the shards."""
         self._unsharded.truncate(len(blocks))
-        return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout)
+        if segments is not None:
+            segments = segments.shard(self.rank, [block.shape[1] for block in blocks.memory])
+        return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout, segments)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
         """Return this rank's shard of each block, padded like those that were sent."""

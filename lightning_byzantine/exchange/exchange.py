@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byzantine.exchange.collectives import gather_rows
-from lightning_byzantine.matrix import Names, WorkerMatrix
+from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 
 __all__ = ["Exchange", "KeptMemory", "Wait"]
@@ -86,7 +86,12 @@ class Exchange(ABC):
         """
         self._started.append(self.send(len(self._started), rows))
 
-    def finish(self, layout: tuple[Names, ...] | None = None, cleared: Sequence[Tensor] | None = None) -> WorkerMatrix:
+    def finish(
+        self,
+        layout: tuple[Names, ...] | None = None,
+        cleared: Sequence[Tensor] | None = None,
+        segments: Segments | None = None,
+    ) -> WorkerMatrix:
         """Return all blocks as a matrix, in the order they were started; they may still be arriving.
 
         Rows are ordered by rank, and within a rank as they were sent. :meth:`collect` may overwrite them.
@@ -94,6 +99,7 @@ class Exchange(ABC):
         Args:
             layout: the parameters that make up the columns of each block.
             cleared: for each block, this rank's columns that shall be 0 in all rows, [c'] bool; None for none.
+            segments: which columns of the whole blocks belong to which parameter; None for a single segment.
 
         """
         started, self._started = self._started, []
@@ -104,7 +110,7 @@ class Exchange(ABC):
             if len(received) > 1:
                 waits.append(partial(received.masked_fill_, columns, 0))
         self._arriving = Arriving(*zip(*started, strict=True))
-        return self.matrix(self._arriving, layout)
+        return self.matrix(self._arriving, layout, segments)
 
     def on_any_rank(self, flags: Tensor) -> Tensor:
         """Return which flags are set on any rank, [n] bool on the CPU: no rank can clear another's.
@@ -115,9 +121,9 @@ class Exchange(ABC):
         """
         return gather_rows(flags.byte()).any(dim=0).cpu()
 
-    def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None) -> WorkerMatrix:
+    def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None, segments: Segments | None) -> WorkerMatrix:
         """Return the matrix of the blocks."""
-        return WorkerMatrix(blocks, layout=layout)
+        return WorkerMatrix(blocks, layout=layout, segments=segments)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
         """Return the columns of whole blocks [c] that this rank's matrix has: all of them."""

@@ -1,11 +1,13 @@
 """Column blocks of all workers' vectors, cut into chunks that fit the cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_byzantine.matrix.arriving import Arriving
+from lightning_byzantine.matrix.segments import Segments
 
 __all__ = ["Blocks", "at_least_float32", "float64"]
 
@@ -13,6 +15,8 @@ __all__ = ["Blocks", "at_least_float32", "float64"]
 # accelerator, large enough that the cost of launching kernels is negligible.
 _CPU_CHUNK = 2**22
 _ACCELERATOR_CHUNK = 2**27
+# Parameters of fewer elements, such as biases, don't show by themselves who deviates.
+_LEAST = 100
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -31,6 +35,7 @@ class Blocks:
     Args:
         blocks: on one device. Passes over the columns wait for each block when they reach it.
         complete: sums a float64 statistic over all ranks, if these hold different columns of the same rows.
+        segments: which columns belong to which parameter; None for a single segment.
 
     Example:
         >>> blocks = Blocks([torch.ones(2, 3), torch.ones(2, 1)], complete=lambda total: total)
@@ -39,9 +44,32 @@ class Blocks:
 
     """
 
-    def __init__(self, blocks: Sequence[Tensor] | Arriving, complete: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Tensor] | Arriving,
+        complete: Callable[[Tensor], Tensor],
+        segments: Segments | None = None,
+    ) -> None:
         self.arriving = blocks if isinstance(blocks, Arriving) else Arriving(blocks)
         self.complete = complete
+        self.segments = segments
+
+    @cached_property
+    def groups(self) -> Segments | None:
+        """The segments that are large enough to be looked at on their own: small ones belong to their neighbours'."""
+        return None if self.segments is None else self.segments.grouped(_LEAST)
+
+    def split(self) -> list["Blocks"]:
+        """Return the columns of each of :attr:`groups`, after waiting for all blocks."""
+        if self.groups is None:
+            return [self]
+        parts: list[list[Tensor]] = [[] for _ in self.groups.names]
+        for index, block in enumerate(self.arriving):
+            for group, part in self.groups.of(block, index):
+                parts[group].append(part)
+        # A segment that is on other ranks only has a block without columns here.
+        nothing = [self.memory[0][:, :0]]
+        return [Blocks(part or nothing, self.complete) for part in parts]
 
     @property
     def memory(self) -> list[Tensor]:

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-__all__ = ["ROUNDING", "Gram", "are_sharp", "centred_gram", "differences", "most_central_row", "sums_of_squares"]
+__all__ = [
+    "ROUNDING",
+    "Gram",
+    "are_sharp",
+    "centred_gram",
+    "differences",
+    "lost_digits",
+    "most_central_row",
+    "sums_of_squares",
+]
 
 # A squared distance below this fraction of the squared norms has lost too many of their 16 digits to cancellation.
 _LOST = 1e-6
@@ -115,7 +124,7 @@ def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
     origin: int | None = None
     products = gram(origin)
     for _ in range(2):
-        if not _lost_digits(products):
+        if not lost_digits(products):
             break
         central = most_central_row(_squared_distances(products))
         if central == origin:
@@ -143,7 +152,8 @@ def _squared_distances(gram: Tensor) -> Tensor:
     return squared.fill_diagonal_(0)
 
 
-def _lost_digits(gram: Tensor) -> bool:
+def lost_digits(gram: Tensor) -> bool:
+    """Return whether some squared distances have lost too many digits, given inner products about 0, [m, m]."""
     close = differences(gram) < _LOST * sums_of_squares(gram)
     return bool(close.fill_diagonal_(False).any())
 

@@ -40,6 +40,10 @@ class LazyPoint(ABC):
         squared = self.exact_squared_distances(view)
         return squared, torch.zeros_like(squared)
 
+    def known_squared_distances(self, view: RowView) -> Tensor | None:
+        """Return the same if neither a pass over the columns nor a collective is needed; None otherwise."""
+        return None
+
 
 @dataclass(frozen=True)
 class Combination(LazyPoint):
@@ -67,6 +71,11 @@ class Combination(LazyPoint):
         """Return squared distances, from inner products accurate to float64."""
         gram = view.products.serving(self.is_affine).exact_gram
         return gram.mixed(view.weights - self.weights).squared_norms()[0]
+
+    def known_squared_distances(self, view: RowView) -> Tensor | None:
+        """Return squared distances, if inner products are known."""
+        gram = view.products.serving(self.is_affine).known_gram
+        return None if gram is None else gram.mixed(view.weights - self.weights).squared_norms()[0]
 
 
 class Given(LazyPoint):

@@ -91,11 +91,8 @@ class RowDistances:
             of the last :meth:`nearest` or :meth:`distances`; None and False if neither is known.
 
         """
-        if isinstance(point, Combination):
-            gram = self._view.products.serving(point.is_affine).known_gram
-            if gram is not None:
-                return gram.mixed(self._view.weights - point.weights).squared_norms()[0].sqrt(), True
-        return self._distances_from_center, False
+        squared = as_lazy(point).known_squared_distances(self._view)
+        return (self._distances_from_center, False) if squared is None else (squared.sqrt(), True)
 
     def _measure_from(self, center: Point) -> tuple[Tensor, Tensor]:
         """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64
 from lightning_byzantine.matrix.gram import Gram
-from lightning_byzantine.matrix.products import Products, StoredProducts
+from lightning_byzantine.matrix.products import Products, StoredProducts, sharpen
 from lightning_byzantine.matrix.quick_products import all_digits
 from lightning_byzantine.matrix.scratch import Scratch
 
@@ -75,6 +75,19 @@ class RowView:
     def scale(self, factors: Tensor) -> "RowView":
         """Multiply each row by its factor, [m]."""
         return replace(self.mix(factors.double().diag()), products=self.products.serving(is_affine=False))
+
+    @property
+    def segment_names(self) -> tuple[str, ...]:
+        """Names of the segments that :meth:`split` returns."""
+        return ("",) if self.blocks.groups is None else self.blocks.groups.names
+
+    def split(self) -> list["RowView"]:
+        """Return the same rows in the columns of each segment alone."""
+        if self.blocks.groups is None:
+            return [self]
+        products = self.products.split()
+        sharpen(products)
+        return [replace(self, blocks=part.blocks, products=part) for part in products]
 
     def largest_shares(self) -> Tensor:
         """Return the largest weight of each stored row in a sum of several, [n]; 0 if rows are unchanged."""

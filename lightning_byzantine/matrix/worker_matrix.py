@@ -12,11 +12,10 @@ from lightning_byzantine.matrix.compiled import Compiled
 from lightning_byzantine.matrix.points import Combination, Coordinatewise, Measurement, Point, as_lazy
 from lightning_byzantine.matrix.row_distances import RowDistances
 from lightning_byzantine.matrix.row_view import RowView
+from lightning_byzantine.matrix.segmented import Segmented
+from lightning_byzantine.matrix.segments import Names, Segments
 
-__all__ = ["Names", "WorkerMatrix"]
-
-# The parameters of a block, in order; None for one that no worker has used in this step.
-Names = tuple[str | None, ...]
+__all__ = ["WorkerMatrix"]
 
 # Largest squared norm of float64 rows, so that sums of squared distances over the workers don't overflow either.
 _LARGEST_SQUARED_NORM = 1e300
@@ -35,6 +34,7 @@ class WorkerMatrix(RowDistances):
         shard: index of this rank's columns; 0 if each rank holds all of them.
         layout: for each block, the names of the parameters whose flattened values are its columns (before the matrix
             was divided into shards); None for a plain tensor. DDP changes it once, after a process's first step.
+        segments: which columns belong to which parameter; None for a single segment.
 
     Attributes:
         previous: the aggregate of the previous step, one [c_b] tensor for each block; None in the first step, and if
@@ -56,11 +56,12 @@ class WorkerMatrix(RowDistances):
         complete: Callable[[Tensor], Tensor] = lambda total: total,
         shard: int = 0,
         layout: tuple[Names, ...] | None = None,
+        segments: Segments | None = None,
     ) -> None:
         self.shard = shard
         self.layout = layout
         self.previous: list[Tensor] | None = None
-        super().__init__(RowView.of_all(Blocks(blocks, complete)))
+        super().__init__(RowView.of_all(Blocks(blocks, complete, segments)))
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -76,6 +77,11 @@ class WorkerMatrix(RowDistances):
     def workers(self) -> Tensor:
         """Indices of the workers whose rows this matrix contains or mixes, without dropped ones."""
         return self._view.rows
+
+    @property
+    def segments(self) -> Segments | None:
+        """Which columns belong to which parameter; None for a single segment."""
+        return self._view.blocks.segments
 
     def select(self, rows: Tensor) -> "WorkerMatrix":
         """Keep the given rows only; the others are never read again (0 * inf would be nan).
@@ -110,7 +116,27 @@ class WorkerMatrix(RowDistances):
 
     def with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
         """Return a matrix of other values in the same columns."""
-        return self._seen_by(RowView.of_all(Blocks(blocks, self._view.blocks.complete)))
+        return self._seen_by(RowView.of_all(Blocks(blocks, self._view.blocks.complete, self.segments)))
+
+    def with_segments(self, segments: Segments) -> "WorkerMatrix":
+        """Return the same rows with other :attr:`segments`."""
+        blocks = self._view.blocks
+        return self._seen_by(self._view.of(Blocks(blocks.arriving, blocks.complete, segments)))
+
+    def split(self) -> "dict[str, WorkerMatrix]":
+        """Return the columns of each segment as a matrix, by its name; small segments belong to their neighbours'.
+
+        The inner products of all of them are computed together: in one pass and one sum over ranks, or in two where
+        digits were lost.
+        """
+        return {
+            name: self._seen_by(view) for name, view in zip(self._view.segment_names, self._view.split(), strict=True)
+        }
+
+    def join(self, points: Sequence[Point]) -> Point:
+        """Return the point whose columns of each segment are those of a point of :meth:`split`, in its order."""
+        lazy = [as_lazy(point) for point in points]
+        return lazy[0] if self.segments is None else Segmented(self._view, lazy)
 
     def with_previous(self, previous: list[Tensor] | None) -> "WorkerMatrix":
         """Return the same rows with :attr:`previous` set."""
@@ -126,7 +152,7 @@ class WorkerMatrix(RowDistances):
 
         """
         blocks = self._view.blocks
-        return self._seen_by(self._view.of(Blocks(blocks.arriving, wrap(blocks.complete))))
+        return self._seen_by(self._view.of(Blocks(blocks.arriving, wrap(blocks.complete), blocks.segments)))
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
@@ -158,7 +184,7 @@ class WorkerMatrix(RowDistances):
         values = as_lazy(point).values(self._view)
         return [part.to(block.dtype) for part, block in zip(values, self._view.blocks.memory, strict=True)]
 
-    def measure(self, from_products: bool = False) -> Measurement:
+    def measure(self, from_products: bool = False, split: bool = False) -> Measurement:
         """Return which rows are finite and have a squared norm that does not overflow the columns' dtype.
 
         The limit is float32's for half-precision columns, whose sums are never kept in half precision, and 1e300 for
@@ -166,9 +192,12 @@ class WorkerMatrix(RowDistances):
 
         Args:
             from_products: whether to use the inner products, if these are needed anyway, instead of another pass.
+            split: whether those of each segment are needed.
 
         """
         view = self._view
+        if split:
+            view.products.split()
         has_products = from_products and view.mixing is None
         norms = view.products.squared_norms() if has_products else view.quick_squared_norms()
         return self._measurement(norms)
