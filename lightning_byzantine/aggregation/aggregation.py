@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
+from lightning_byzantine.estimators.estimator import Scale
 from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["Aggregated", "Aggregation", "SingleWorker"]
@@ -18,11 +19,13 @@ class Aggregated:
     Args:
         parts: one [c_b] tensor for each block of the matrix.
         unusable: indices of the workers whose vectors are not finite or overflow; None if not all were looked at.
+        scale: of the workers' vectors, where some of them may be Byzantine and the rule knows it; None elsewhere.
 
     """
 
     parts: list[Tensor]
     unusable: frozenset[int] | None = None
+    scale: Scale | None = None
 
 
 class Aggregation:

@@ -130,6 +130,10 @@ class AggregationEngine:
         else:
             wholes = self.exchange.collect(aggregated.parts)
             self._commit(blocks, aggregated.unusable)
+            if self._sends is not None:
+                together = zip(blocks, wholes, strict=True)
+                estimates = {name: part for block, whole in together for name, part in block.by_name(whole).items()}
+                self._sends.limit(estimates, aggregated.scale)
             for block, whole in zip(blocks, wholes, strict=True):
                 self._write_gradient(block, whole)
         self.local.clear()

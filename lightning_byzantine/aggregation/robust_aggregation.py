@@ -64,7 +64,8 @@ class RobustAggregation(Aggregation):
             raise
         self._observers.tell(lambda: self._report(decision, bits, matrix.num_workers), self._quarantine.workers)
         # The rule has not looked at the workers in quarantine.
-        return Aggregated(decision.values(), None if self._quarantine.workers else frozenset(decision.dropped))
+        unusable = None if self._quarantine.workers else frozenset(decision.dropped)
+        return Aggregated(decision.values(), unusable, decision.scale() if num_byzantine > 0 else None)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean of the rows that are not in quarantine."""

@@ -24,6 +24,8 @@ from lightning_byzantine.aggregators.minimum_diameter_averaging import MinimumDi
 from lightning_byzantine.aggregators.monna import MoNNA
 from lightning_byzantine.aggregators.multi_krum import MultiKrum
 from lightning_byzantine.aggregators.nnm import NNM
+from lightning_byzantine.aggregators.per_layer import PerLayer
+from lightning_byzantine.aggregators.persistent_filter import PersistentFilter
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.aggregators.smea import SMEA
 
@@ -49,5 +51,7 @@ __all__ = [
     "MinimumDiameterAveraging",
     "MoNNA",
     "MultiKrum",
+    "PerLayer",
+    "PersistentFilter",
     "Report",
 ]

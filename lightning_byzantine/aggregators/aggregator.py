@@ -45,6 +45,14 @@ class Aggregator(ShowsArguments, ABC):
         if self.uses_previous:
             self.last_aggregate = LastAggregate()
 
+    def reset(self) -> None:
+        """Return to the state before the first call, in training."""
+        for rule in self.children():
+            if isinstance(rule, Aggregator):
+                rule.reset()
+        if self.uses_previous:
+            self.last_aggregate.clear()
+
     @abstractmethod
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the rule's result, lazily; all rows are finite, and 0 <= f < m / 2."""

@@ -1,12 +1,14 @@
 """The result of a rule, before it is computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.report import Report
-from lightning_byzantine.matrix import Combination, Measurement, Point, WorkerMatrix
+from lightning_byzantine.estimators.estimator import Scale
+from lightning_byzantine.matrix import Combination, Measurement, Point, Segmented, WorkerMatrix
+from lightning_byzantine.utilities.medians import known_median
 
 __all__ = ["Decision"]
 
@@ -37,18 +39,35 @@ class Decision:
         """Indices of the workers whose rows were dropped."""
         return self.offered.workers[~self.measured.is_measurable].tolist()
 
+    def scale(self) -> Scale | None:
+        """Return the scale of honest rows, if distances from the result are known."""
+        report = self.report()
+        length, noise = known_median(report.norms.tolist()), report.noise
+        return None if noise is None else Scale(length, noise)
+
     def report(self) -> Report:
         """Return what is known about each worker; needs neither a pass over the columns nor a collective."""
         rows = self.measured.is_measurable.nonzero().flatten()
-        unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-        distances, from_aggregate = self.seen.known_distances(self.point)
-        seen = Report(
-            torch.ones(len(rows), dtype=torch.bool),
-            self.measured.norms[rows],
-            self.point.weights if isinstance(self.point, Combination) else unknown,
-            unknown if distances is None else distances,
-            from_aggregate,
-        )
+        seen = _report(self.seen, self.measured.norms[rows], self.point)
+        if isinstance(self.point, Segmented):
+            parts = [
+                _report(part, part.known_norms(), point)
+                for part, point in zip(self.seen.split().values(), self.point.points, strict=True)
+            ]
+            seen = replace(seen, parts=tuple(parts))
         if self.seen is self.offered:
             return seen
         return seen.among(rows, self.offered.num_workers, measurable=False)
+
+
+def _report(matrix: WorkerMatrix, norms: Tensor, point: Point) -> Report:
+    unknown = torch.full_like(norms, torch.nan)
+    weights = point.weights if isinstance(point, Combination | Segmented) else None
+    distances, from_aggregate = matrix.known_distances(point)
+    return Report(
+        torch.ones_like(norms, dtype=torch.bool),
+        norms,
+        unknown if weights is None else weights,
+        unknown if distances is None else distances,
+        from_aggregate,
+    )

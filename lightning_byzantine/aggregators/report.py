@@ -46,6 +46,7 @@ class Report:
             finite ones; None if there were none.
         unlikely: [m] bool: rows whose bits are unlike the others', see
             :func:`~lightning_byzantine.aggregation.mantissas.unlikely_bits`; None if they were not checked.
+        parts: reports on each parameter, of a rule that decides in each; then weights are averages over all columns.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -63,6 +64,7 @@ class Report:
     from_aggregate: bool
     outvoted: Tensor | None = None
     unlikely: Tensor | None = None
+    parts: tuple["Report", ...] = ()
 
     @classmethod
     def of_breakdown(cls, dropped: Iterable[int], num_workers: int) -> "Report":
@@ -78,6 +80,14 @@ class Report:
         return ~self.measurable | (self.weights == 0)
 
     @property
+    def noise(self) -> float | None:
+        """The length of the aggregate's noise if most workers are honest: the median distance times ||w||; or None."""
+        if not self.from_aggregate or self.weights.isnan().all():
+            return None
+        usual = known_median(self.distances.tolist())
+        return None if isnan(usual) else usual * float(self.weights.norm())
+
+    @property
     def deviations(self) -> Tensor:
         """Distance of each row from the weighted mean of the others, [m].
 
@@ -85,6 +95,8 @@ class Report:
         towards itself, so that rows with a weight would seem nearer than equal ones without. NaN for a row that is the
         aggregate.
         """
+        if self.parts:
+            return torch.stack([part.deviations for part in self.parts]).square().nansum(0).sqrt()
         if not self.from_aggregate:
             return self.distances
         pairs = zip(self.distances.tolist(), self.weights.tolist(), strict=True)
@@ -101,19 +113,29 @@ class Report:
         """
         if not self.from_aggregate:
             return torch.full_like(self.norms, torch.nan)
+        of_parts = [part._others() for part in self.parts or (self,)]
+        cosines = []
+        for worker, norm in enumerate(self.norms.tolist()):
+            product = sum(products[worker] for products, _ in of_parts)
+            squared_others = sum(squares[worker] for _, squares in of_parts)
+            # Not the root of one product, which could leave float64's range.
+            lengths = norm * sqrt(squared_others) if squared_others > 0 else 0.0
+            cosine = product / lengths if lengths > 0 else nan
+            cosines.append(cosine if abs(cosine) <= _ROUNDED_ONE else nan)
+        return torch.tensor(cosines, dtype=torch.float64)
+
+    def _others(self) -> tuple[list[float], list[float]]:
+        """Return <x_i, a_i (1 - w_i)> and ||a_i (1 - w_i)||^2 of the weighted means a_i of the other rows."""
         norms, distances, weights = self.norms.tolist(), self.distances.tolist(), self.weights.tolist()
         excess = [norm * norm - distance * distance for norm, distance in zip(norms, distances, strict=True)]
         known = [(weight, e) for weight, e in zip(weights, excess, strict=True) if not isnan(weight * e)]
         squared_length = sum(weight * e for weight, e in known) / (2 - sum(weight for weight, _ in known))
-        cosines = []
+        products, squares = [], []
         for norm, weight, e in zip(norms, weights, excess, strict=True):
             product, own = (squared_length + e) / 2, weight * norm * norm
-            squared_others = squared_length - weight * (2 * product - own)
-            # Not the root of one product, which could leave float64's range.
-            lengths = norm * sqrt(squared_others) if squared_others > 0 else 0.0
-            cosine = (product - own) / lengths if lengths > 0 else nan
-            cosines.append(cosine if abs(cosine) <= _ROUNDED_ONE else nan)
-        return torch.tensor(cosines, dtype=torch.float64)
+            products.append(product - own)
+            squares.append(squared_length - weight * (2 * product - own))
+        return products, squares
 
     @cached_property
     def opposed(self) -> Tensor:
@@ -149,4 +171,5 @@ class Report:
             spread(self.distances, torch.nan),
             self.from_aggregate,
             unlikely=None if self.unlikely is None else spread(self.unlikely, False),
+            parts=tuple(part.among(workers, num_workers, measurable) for part in self.parts),
         )

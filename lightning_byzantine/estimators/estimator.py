@@ -3,13 +3,28 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_byzantine.utilities.copying import copy_into
 
-__all__ = ["Estimator"]
+__all__ = ["Estimator", "Scale"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long vectors are if most workers are honest.
+
+    Args:
+        length: the usual norm of a worker's vector.
+        noise: the usual norm of what noise adds to the aggregate.
+
+    """
+
+    length: float
+    noise: float
 
 
 class Estimator(ABC):
@@ -52,6 +67,15 @@ class Estimator(ABC):
             gradient: [n], the worker's gradient, in the dtype of ``out``.
             out: [n], float32 or float64.
             worker: which of this process's workers.
+
+        """
+
+    def limit(self, aggregates: Mapping[str, Tensor], scale: Scale | None) -> None:  # noqa: B027  (most have no limit)
+        """Prepare :meth:`gradient` for this step, in which Byzantine workers may have moved the aggregate.
+
+        Args:
+            aggregates: of all parameters, [n] by name, the same on every rank.
+            scale: of the workers' vectors; None if nobody can be Byzantine, or the rule does not know it.
 
         """
 

@@ -5,11 +5,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_byzantine.estimators.estimator import Estimator
+from lightning_byzantine.estimators.estimator import Estimator, Scale
 from lightning_byzantine.utilities.checks import check_number
 from lightning_byzantine.utilities.copying import copy_into
 
 __all__ = ["WorkerMomentum", "momentum"]
+
+# The name of the number of steps in the state, which no parameter has.
+_STEPS = ""
+# The number of steps in checkpoints from before it was counted.
+_MANY = 1000
+# How many times the usual noise an honest step may have.
+_TOLERANCE = 1.5
 
 
 class WorkerMomentum(Estimator):
@@ -23,8 +30,19 @@ class WorkerMomentum(Estimator):
 
     With ``transparent=True``, v_0 = v^_0 = 0: under the rule :class:`~lightning_byzantine.aggregators.Mean`, g^_t is
     the mean gradient, so any optimizer trains as it would with stock DDP; under a robust rule,
-    ``SGD(momentum=beta)`` moves by exactly the aggregated momentum. With ``transparent=False`` the optimizer receives
-    v^_t itself and v_1 = g_1, as in the paper's public code: use it with an optimizer without momentum.
+    ``SGD(momentum=beta)`` moves by exactly the aggregated momentum.
+
+    Undoing the momentum multiplies what changes from one aggregate to the next by 1 / (1 - beta), which Byzantine
+    workers use who change sides in every step. So where some may be, and the rule knows distances from its result, the
+    step from v^_{t-1} to g^_t is no longer than honest gradients explain, and v^_t is what g^_t then adds up to::
+
+        ||g^_t - v^_{t-1}|| <= L_t / (1 - beta^t) + 1.5 N_t sqrt((1 + beta) / (1 - beta) / (1 - beta^{2t}))
+
+    where L_t is the median of ||v_t^i||, N_t the median distance of the v_t^i from their aggregate times the norm of
+    the weights, and the roots turn the variance of momentum into that of gradients.
+
+    With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
+    with an optimizer without momentum.
 
     Costs one parameter-sized buffer per worker, and one more when transparent; float32 for half-precision parameters.
 
@@ -52,6 +70,8 @@ class WorkerMomentum(Estimator):
         self.beta = beta
         self.transparent = transparent
         self._aggregate: dict[str, Tensor] = {}
+        self._num_steps = 0
+        self._share: Tensor | None = None  # of the step that is taken; None for all of it
 
     def __repr__(self) -> str:
         """Show the arguments."""
@@ -66,26 +86,56 @@ class WorkerMomentum(Estimator):
         """Clear all momentum."""
         super().reset()
         self._aggregate.clear()
+        self._num_steps = 0
+        self._share = None
 
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write v_t into ``out``."""
         momentum(self._estimates[worker].get(name), gradient, self.beta, out, from_zero=self.transparent)
+
+    def limit(self, aggregates: Mapping[str, Tensor], scale: Scale | None) -> None:
+        """Choose how much of the step to take, with the longest that honest gradients explain."""
+        if not self.transparent:
+            return
+        self._num_steps += 1
+        self._share = None
+        if scale is not None and aggregates:
+            # Sorted by name, so that the last digit does not depend on DDP's buckets.
+            lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
+            length = torch.stack(lengths).norm() / (1 - self.beta)
+            self._share = (self._longest_step(scale) / length).clamp(max=1)
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write g^_t, or v^_t when not transparent, into ``out``."""
         if not self.transparent:
             out.copy_(aggregate)
             return
-        _undo_momentum(self._aggregate.get(name), aggregate, self.beta, out)
+        previous = self._aggregate.get(name)
+        if self._share is not None:
+            start = torch.zeros_like(aggregate) if previous is None else previous
+            aggregate = torch.lerp(start, aggregate, self._share.to(aggregate.dtype))
+        _undo_momentum(previous, aggregate, self.beta, out)
         copy_into(self._aggregate, {name: aggregate})
 
     def shared_state(self) -> dict[str, Tensor]:
-        """Return v^_t; empty when not transparent."""
-        return dict(self._aggregate)
+        """Return v^_t, and t, which has no name; empty when not transparent."""
+        return self._aggregate | ({_STEPS: torch.tensor(self._num_steps)} if self._aggregate else {})
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore v^_t."""
-        copy_into(self._aggregate, state)
+        """Restore v^_t and t."""
+        self._num_steps = int(state.get(_STEPS, _MANY))
+        copy_into(self._aggregate, {name: value for name, value in state.items() if name != _STEPS})
+
+    def _step_length(self, name: str, aggregate: Tensor) -> Tensor:
+        previous = self._aggregate.get(name)
+        step = aggregate if previous is None else aggregate - previous
+        length: Tensor = torch.linalg.vector_norm(step, dtype=torch.float64)
+        return length
+
+    def _longest_step(self, scale: Scale) -> float:
+        decay = self.beta**self._num_steps
+        noise_of_gradients: float = ((1 + self.beta) / (1 - self.beta) / (1 - decay * decay)) ** 0.5
+        return scale.length / (1 - decay) + _TOLERANCE * scale.noise * noise_of_gradients
 
 
 def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor, from_zero: bool = True) -> None:

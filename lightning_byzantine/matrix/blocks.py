@@ -63,13 +63,7 @@ class Blocks:
         """Return the columns of each of :attr:`groups`, after waiting for all blocks."""
         if self.groups is None:
             return [self]
-        parts: list[list[Tensor]] = [[] for _ in self.groups.names]
-        for index, block in enumerate(self.arriving):
-            for group, part in self.groups.of(block, index):
-                parts[group].append(part)
-        # A segment that is on other ranks only has a block without columns here.
-        nothing = [self.memory[0][:, :0]]
-        return [Blocks(part or nothing, self.complete) for part in parts]
+        return [Blocks(part, self.complete) for part in self.groups.split(list(self.arriving))]
 
     @property
     def memory(self) -> list[Tensor]:

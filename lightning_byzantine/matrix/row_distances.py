@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_byzantine.matrix.gram import Gram, are_sharp
+from lightning_byzantine.matrix.gram import Gram, are_sharp, most_central_row
 from lightning_byzantine.matrix.points import Combination, Point, as_lazy
 from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.ties import is_decided, nearest
@@ -35,6 +35,13 @@ class RowDistances:
     def exact_squared_distances(self) -> Tensor:
         """Return ||x_i - x_j||^2, [m, m], in float64: for statistics that don't grow with each of the distances."""
         return self._view.exact_gram.squared_distances()[0]
+
+    def products(self) -> Tensor:
+        """Return the inner products (x_i - o).(x_j - o), [m, m], about a row o amid the others."""
+        gram = self._view.gram
+        central = most_central_row(gram.squared_distances()[0])
+        products = gram.products
+        return products - products[central] - products[:, central, None] + products[central, central]
 
     def products_about(self, row: int, exact: bool = False) -> Gram:
         """Return the inner products (x_i - x_r).(x_j - x_r) with bounds of their errors.
@@ -93,6 +100,10 @@ class RowDistances:
         """
         squared = as_lazy(point).known_squared_distances(self._view)
         return (self._distances_from_center, False) if squared is None else (squared.sqrt(), True)
+
+    def known_norms(self) -> Tensor:
+        """Return ||x_i||, [m], of rows that were not mixed, without a separate pass if inner products are needed."""
+        return self._view.products.squared_norms().clamp(min=0).sqrt()
 
     def _measure_from(self, center: Point) -> tuple[Tensor, Tensor]:
         """Return ||x_i - center||^2, [m], and their errors, quickly if possible."""

@@ -76,15 +76,17 @@ class RowView:
         """Multiply each row by its factor, [m]."""
         return replace(self.mix(factors.double().diag()), products=self.products.serving(is_affine=False))
 
-    @property
-    def segment_names(self) -> tuple[str, ...]:
-        """Names of the segments that :meth:`split` returns."""
-        return ("",) if self.blocks.groups is None else self.blocks.groups.names
+    def split(self, with_products: bool = True) -> list["RowView"]:
+        """Return the same rows in the columns of each segment alone.
 
-    def split(self) -> list["RowView"]:
-        """Return the same rows in the columns of each segment alone."""
+        Args:
+            with_products: whether to compute the inner products of all segments together.
+
+        """
         if self.blocks.groups is None:
             return [self]
+        if not with_products:
+            return [self.of(part) for part in self.blocks.split()]
         products = self.products.split()
         sharpen(products)
         return [replace(self, blocks=part.blocks, products=part) for part in products]

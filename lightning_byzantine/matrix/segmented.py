@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.matrix.blocks import at_least_float32
-from lightning_byzantine.matrix.points import LazyPoint
+from lightning_byzantine.matrix.points import Combination, LazyPoint
 from lightning_byzantine.matrix.row_view import RowView
 
 __all__ = ["Segmented"]
@@ -25,6 +25,17 @@ class Segmented(LazyPoint):
 
     made_of: RowView
     points: Sequence[LazyPoint]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The weights of the stored rows, [n], averaged over all columns; None if a point is no combination of rows."""
+        groups = self.made_of.blocks.groups
+        assert groups is not None
+        known = [point.weights for point in self.points if isinstance(point, Combination)]
+        if len(known) < len(self.points):
+            return None
+        sizes = torch.tensor(groups.sizes, dtype=torch.float64)
+        return sizes / sizes.sum() @ torch.stack(known)
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the values of all segments; 0 in columns that are in none."""

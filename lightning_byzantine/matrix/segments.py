@@ -87,6 +87,15 @@ class Segments:
         columns = [_merged([(group_of[index], part) for index, part in block]) for block in self.columns]
         return Segments(tuple(names), tuple(sizes), tuple(columns))
 
+    def split(self, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return the columns of each segment in each block [.., c_b] that has some, or none of the first block."""
+        parts: list[list[Tensor]] = [[] for _ in self.names]
+        for index, block in enumerate(blocks):
+            for segment, part in self.of(block, index):
+                parts[segment].append(part)
+        # A segment may be on other ranks only.
+        return [part or [blocks[0][..., :0]] for part in parts]
+
     def of(self, block: Tensor, index: int) -> list[tuple[int, Tensor]]:
         """Return the columns of each segment in block number ``index``, [.., c], views of it."""
         return [(segment, block[..., part]) for segment, part in self.columns[index]]

@@ -74,6 +74,11 @@ class WorkerMatrix(RowDistances):
         return self._view.num_rows
 
     @property
+    def num_offered(self) -> int:
+        """Number of all workers, including those whose rows were dropped."""
+        return self._view.blocks.num_rows
+
+    @property
     def workers(self) -> Tensor:
         """Indices of the workers whose rows this matrix contains or mixes, without dropped ones."""
         return self._view.rows
@@ -123,15 +128,22 @@ class WorkerMatrix(RowDistances):
         blocks = self._view.blocks
         return self._seen_by(self._view.of(Blocks(blocks.arriving, blocks.complete, segments)))
 
-    def split(self) -> "dict[str, WorkerMatrix]":
-        """Return the columns of each segment as a matrix, by its name; small segments belong to their neighbours'.
+    def split(self, with_products: bool = True) -> "dict[str, WorkerMatrix]":
+        """Return the columns of each segment as a matrix, by its name; small segments belong to the one before.
 
-        The inner products of all of them are computed together: in one pass and one sum over ranks, or in two where
-        digits were lost.
+        Args:
+            with_products: whether to compute the inner products of all of them together: in one pass and one sum over
+                ranks, or in two where digits were lost.
+
         """
-        return {
-            name: self._seen_by(view) for name, view in zip(self._view.segment_names, self._view.split(), strict=True)
-        }
+        groups = self._view.blocks.groups
+        if groups is None:
+            return {"": self}
+        parts = dict(zip(groups.names, map(self._seen_by, self._view.split(with_products)), strict=True))
+        if self.previous is not None:
+            for part, previous in zip(parts.values(), groups.split(self.previous), strict=True):
+                part.previous = previous
+        return parts
 
     def join(self, points: Sequence[Point]) -> Point:
         """Return the point whose columns of each segment are those of a point of :meth:`split`, in its order."""

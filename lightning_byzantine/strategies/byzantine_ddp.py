@@ -16,7 +16,7 @@ from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
-from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Report
+from lightning_byzantine.aggregators import Aggregator, PersistentFilter, Report
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import EXCHANGES, make_exchange
 from lightning_byzantine.optim import DoubleMomentum
@@ -40,7 +40,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
     trusting any rank's values; ``exchange`` has a cheaper option that trusts more.
 
     Args:
-        aggregator: the rule. None for ``CTMA(base=NNM(base=GeometricMedian()))``.
+        aggregator: the rule. None for ``PersistentFilter()``.
         num_byzantine: number of the m workers that may be Byzantine, f < m / 2. None for the largest such f.
         estimator: what a worker sends. "auto" for ``WorkerMomentum(beta=0.9, transparent=True)``, which does not change
             the gradient under the rule ``Mean``; None for raw gradients. ``DoubleMomentumEstimator()`` wraps the
@@ -77,6 +77,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     Example:
         >>> from lightning.pytorch import Trainer
+        >>> from lightning_byzantine.aggregators import CTMA, GeometricMedian
         >>> strategy = ByzantineDDPStrategy(aggregator=CTMA(base=GeometricMedian()), num_byzantine=2)
         >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=5, logger=False)
         >>> Trainer(strategy=ByzantineDDPStrategy(num_byzantine=2), accelerator="cpu", devices=4, logger=False)
@@ -101,7 +102,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         **kwargs: Any,
     ) -> None:
         super().__init__(workers_per_process, Breakdown(on_breakdown, max_skips), **kwargs)
-        self.aggregator = CTMA(NNM(GeometricMedian())) if aggregator is None else aggregator
+        self.aggregator = PersistentFilter() if aggregator is None else aggregator
         if not isinstance(self.aggregator, Aggregator):
             raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
         if estimator != "auto" and not isinstance(estimator, Estimator | None):
@@ -178,8 +179,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         self._check_shadow()
         if self.estimator is not None:
             self.estimator.reset()
-        if self.aggregator.uses_previous:
-            self.aggregator.last_aggregate.clear()
+        self.aggregator.reset()
         exchange = make_exchange(self.exchange, self.world_size)
         self.aggregate_by(self._aggregation(), exchange, self.estimator, self._max_worker_grad_norm)
 

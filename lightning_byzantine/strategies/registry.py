@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
+from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
 from lightning_byzantine.optim import DoubleMomentumEstimator
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 
@@ -18,11 +19,17 @@ def _with_double_momentum(**arguments: Any) -> ByzantineDDPStrategy:
     return ByzantineDDPStrategy(estimator=estimator, **arguments)
 
 
+def _with_ctma(**arguments: Any) -> ByzantineDDPStrategy:
+    return ByzantineDDPStrategy(aggregator=CTMA(NNM(GeometricMedian())), **arguments)
+
+
 _SHARDED = {"exchange": "all_to_all"}
 _VARIANTS: dict[str, tuple[Callable[..., ByzantineDDPStrategy], dict[str, Any]]] = {
     "sharded": (ByzantineDDPStrategy, _SHARDED),
     "double_momentum": (_with_double_momentum, {}),
     "double_momentum_sharded": (_with_double_momentum, _SHARDED),
+    "ctma": (_with_ctma, {}),
+    "ctma_sharded": (_with_ctma, _SHARDED),
     "shadow": (ByzantineDDPStrategy, {"shadow": True}),
     "shadow_sharded": (ByzantineDDPStrategy, {"shadow": True} | _SHARDED),
 }
@@ -36,6 +43,8 @@ def register_strategies() -> None:
     - ``byzantine_ddp_sharded``: ``exchange="all_to_all"``;
     - ``byzantine_ddp_double_momentum`` and ``byzantine_ddp_double_momentum_sharded``:
       ``estimator=DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)``;
+    - ``byzantine_ddp_ctma`` and ``byzantine_ddp_ctma_sharded``: ``aggregator=CTMA(NNM(GeometricMedian()))``, the
+      paper's composition;
     - ``byzantine_ddp_shadow`` and ``byzantine_ddp_shadow_sharded``: ``shadow=True``.
 
     Pass other arguments, such as ``start_method="spawn"`` for a variant, to :class:`ByzantineDDPStrategy` itself.
