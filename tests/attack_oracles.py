@@ -57,6 +57,32 @@ def min_max(rows: Rows, perturbation: str) -> np.ndarray:
     return mean + low * direction
 
 
+def honest_radius(rows: Rows) -> float:
+    return float(np.median([np.linalg.norm(row - honest_mean(rows)) for row in rows]))
+
+
+def one_layer(rows: Rows, attacked: range, budget: float) -> np.ndarray:
+    """Move some columns of the mean."""
+    deviations = deviation(rows, 1)
+    norm = sum(float(deviations[column]) ** 2 for column in attacked) ** 0.5
+    forged = honest_mean(rows)
+    for column in attacked if norm else ():
+        forged[column] -= budget * honest_radius(rows) * deviations[column] / norm
+    return forged
+
+
+def against_the_mean(rows: Rows, factor: float) -> np.ndarray:
+    mean = honest_mean(rows)
+    norm = float(np.linalg.norm(mean))
+    return mean - factor * honest_radius(rows) * mean / norm if norm else mean
+
+
+def beside_the_farthest_pair(rows: Rows, factor: float) -> np.ndarray:
+    pairs = [(a, b) for a in range(len(rows)) for b in range(a, len(rows))]
+    first, second = max(pairs, key=lambda pair: float(np.linalg.norm(rows[pair[0]] - rows[pair[1]])))
+    return honest_mean(rows) + factor * (rows[first] - rows[second])
+
+
 def best_factor(harm: Callable[[float], float], step: float, evaluations: int) -> float:
     """ByzFL's search: double the step while it helps, then shrink it to 0.8 of itself after every trial."""
     best, most, left = 0.0, harm(0.0), evaluations - 1
