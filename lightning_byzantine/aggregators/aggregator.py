@@ -61,6 +61,10 @@ class Aggregator(ShowsArguments, ABC):
         """Raise :class:`ValueError` if the rule does not support m workers of which f are Byzantine."""
         check_num_byzantine(num_byzantine, num_workers)
 
+    def segmented(self, matrix: WorkerMatrix) -> WorkerMatrix:
+        """Return the same rows, of a plain tensor with the segments that the rule or its base was told of."""
+        return matrix
+
     def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
         """Return which rows can be used, computed in a pass that the rule needs anyway if there is one."""
         return matrix.measure(from_products=self.uses_products)
@@ -89,6 +93,7 @@ class Aggregator(ShowsArguments, ABC):
         """Do what :meth:`aggregate` does, with the same errors, but without computing the result yet."""
         num_workers = matrix.num_workers
         self.check(num_workers, num_byzantine)
+        matrix = self.segmented(matrix)
         measured = self.measure(matrix, num_byzantine)
         rows = measured.is_measurable.nonzero().flatten()
         if len(rows) == num_workers:

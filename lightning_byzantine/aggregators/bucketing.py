@@ -5,6 +5,7 @@ import torch
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.meta_aggregator import MetaAggregator
 from lightning_byzantine.aggregators.monna import MoNNA
+from lightning_byzantine.aggregators.persistent_filter import PersistentFilter
 from lightning_byzantine.matrix import Point, WorkerMatrix
 from lightning_byzantine.utilities.checks import check_integer_at_least
 from lightning_byzantine.utilities.rng import StepSeed
@@ -19,7 +20,8 @@ class Bucketing(MetaAggregator):
     number of calls is part of the ``state_dict``.
 
     Args:
-        base: the rule to apply to the bucket means; not :class:`MoNNA`, because no bucket is a trusted worker's.
+        base: the rule to apply to the bucket means; not :class:`MoNNA`, because no bucket is a trusted worker's, nor
+            :class:`PersistentFilter`, because none is the same workers' in every step.
         bucket_size: s. None for floor(m / 2f) (m when f = 0), or one less where that would leave only 2f buckets, too
             few for any base rule.
         seed: random seed.
@@ -37,6 +39,8 @@ class Bucketing(MetaAggregator):
         super().__init__(base)
         if any(isinstance(rule, MoNNA) for rule in base.modules()):
             raise ValueError("base must not be MoNNA nor contain it: random buckets have no trusted worker's row")
+        if any(isinstance(rule, PersistentFilter) for rule in base.modules()):
+            raise ValueError("base must not be PersistentFilter nor contain it: random buckets have no history")
         self.bucket_size = None if bucket_size is None else check_integer_at_least("bucket_size", bucket_size, 1)
         self.draws = StepSeed(seed)
 

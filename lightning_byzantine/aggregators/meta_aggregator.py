@@ -4,6 +4,7 @@ from abc import ABC
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
 from lightning_byzantine.aggregators.last_aggregate import LastAggregate
+from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["MetaAggregator"]
 
@@ -37,3 +38,7 @@ class MetaAggregator(Aggregator, ABC):
         """Raise :class:`ValueError` if the rule or its base does not support m workers of which f are Byzantine."""
         super().check(num_workers, num_byzantine)
         self.base.check(num_workers, num_byzantine)
+
+    def segmented(self, matrix: WorkerMatrix) -> WorkerMatrix:
+        """Return the same rows, of a plain tensor with the segments that the base was told of."""
+        return self.base.segmented(matrix)

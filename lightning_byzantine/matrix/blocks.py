@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_byzantine.matrix.arriving import Arriving
 from lightning_byzantine.matrix.segments import Segments
 
-__all__ = ["Blocks", "at_least_float32", "float64"]
+__all__ = ["Blocks", "at_least_float32", "float64", "in_chunks"]
 
 # Bytes of one chunk. On a CPU, small enough to stay in the cache, and large enough to be divided among cores; on an
 # accelerator, large enough that the cost of launching kernels is negligible.
@@ -36,6 +36,11 @@ class Blocks:
         blocks: on one device. Passes over the columns wait for each block when they reach it.
         complete: sums a float64 statistic over all ranks, if these hold different columns of the same rows.
         segments: which columns belong to which parameter; None for a single segment.
+        whole: the blocks of which these are some columns, perhaps none on this rank; None if they are all.
+
+    Attributes:
+        are_quick: whether float32 arithmetic is faster than float64's and as good: for float32 blocks on a CPU.
+        most_columns: upper bound of the number of columns on all ranks together.
 
     Example:
         >>> blocks = Blocks([torch.ones(2, 3), torch.ones(2, 1)], complete=lambda total: total)
@@ -49,21 +54,32 @@ class Blocks:
         blocks: Sequence[Tensor] | Arriving,
         complete: Callable[[Tensor], Tensor],
         segments: Segments | None = None,
+        whole: "Blocks | None" = None,
     ) -> None:
         self.arriving = blocks if isinstance(blocks, Arriving) else Arriving(blocks)
         self.complete = complete
         self.segments = segments
+        if whole is None:
+            self.are_quick = self.device.type == "cpu" and all(part.dtype == torch.float32 for part in self.memory)
+            # There are no more ranks than rows, each with the same number of columns, or with all of them.
+            self.most_columns = self.num_rows * sum(part.shape[1] for part in self.memory)
+        else:
+            # On all ranks alike, even where some have none of these columns: collectives depend on both.
+            self.are_quick, self.most_columns = whole.are_quick, whole.most_columns
 
     @cached_property
     def groups(self) -> Segments | None:
-        """The segments that are large enough to be looked at on their own: small ones belong to their neighbours'."""
-        return None if self.segments is None else self.segments.grouped(_LEAST)
+        """The segments that are large enough to be looked at on their own: small ones belong to their neighbours'.
+
+        None for a single segment, and where no parameter takes part in this step.
+        """
+        return None if self.segments is None or not self.segments.used else self.segments.grouped(_LEAST)
 
     def split(self) -> list["Blocks"]:
-        """Return the columns of each of :attr:`groups`, after waiting for all blocks."""
+        """Return the columns of each of the used :attr:`groups`, after waiting for all blocks."""
         if self.groups is None:
             return [self]
-        return [Blocks(part, self.complete) for part in self.groups.split(list(self.arriving))]
+        return [Blocks(part, self.complete, whole=self) for part in self.groups.split(list(self.arriving))]
 
     @property
     def memory(self) -> list[Tensor]:
@@ -76,19 +92,9 @@ class Blocks:
         return self.memory[0].shape[0]
 
     @property
-    def num_columns(self) -> int:
-        """Number of columns of all blocks together, on this rank."""
-        return sum(block.shape[1] for block in self.memory)
-
-    @property
     def device(self) -> torch.device:
         """Device of the blocks."""
         return self.memory[0].device
-
-    @property
-    def are_quick(self) -> bool:
-        """Whether float32 arithmetic is faster than float64's and as good: for float32 blocks on a CPU."""
-        return self.device.type == "cpu" and all(block.dtype == torch.float32 for block in self.memory)
 
     def chunks(
         self, index: int, rows: Tensor, dtype: Callable[[torch.dtype], torch.dtype]
@@ -103,11 +109,15 @@ class Blocks:
         """
         block = self.arriving[index]
         every_row = torch.equal(rows, torch.arange(block.shape[0]))
-        size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
-        working_dtype = dtype(block.dtype)
-        width = max(1, size // (len(rows) * working_dtype.itemsize))
-        # A block without columns yields one empty chunk, so that its result is empty instead of missing.
-        for start in range(0, max(1, block.shape[1]), width):
-            columns = slice(start, start + width)
-            chunk = block[:, columns] if every_row else block[:, columns][rows.to(block.device)]
-            yield columns, chunk.to(working_dtype)
+        for columns, chunk in in_chunks(block, len(rows), dtype(block.dtype)):
+            yield columns, (chunk if every_row else chunk[rows.to(block.device)]).to(dtype(block.dtype))
+
+
+def in_chunks(block: Tensor, num_rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, these columns), of which ``num_rows`` rows in another dtype fit the cache."""
+    size = _CPU_CHUNK if block.device.type == "cpu" else _ACCELERATOR_CHUNK
+    width = max(1, size // (num_rows * dtype.itemsize))
+    # A block without columns yields one empty chunk, so that its result is empty instead of missing.
+    for start in range(0, max(1, block.shape[1]), width):
+        columns = slice(start, start + width)
+        yield columns, block[:, columns]

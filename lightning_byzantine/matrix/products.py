@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_byzantine.matrix.anchored_gram import AnchoredGram
-from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64
+from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64, in_chunks
 from lightning_byzantine.matrix.gram import Gram, centred_gram, lost_digits, most_central_row
 from lightning_byzantine.matrix.quick_products import quick_gram, quick_products
 
-__all__ = ["Products", "StoredProducts", "sharpen"]
+__all__ = ["Products", "StoredProducts"]
 
 
 class StoredProducts:
@@ -26,6 +26,7 @@ class StoredProducts:
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
+        self._knows_parts = False
 
     @cached_property
     def exact(self) -> Tensor:
@@ -38,29 +39,34 @@ class StoredProducts:
         if not self.blocks.are_quick:
             return None
         sums = self.blocks.complete(torch.stack([quick_products(block) for block in self.blocks.arriving]).sum(0))
-        # Every rank holds the same number of columns, or all of them.
-        return quick_gram(sums, num_columns=self.blocks.num_rows * self.blocks.num_columns)
+        return quick_gram(sums, self.blocks.most_columns)
 
     @cached_property
-    def split(self) -> list["StoredProducts"]:
-        """The products in the columns of each segment, computed together, and with them those of all columns."""
+    def parts(self) -> list["StoredProducts"]:
+        """The products in the columns of each segment, not computed yet."""
+        return [self] if self.blocks.groups is None else [StoredProducts(part) for part in self.blocks.split()]
+
+    def compute_parts(self) -> None:
+        """Compute the products of all segments together, and with them those of all columns, unless that was done."""
         groups, blocks = self.blocks.groups, self.blocks
-        if groups is None:
-            return [self]
+        if groups is None or self._knows_parts:
+            return
         shape = (len(groups.names), *([2] if blocks.are_quick else []), blocks.num_rows, blocks.num_rows)
         sums = torch.zeros(shape, dtype=torch.float64, device=blocks.device)
         for index, block in enumerate(blocks.arriving):
             for group, part in groups.of(block, index):
-                sums[group] += quick_products(part) if blocks.are_quick else _exact_products(part)
-        sums = blocks.complete(sums).cpu()
-        parts = [StoredProducts(part) for part in blocks.split()]
-        for stored, of_stored in zip([self, *parts], [sums.sum(0), *sums], strict=True):
+                if blocks.are_quick:
+                    sums[group] += quick_products(part)
+                else:
+                    _add_products(part, out=sums[group])
+        sums = blocks.complete(sums[list(groups.used)]).cpu()
+        for stored, of_stored in zip([self, *self.parts], [sums.sum(0), *sums], strict=True):
             # These are cached properties.
             if blocks.are_quick:
-                stored.quick = quick_gram(of_stored, blocks.num_rows * blocks.num_columns)
+                stored.quick = quick_gram(of_stored, blocks.most_columns)
             else:
                 stored.exact = of_stored
-        return parts
+        self._knows_parts = True
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [n], from the products that distances need as well, which synchronizes a GPU only once."""
@@ -96,16 +102,14 @@ class Products:
         rows: [n], indices of the rows whose products these are.
         know_zero: whether 0 counts as one more row, which gives lengths in addition to distances.
 
-    Attributes:
-        known_gram: the products, if already computed.
-
     """
 
     def __init__(self, stored: StoredProducts, rows: Tensor, know_zero: bool = False) -> None:
         self.know_zero = know_zero
         self._stored = stored
         self._rows = rows
-        self.known_gram: Gram | None = None
+        self._rough: Gram | None = None
+        self._sharp: Gram | None = None
 
     def select(self, rows: Tensor) -> "Products":
         """Return the products of other stored rows."""
@@ -122,16 +126,28 @@ class Products:
     @property
     def gram(self) -> Gram:
         """The products, about an origin for which the rows' distances are accurate."""
-        if self.known_gram is None:
-            self.known_gram = self._sharp_quick_gram() or self._exact_gram()
-        return self.known_gram
+        if self._sharp is None:
+            is_sharp = self._rough is not None and self._rough.is_sharp()
+            self._sharp = self._rough if is_sharp else self._sharp_quick_gram() or self._exact_gram()
+        assert self._sharp is not None
+        return self._sharp
 
     @property
     def exact_gram(self) -> Gram:
         """The products, accurate to float64."""
         if self.gram.errors.any():
-            self.known_gram = self._exact_gram()
+            self._sharp = self._exact_gram()
         return self.gram
+
+    @property
+    def rough_gram(self) -> Gram:
+        """The products as far as they were computed for all segments together, of which some may not be sharp."""
+        return self.gram if self._rough is None else self._rough
+
+    @property
+    def known_gram(self) -> Gram | None:
+        """The products, if already computed; they may be rough."""
+        return self._rough if self._sharp is None else self._sharp
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [n], without a separate pass."""
@@ -142,28 +158,45 @@ class Products:
         """The stored rows."""
         return self._stored.blocks
 
-    def split(self) -> list["Products"]:
-        """Return the products in the columns of each segment."""
-        return [Products(part, self._rows, self.know_zero) for part in self._stored.split]
+    @cached_property
+    def parts(self) -> list["Products"]:
+        """The products in the columns of each segment, not computed yet."""
+        if self.blocks.groups is None:
+            return [self]
+        return [Products(part, self._rows, self.know_zero) for part in self._stored.parts]
 
-    def know_sharply(self) -> bool:
-        """Make :attr:`known_gram` the products about 0 if these are accurate enough, and return whether they are."""
-        if self.known_gram is None and not self.know_zero:
-            if self._stored.blocks.are_quick:
-                self.known_gram = self._sharp_quick_gram()
-            elif not lost_digits(exact := self._stored.exact[self._rows][:, self._rows]):
-                self.known_gram = Gram(exact, torch.zeros_like(exact))
-        return self.known_gram is not None
+    def compute_parts(self, sharply: bool) -> None:
+        """Compute the products of all :attr:`parts` together, unless they are known.
 
-    def central_row(self) -> int:
-        """Return the index of a row amid the others, by products about 0."""
+        Args:
+            sharply: whether for distances between these rows, not only for norms of all that are stored.
+
+        """
+        self._stored.compute_parts()
+        # Those with 0, of rows that were scaled, are left for when they are needed.
+        if sharply and not self.know_zero:
+            _sharpen([part for part in self.parts if part.known_gram is None])
+
+    def know_about_zero(self) -> None:
+        """Set the rough products to those about 0."""
         stored = self._stored
-        roughly = Gram(stored.exact, torch.zeros_like(stored.exact)) if stored.quick is None else stored.quick
-        return most_central_row(roughly.rows(self._rows).squared_distances()[0])
+        about_zero = Gram(stored.exact, torch.zeros_like(stored.exact)) if stored.quick is None else stored.quick
+        self._rough = about_zero.rows(self._rows)
 
-    def products_about(self, row: int) -> Tensor:
-        """Return what :func:`quick_gram` needs for products about one of the rows, without the sum over ranks."""
-        blocks = self._stored.blocks
+    def know_about_row(self, sums: Tensor) -> None:
+        """Set the rough products to the sums over all ranks of :meth:`about_row`."""
+        is_quick, most_columns = self.blocks.are_quick, self.blocks.most_columns
+        self._rough = quick_gram(sums, most_columns) if is_quick else Gram(sums[0], torch.zeros_like(sums[0]))
+
+    def row_amid_others(self) -> int | None:
+        """Return a row to take for the origin if the rough products lost too many digits; None if they did not."""
+        gram = self.rough_gram
+        is_blunt = not gram.is_sharp() if self.blocks.are_quick else lost_digits(gram.products)
+        return most_central_row(gram.squared_distances()[0]) if is_blunt else None
+
+    def about_row(self, row: int) -> Tensor:
+        """Return this rank's part of the products about one of the rows, [2, n, n], with what bounds their errors."""
+        blocks = self.blocks
         sums = torch.zeros(2, len(self._rows), len(self._rows), dtype=torch.float64, device=blocks.device)
         for index in range(len(blocks.memory)):
             for _, chunk in blocks.chunks(index, self._rows, at_least_float32 if blocks.are_quick else float64):
@@ -171,16 +204,8 @@ class Products:
                 if blocks.are_quick:
                     sums += quick_products(seen)
                 else:
-                    sums[0] += seen @ seen.T
+                    sums[0].addmm_(seen, seen.T)
         return sums
-
-    def know(self, sums: Tensor) -> None:
-        """Make :attr:`known_gram` the sums over all ranks of :meth:`products_about`."""
-        blocks = self._stored.blocks
-        if blocks.are_quick:
-            self.known_gram = quick_gram(sums, blocks.num_rows * blocks.num_columns)
-        else:
-            self.known_gram = Gram(sums[0], torch.zeros_like(sums[0]))
 
     def _sharp_quick_gram(self) -> Gram | None:
         quick = self._stored.quick
@@ -201,20 +226,28 @@ class Products:
         return (AnchoredGram if self.know_zero else Gram)(products, torch.zeros_like(products))
 
 
-def sharpen(products: Sequence[Products]) -> None:
-    """Compute all products that lost too many digits again, about a row amid the others, with one sum over ranks.
+def _sharpen(products: Sequence[Products]) -> None:
+    """Compute products about 0 and, for those that lost too many digits, about a row amid the others.
 
-    Products with 0, of rows that were scaled, are left for when they are needed.
+    The latter for all together, with one sum over ranks and, as in :func:`centred_gram`, another one where it was not
+    known before which row is amid the others.
     """
-    blunt = [part for part in products if not part.know_zero and not part.know_sharply()]
-    if not blunt:
-        return
-    sums = torch.stack([part.products_about(part.central_row()) for part in blunt])
-    sums = blunt[0].blocks.complete(sums).cpu()
-    for part, of_part in zip(blunt, sums, strict=True):
-        part.know(of_part)
+    origins: dict[Products, int | None] = dict.fromkeys(products)
+    for part in products:
+        part.know_about_zero()
+    for _ in range(2):
+        rows = {part: part.row_amid_others() for part in products}
+        moves = {part: row for part, row in rows.items() if row is not None and row != origins[part]}
+        if not moves:
+            break
+        sums = torch.stack([part.about_row(row) for part, row in moves.items()])
+        sums = products[0].blocks.complete(sums).cpu()
+        for part, of_part in zip(moves, sums, strict=True):
+            part.know_about_row(of_part)
+        origins |= moves
 
 
-def _exact_products(rows: Tensor) -> Tensor:
-    seen = rows.double()
-    return seen @ seen.T
+def _add_products(rows: Tensor, out: Tensor) -> None:
+    for _, chunk in in_chunks(rows, len(rows), torch.float64):
+        seen = chunk.double()
+        out.addmm_(seen, seen.T)

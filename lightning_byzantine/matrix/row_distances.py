@@ -37,8 +37,12 @@ class RowDistances:
         return self._view.exact_gram.squared_distances()[0]
 
     def products(self) -> Tensor:
-        """Return the inner products (x_i - o).(x_j - o), [m, m], about a row o amid the others."""
-        gram = self._view.gram
+        """Return the inner products (x_i - o).(x_j - o), [m, m], about a row o amid the others.
+
+        Those of :meth:`~lightning_byzantine.matrix.WorkerMatrix.split` may be off by a millionth of the distances from
+        o, because another pass would be one for each segment.
+        """
+        gram = self._view.rough_gram
         central = most_central_row(gram.squared_distances()[0])
         products = gram.products
         return products - products[central] - products[:, central, None] + products[central, central]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64
 from lightning_byzantine.matrix.gram import Gram
-from lightning_byzantine.matrix.products import Products, StoredProducts, sharpen
+from lightning_byzantine.matrix.products import Products, StoredProducts
 from lightning_byzantine.matrix.quick_products import all_digits
 from lightning_byzantine.matrix.scratch import Scratch
 
@@ -83,13 +83,9 @@ class RowView:
             with_products: whether to compute the inner products of all segments together.
 
         """
-        if self.blocks.groups is None:
-            return [self]
-        if not with_products:
-            return [self.of(part) for part in self.blocks.split()]
-        products = self.products.split()
-        sharpen(products)
-        return [replace(self, blocks=part.blocks, products=part) for part in products]
+        if with_products:
+            self.products.compute_parts(sharply=True)
+        return [replace(self, blocks=part.blocks, products=part) for part in self.products.parts]
 
     def largest_shares(self) -> Tensor:
         """Return the largest weight of each stored row in a sum of several, [n]; 0 if rows are unchanged."""
@@ -101,6 +97,11 @@ class RowView:
     def gram(self) -> Gram:
         """The inner products of these rows, about an origin that leaves their distances sharp."""
         return self._points(self.products.gram)
+
+    @property
+    def rough_gram(self) -> Gram:
+        """The same as far as known for all segments together."""
+        return self._points(self.products.rough_gram)
 
     @property
     def exact_gram(self) -> Gram:

@@ -19,7 +19,7 @@ class Segmented(LazyPoint):
 
     Args:
         made_of: the rows.
-        points: for each segment, a point in its columns alone, computed from ``made_of.split()``.
+        points: for each used segment, a point in its columns alone, computed from ``made_of.split()``.
 
     """
 
@@ -34,7 +34,7 @@ class Segmented(LazyPoint):
         known = [point.weights for point in self.points if isinstance(point, Combination)]
         if len(known) < len(self.points):
             return None
-        sizes = torch.tensor(groups.sizes, dtype=torch.float64)
+        sizes = torch.tensor([groups.sizes[segment] for segment in groups.used], dtype=torch.float64)
         return sizes / sizes.sum() @ torch.stack(known)
 
     def values(self, view: RowView) -> list[Tensor]:
@@ -42,26 +42,29 @@ class Segmented(LazyPoint):
         blocks, groups = self.made_of.blocks, self.made_of.blocks.groups
         assert groups is not None
         vector = [block.new_zeros(block.shape[1], dtype=at_least_float32(block.dtype)) for block in blocks.memory]
-        parts = [
-            iter(point.values(of_segment)) for point, of_segment in zip(self.points, self.made_of.split(), strict=True)
-        ]
+        views = self.made_of.split(with_products=False)
+        values = [iter(point.values(of_part)) for point, of_part in zip(self.points, views, strict=True)]
+        parts = dict(zip(groups.used, values, strict=True))
         for index, whole in enumerate(vector):
             for segment, columns in groups.of(whole, index):
                 columns.copy_(next(parts[segment]))
         return vector
 
+    def exact_squared_distances(self, view: RowView) -> Tensor:
+        """Return the sums of the segments' squared distances, accurate to float64."""
+        pairs = zip(self.points, view.split(with_products=False), strict=True)
+        return torch.stack([point.exact_squared_distances(of_part) for point, of_part in pairs]).sum(0)
+
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return the sums of the segments' squared distances, and of their errors."""
-        squared, errors = zip(
-            *(point.squared_distances(of_segment) for point, of_segment in zip(self.points, view.split(), strict=True)),
-            strict=True,
-        )
-        return torch.stack(squared).sum(0), torch.stack(errors).sum(0)
+        views = view.split(with_products=any(isinstance(point, Combination) for point in self.points))
+        pairs = [point.squared_distances(of_part) for point, of_part in zip(self.points, views, strict=True)]
+        squared, errors = map(torch.stack, zip(*pairs, strict=True))
+        return squared.sum(0), errors.sum(0)
 
     def known_squared_distances(self, view: RowView) -> Tensor | None:
         """Return the sums of the segments' squared distances, if all are known."""
-        pairs = zip(self.points, view.split(), strict=True)
-        known = [
-            squared for point, of_segment in pairs if (squared := point.known_squared_distances(of_segment)) is not None
-        ]
-        return torch.stack(known).sum(0) if len(known) == len(self.points) else None
+        pairs = zip(self.points, view.split(with_products=False), strict=True)
+        known = [point.known_squared_distances(of_part) for point, of_part in pairs]
+        squared = [of_part for of_part in known if of_part is not None]
+        return torch.stack(squared).sum(0) if len(squared) == len(known) else None

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_byzantine.utilities.checks import check_integer_at_least
-
 __all__ = ["Names", "Segments"]
 
 # The parameters of a block, in order; None for one that no worker has used in this step.
@@ -26,6 +24,7 @@ class Segments:
         names: of all segments, in the order of the module's parameters; unlike blocks, it never changes.
         sizes: number of elements of each, on all ranks together.
         columns: for each block, where this rank's columns of each segment are, in the order of the block.
+        used: indices of the segments that have columns on any rank; the others take no part in this step.
 
     Example:
         >>> segments = Segments.of_sizes([120, 3, 200])
@@ -39,14 +38,28 @@ class Segments:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     columns: tuple[Columns, ...]
+    used: tuple[int, ...]
 
     @classmethod
-    def of_sizes(cls, sizes: Sequence[int]) -> "Segments":
-        """Return the segments of one block, from left to right, named by their index."""
-        for size in sizes:
-            check_integer_at_least("each of sizes", size, 1)
-        names = tuple(str(index) for index in range(len(sizes)))
-        return cls.of_blocks(dict(zip(names, sizes, strict=True)), [(names, sizes)])
+    def of_sizes(cls, sizes: Sequence[int], widths: Sequence[int] | None = None) -> "Segments":
+        """Return segments of neighbouring columns, from left to right, named by their index.
+
+        Args:
+            sizes: number of columns of each.
+            widths: number of columns of each block; None for a single block.
+
+        Raises:
+            ValueError: if the sizes don't add up to the number of columns of all blocks.
+
+        """
+        widths = [sum(sizes)] if widths is None else widths
+        if sum(sizes) != sum(widths):
+            raise ValueError(f"sizes must add up to the number of columns, {sum(widths)}, got {sum(sizes)}")
+        names = [str(index) for index in range(len(sizes))]
+        whole = cls.of_blocks(dict(zip(names, sizes, strict=True)), [(tuple(names), sizes)]).columns[0]
+        stops = [sum(widths[: index + 1]) for index in range(len(widths))]
+        columns = [_cut(whole, stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
+        return cls(tuple(names), tuple(sizes), tuple(columns), tuple(range(len(sizes))))
 
     @classmethod
     def of_blocks(cls, parameters: Mapping[str, int], blocks: Sequence[tuple[Names, Sequence[int]]]) -> "Segments":
@@ -63,7 +76,8 @@ class Segments:
             stops = [sum(sizes[: index + 1]) for index in range(len(sizes))]
             places = zip(names, sizes, stops, strict=True)
             columns.append(tuple((indices[n], slice(stop - size, stop)) for n, size, stop in places if n is not None))
-        return cls(tuple(parameters), tuple(parameters.values()), tuple(columns))
+        used = tuple(sorted({index for block in columns for index, _ in block}))
+        return cls(tuple(parameters), tuple(parameters.values()), tuple(columns), used)
 
     def shard(self, rank: int, widths: Sequence[int]) -> "Segments":
         """Return the columns of one rank, if block b was divided into shards of ``widths[b]`` columns."""
@@ -85,16 +99,17 @@ class Segments:
                 sizes.append(size)
             group_of.append(len(names) - 1)
         columns = [_merged([(group_of[index], part) for index, part in block]) for block in self.columns]
-        return Segments(tuple(names), tuple(sizes), tuple(columns))
+        used = tuple(sorted({group_of[index] for index in self.used}))
+        return Segments(tuple(names), tuple(sizes), tuple(columns), used)
 
     def split(self, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return the columns of each segment in each block [.., c_b] that has some, or none of the first block."""
-        parts: list[list[Tensor]] = [[] for _ in self.names]
+        """Return the columns of each used segment in each block [.., c_b] that has some, or none of the first block."""
+        parts: dict[int, list[Tensor]] = {segment: [] for segment in self.used}
         for index, block in enumerate(blocks):
             for segment, part in self.of(block, index):
                 parts[segment].append(part)
         # A segment may be on other ranks only.
-        return [part or [blocks[0][..., :0]] for part in parts]
+        return [part or [blocks[0][..., :0]] for part in parts.values()]
 
     def of(self, block: Tensor, index: int) -> list[tuple[int, Tensor]]:
         """Return the columns of each segment in block number ``index``, [.., c], views of it."""

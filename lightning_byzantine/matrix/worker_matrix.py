@@ -131,15 +131,18 @@ class WorkerMatrix(RowDistances):
     def split(self, with_products: bool = True) -> "dict[str, WorkerMatrix]":
         """Return the columns of each segment as a matrix, by its name; small segments belong to the one before.
 
+        Segments in which no parameter takes part in this step are left out.
+
         Args:
             with_products: whether to compute the inner products of all of them together: in one pass and one sum over
-                ranks, or in two where digits were lost.
+                ranks, or in two or three where digits were lost.
 
         """
         groups = self._view.blocks.groups
         if groups is None:
             return {"": self}
-        parts = dict(zip(groups.names, map(self._seen_by, self._view.split(with_products)), strict=True))
+        names = [groups.names[index] for index in groups.used]
+        parts = dict(zip(names, map(self._seen_by, self._view.split(with_products)), strict=True))
         if self.previous is not None:
             for part, previous in zip(parts.values(), groups.split(self.previous), strict=True):
                 part.previous = previous
@@ -148,7 +151,7 @@ class WorkerMatrix(RowDistances):
     def join(self, points: Sequence[Point]) -> Point:
         """Return the point whose columns of each segment are those of a point of :meth:`split`, in its order."""
         lazy = [as_lazy(point) for point in points]
-        return lazy[0] if self.segments is None else Segmented(self._view, lazy)
+        return lazy[0] if self._view.blocks.groups is None else Segmented(self._view, lazy)
 
     def with_previous(self, previous: list[Tensor] | None) -> "WorkerMatrix":
         """Return the same rows with :attr:`previous` set."""
@@ -209,7 +212,7 @@ class WorkerMatrix(RowDistances):
         """
         view = self._view
         if split:
-            view.products.split()
+            view.products.compute_parts(sharply=False)
         has_products = from_products and view.mixing is None
         norms = view.products.squared_norms() if has_products else view.quick_squared_norms()
         return self._measurement(norms)
