@@ -32,29 +32,64 @@ def inner_product_manipulation(rows: Rows, epsilon: float) -> np.ndarray:
     return -epsilon * honest_mean(rows)
 
 
-def min_max(rows: Rows, perturbation: str) -> np.ndarray:
-    """Bisect for gamma: all distances from the forged row are checked at every trial."""
+def perturbation_of(rows: Rows, perturbation: str) -> np.ndarray:
     mean = honest_mean(rows)
     norm = np.linalg.norm(mean)
-    direction = {
+    return {
         "std": -deviation(rows, 1),
         "unit": -mean / norm if norm else 0 * mean,
         "sign": -np.sign(mean),
     }[perturbation]
-    widest = max(float(np.linalg.norm(row - other)) for row in rows for other in rows)
 
-    def is_hidden(gamma: float) -> bool:
-        return max(float(np.linalg.norm(mean + gamma * direction - row)) for row in rows) <= widest
 
-    if not direction.any() or widest == 0:
+def farthest_hidden(rows: Rows, perturbation: str, is_hidden: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """Bisect for gamma: what is forged is checked at every trial."""
+    mean, direction = honest_mean(rows), perturbation_of(rows, perturbation)
+    if not direction.any():
         return mean
     low, high = 0.0, 1e-6
-    while is_hidden(high):
+    while is_hidden(mean + high * direction):
         low, high = high, 2 * high
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if is_hidden(middle) else (low, middle)
+        low, high = (middle, high) if is_hidden(mean + middle * direction) else (low, middle)
     return mean + low * direction
+
+
+def min_max(rows: Rows, perturbation: str) -> np.ndarray:
+    widest = max(float(np.linalg.norm(row - other)) for row in rows for other in rows)
+
+    def is_hidden(forged: np.ndarray) -> bool:
+        return max(float(np.linalg.norm(forged - row)) for row in rows) <= widest
+
+    return farthest_hidden(rows, perturbation, is_hidden)
+
+
+def min_sum(rows: Rows, perturbation: str) -> np.ndarray:
+    def spread_about(center: np.ndarray) -> float:
+        return sum(float(np.linalg.norm(center - row)) ** 2 for row in rows)
+
+    least = min(spread_about(row) for row in rows)
+    return farthest_hidden(rows, perturbation, lambda forged: spread_about(forged) <= least)
+
+
+def relocated_orthogonal_perturbation(
+    rows: Rows,
+    z: float = 1.0,
+    angle: float = 270.0,
+    relocation: float = 1.0,
+    reference: float = 0.9,
+    last: np.ndarray | None = None,
+) -> np.ndarray:
+    mean = honest_mean(rows)
+    last = mean if last is None else last
+    beside = reference * last + (1 - reference) * mean
+    beside /= np.linalg.norm(beside)
+    ones = np.ones(len(mean))
+    orthogonal = ones - sum(beside) * beside
+    orthogonal /= np.linalg.norm(orthogonal)
+    direction = np.sin(np.radians(angle)) * orthogonal + np.cos(np.radians(angle)) * beside
+    return relocation * last + (1 - relocation) * mean + z * honest_radius(rows) * direction
 
 
 def honest_radius(rows: Rows) -> float:

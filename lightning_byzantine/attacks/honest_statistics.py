@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from lightning_byzantine.attacks.attack import forge_rows, honest_workers
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.medians import known_median
 
-__all__ = ["beside_honest_mean", "honest_mean", "honest_radius", "honest_rows"]
+__all__ = ["beside_honest_mean", "honest_distances", "honest_mean", "honest_radius", "honest_rows"]
 
 
 def honest_rows(matrix: WorkerMatrix, byzantine: Sequence[int]) -> WorkerMatrix:
@@ -20,6 +22,11 @@ def honest_mean(honest: WorkerMatrix) -> WorkerMatrix:
     return honest.map_blocks(lambda rows: rows.mean(dim=0, keepdim=True))
 
 
+def honest_distances(honest: WorkerMatrix) -> Tensor:
+    """Return their distances from their mean, [m - f]."""
+    return honest.distances([block[0] for block in honest_mean(honest).blocks])
+
+
 def honest_radius(honest: WorkerMatrix) -> float:
     """Return the median distance of honest rows from their mean; of an even number, the mean of the middle two.
 
@@ -29,7 +36,7 @@ def honest_radius(honest: WorkerMatrix) -> float:
         2.0
 
     """
-    return known_median(honest.distances([block[0] for block in honest_mean(honest).blocks]).tolist())
+    return known_median(honest_distances(honest).tolist())
 
 
 def beside_honest_mean(

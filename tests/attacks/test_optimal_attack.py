@@ -1,3 +1,4 @@
+from copy import deepcopy
 from typing import Any
 
 import attack_oracles
@@ -12,10 +13,12 @@ from lightning_byzantine.aggregators import (
     NNM,
     Aggregator,
     Bucketing,
+    CenteredClipping,
     CoordinateWiseMedian,
     CoordinateWiseTrimmedMean,
     Krum,
     Mean,
+    PersistentFilter,
 )
 from lightning_byzantine.attacks import (
     ALittleIsEnough,
@@ -119,6 +122,16 @@ def test_a_line_search_leaves_the_rule_as_it_was_and_runs_it_as_often_as_said() 
     bucketing, twin = (Bucketing(CoordinateWiseMedian(), seed=3) for _ in range(2))
     vectors = OptimalALittleIsEnough(bucketing)(rows(), [0])
     assert torch.equal(bucketing(vectors, num_byzantine=1), twin(vectors, num_byzantine=1))
+
+
+@pytest.mark.parametrize("rule", [CenteredClipping(), PersistentFilter()], ids=repr)
+def test_a_line_search_does_not_disturb_what_a_rule_remembers(rule: Aggregator) -> None:
+    rule, twin, attack = deepcopy(rule), deepcopy(rule), OptimalALittleIsEnough(rule, evaluations=5)
+    for step in range(4):
+        forged = attack(rows() + step, [0, 3])
+        assert torch.equal(rule(forged, num_byzantine=2), twin(forged, num_byzantine=2))
+    assert str(rule.state_dict()) == str(twin.state_dict())
+    assert attack.state_dict() == {}
 
 
 def test_a_line_search_needs_a_rule_that_can_serve() -> None:
