@@ -1,12 +1,12 @@
 """Several ranks in one process, each with other columns of the same rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.matrix import Segments, WorkerMatrix
 
 Result = TypeVar("Result")
 
@@ -15,18 +15,23 @@ class OthersWantedError(Exception):
     pass
 
 
-def in_shards(act: Callable[[WorkerMatrix], Result], shards: list[Tensor]) -> list[Result]:
+def in_shards(
+    act: Callable[[WorkerMatrix], Result], shards: Sequence[Tensor | list[Tensor]], segments: Segments | None = None
+) -> list[Result]:
     """Do something to each shard of the columns, with statistics summed up over all of them.
 
     Args:
         act: is called again from the start for each sum, and has to do the same each time.
-        shards: one [m, c] tensor for each rank.
+        shards: for each rank, one [m, c] tensor, or one for each block.
+        segments: of the whole blocks.
 
     """
     sums: list[Tensor] = []
 
-    def act_until_a_sum_is_unknown(shard: Tensor, rank: int, parts: list[Tensor]) -> Result | None:
+    def act_until_a_sum_is_unknown(shard: Tensor | list[Tensor], rank: int, parts: list[Tensor]) -> Result | None:
         known = iter(sums)
+        blocks = [shard] if isinstance(shard, Tensor) else shard
+        of_rank = None if segments is None else segments.shard(rank, [block.shape[1] for block in blocks])
 
         def complete(total: Tensor) -> Tensor:
             for done in known:
@@ -35,7 +40,7 @@ def in_shards(act: Callable[[WorkerMatrix], Result], shards: list[Tensor]) -> li
             raise OthersWantedError
 
         try:
-            return act(WorkerMatrix([shard], complete, rank))
+            return act(WorkerMatrix(blocks, complete, rank, segments=of_rank))
         except OthersWantedError:
             return None
 

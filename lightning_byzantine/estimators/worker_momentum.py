@@ -34,7 +34,8 @@ class WorkerMomentum(Estimator):
 
     Undoing the momentum multiplies what changes from one aggregate to the next by 1 / (1 - beta), which Byzantine
     workers use who change sides in every step. So where some may be, and the rule knows distances from its result, the
-    step from v^_{t-1} to g^_t is no longer than honest gradients explain, and v^_t is what g^_t then adds up to::
+    step from v^_{t-1} to g^_t is no longer than honest gradients explain, and v^_t is what g^_t then adds up to. For
+    beta > 0::
 
         ||g^_t - v^_{t-1}|| <= L_t / (1 - beta^t) + 1.5 N_t sqrt((1 + beta) / (1 - beta) / (1 - beta^{2t}))
 
@@ -99,11 +100,13 @@ class WorkerMomentum(Estimator):
             return
         self._num_steps += 1
         self._share = None
-        if scale is not None and aggregates:
+        # Without momentum, nothing is multiplied.
+        if scale is not None and aggregates and self.beta > 0:
             # Sorted by name, so that the last digit does not depend on DDP's buckets.
             lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
-            length = torch.stack(lengths).norm() / (1 - self.beta)
-            self._share = (self._longest_step(scale) / length).clamp(max=1)
+            length, longest = torch.stack(lengths).norm() / (1 - self.beta), self._longest_step(scale)
+            # Both are 0 if all gradients are.
+            self._share = torch.where(length > longest, longest / length, 1.0)
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write g^_t, or v^_t when not transparent, into ``out``."""
@@ -123,7 +126,7 @@ class WorkerMomentum(Estimator):
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore v^_t and t."""
-        self._num_steps = int(state.get(_STEPS, _MANY))
+        self._num_steps = int(state.get(_STEPS, _MANY)) if state else 0
         copy_into(self._aggregate, {name: value for name, value in state.items() if name != _STEPS})
 
     def _step_length(self, name: str, aggregate: Tensor) -> Tensor:

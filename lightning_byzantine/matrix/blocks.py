@@ -36,11 +36,11 @@ class Blocks:
         blocks: on one device. Passes over the columns wait for each block when they reach it.
         complete: sums a float64 statistic over all ranks, if these hold different columns of the same rows.
         segments: which columns belong to which parameter; None for a single segment.
-        whole: the blocks of which these are some columns, perhaps none on this rank; None if they are all.
-
-    Attributes:
-        are_quick: whether float32 arithmetic is faster than float64's and as good: for float32 blocks on a CPU.
-        most_columns: upper bound of the number of columns on all ranks together.
+        are_quick: whether float32 arithmetic is faster than float64's and as good; None to look at the blocks: they are
+            if they are float32 on a CPU. Collectives depend on it, so it has to be the same on every rank, even if some
+            have none of these columns.
+        most_columns: upper bound of the number of columns on all ranks together, the same on every rank; None for one
+            that holds if each has the same number, or all.
 
     Example:
         >>> blocks = Blocks([torch.ones(2, 3), torch.ones(2, 1)], complete=lambda total: total)
@@ -54,18 +54,17 @@ class Blocks:
         blocks: Sequence[Tensor] | Arriving,
         complete: Callable[[Tensor], Tensor],
         segments: Segments | None = None,
-        whole: "Blocks | None" = None,
+        are_quick: bool | None = None,
+        most_columns: int | None = None,
     ) -> None:
         self.arriving = blocks if isinstance(blocks, Arriving) else Arriving(blocks)
         self.complete = complete
         self.segments = segments
-        if whole is None:
-            self.are_quick = self.device.type == "cpu" and all(part.dtype == torch.float32 for part in self.memory)
-            # There are no more ranks than rows, each with the same number of columns, or with all of them.
-            self.most_columns = self.num_rows * sum(part.shape[1] for part in self.memory)
-        else:
-            # On all ranks alike, even where some have none of these columns: collectives depend on both.
-            self.are_quick, self.most_columns = whole.are_quick, whole.most_columns
+        if are_quick is None:
+            are_quick = self.device.type == "cpu" and all(part.dtype == torch.float32 for part in self.memory)
+        if most_columns is None:  # there are no more ranks than rows
+            most_columns = self.num_rows * sum(part.shape[1] for part in self.memory)
+        self.are_quick, self.most_columns = are_quick, most_columns
 
     @cached_property
     def groups(self) -> Segments | None:
@@ -79,7 +78,11 @@ class Blocks:
         """Return the columns of each of the used :attr:`groups`, after waiting for all blocks."""
         if self.groups is None:
             return [self]
-        return [Blocks(part, self.complete, whole=self) for part in self.groups.split(list(self.arriving))]
+        sizes = [self.groups.sizes[index] for index in self.groups.used]
+        return [
+            Blocks(part, self.complete, None, self.are_quick, size)
+            for part, size in zip(self.groups.split(list(self.arriving)), sizes, strict=True)
+        ]
 
     @property
     def memory(self) -> list[Tensor]:

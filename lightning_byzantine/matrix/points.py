@@ -31,9 +31,18 @@ class LazyPoint(ABC):
 
         """
 
+    def exact_values(self, view: RowView) -> list[Tensor]:
+        """Return the same as accurate as if no value had been rounded to less than float64."""
+        return self.values(view)
+
     def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return ||x_i - point||^2 of the rows of a view, [m] float64, accurate to float64: in one pass."""
-        return _squared_distances_from(self.values(view), view)
+        """Return ||x_i - point||^2 of the rows of a view, [m] float64, accurate to float64: in a pass more."""
+        values = self.exact_values(view)
+
+        def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
+            return (chunk - at(values).double()).square().sum(1)
+
+        return view.sum_over_columns(statistic)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return the same as quickly as possible, with bounds of the rounding errors: two [m]."""
@@ -61,6 +70,10 @@ class Combination(LazyPoint):
     def values(self, view: RowView) -> list[Tensor]:
         """Return the weighted sum of the rows, in one pass."""
         return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out))
+
+    def exact_values(self, view: RowView) -> list[Tensor]:
+        """Return the weighted sum of the rows in float64, in one pass."""
+        return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out), float64, float64)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return squared distances and their errors, from inner products."""
@@ -131,18 +144,17 @@ class Coordinatewise(LazyPoint):
             )
         return self._values
 
-    def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return ||x_i - point||^2 in float64, [m], in two passes."""
+    def exact_values(self, view: RowView) -> list[Tensor]:
+        """Return the function's values before they are rounded, in one pass."""
         made_of, scratch = self._made_of, Scratch()
         function = self._function.eager if isinstance(self._function, ColumnFunction) else self._function
         # Means of rows are rounded in float32, and functions of another kind may round as well.
         is_exact = self._keeps_ties and made_of.mixing is None
-        values = made_of.compute(
+        return made_of.compute(
             lambda chunk, out: out.copy_(function(made_of.writable(chunk, scratch))),
             chunks_in=at_least_float32 if is_exact else float64,
             result_in=float64,
         )
-        return _squared_distances_from(values, view)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return squared distances and their errors, in the pass that computes the values unless they are known."""
@@ -194,15 +206,6 @@ class Measurement:
     is_measurable: Tensor
     norms: Tensor
     point: Coordinatewise | None = None
-
-
-def _squared_distances_from(values: list[Tensor], view: RowView) -> Tensor:
-    """Return ||x_i - point||^2 of the rows of a view from a point, one [c_b] tensor for each block: [m] float64."""
-
-    def statistic(chunk: Tensor, at: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        return (chunk - at(values).double()).square().sum(1)
-
-    return view.sum_over_columns(statistic)
 
 
 #: What a rule may return: weights of rows, a function of rows, or one [c_b] tensor for each column block.

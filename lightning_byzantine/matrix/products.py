@@ -13,6 +13,9 @@ from lightning_byzantine.matrix.quick_products import quick_gram, quick_products
 
 __all__ = ["Products", "StoredProducts"]
 
+# Up to so many columns take no time, and float32 arithmetic is not sharp enough: its errors average out over many.
+_FEW = 2**16
+
 
 class StoredProducts:
     """Inner products of all stored rows about 0, which include those of any selection.
@@ -185,27 +188,33 @@ class Products:
 
     def know_about_row(self, sums: Tensor) -> None:
         """Set the rough products to the sums over all ranks of :meth:`about_row`."""
-        is_quick, most_columns = self.blocks.are_quick, self.blocks.most_columns
-        self._rough = quick_gram(sums, most_columns) if is_quick else Gram(sums[0], torch.zeros_like(sums[0]))
+        if self._is_quick_about_row:
+            self._rough = quick_gram(sums, self.blocks.most_columns)
+        else:
+            self._rough = Gram(sums[0], torch.zeros_like(sums[0]))
 
     def row_amid_others(self) -> int | None:
         """Return a row to take for the origin if the rough products lost too many digits; None if they did not."""
         gram = self.rough_gram
-        is_blunt = not gram.is_sharp() if self.blocks.are_quick else lost_digits(gram.products)
+        is_blunt = not gram.is_sharp() if gram.errors.any() else lost_digits(gram.products)
         return most_central_row(gram.squared_distances()[0]) if is_blunt else None
 
     def about_row(self, row: int) -> Tensor:
         """Return this rank's part of the products about one of the rows, [2, n, n], with what bounds their errors."""
-        blocks = self.blocks
+        blocks, is_quick = self.blocks, self._is_quick_about_row
         sums = torch.zeros(2, len(self._rows), len(self._rows), dtype=torch.float64, device=blocks.device)
         for index in range(len(blocks.memory)):
-            for _, chunk in blocks.chunks(index, self._rows, at_least_float32 if blocks.are_quick else float64):
+            for _, chunk in blocks.chunks(index, self._rows, at_least_float32 if is_quick else float64):
                 seen = chunk - chunk[row]
-                if blocks.are_quick:
+                if is_quick:
                     sums += quick_products(seen)
                 else:
                     sums[0].addmm_(seen, seen.T)
         return sums
+
+    @property
+    def _is_quick_about_row(self) -> bool:
+        return self.blocks.are_quick and self.blocks.most_columns > _FEW
 
     def _sharp_quick_gram(self) -> Gram | None:
         quick = self._stored.quick

@@ -1,12 +1,12 @@
 """Points whose segments were computed separately."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_byzantine.matrix.blocks import at_least_float32
+from lightning_byzantine.matrix.blocks import at_least_float32, float64
 from lightning_byzantine.matrix.points import Combination, LazyPoint
 from lightning_byzantine.matrix.row_view import RowView
 
@@ -39,21 +39,11 @@ class Segmented(LazyPoint):
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the values of all segments; 0 in columns that are in none."""
-        blocks, groups = self.made_of.blocks, self.made_of.blocks.groups
-        assert groups is not None
-        vector = [block.new_zeros(block.shape[1], dtype=at_least_float32(block.dtype)) for block in blocks.memory]
-        views = self.made_of.split(with_products=False)
-        values = [iter(point.values(of_part)) for point, of_part in zip(self.points, views, strict=True)]
-        parts = dict(zip(groups.used, values, strict=True))
-        for index, whole in enumerate(vector):
-            for segment, columns in groups.of(whole, index):
-                columns.copy_(next(parts[segment]))
-        return vector
+        return self._joined(lambda point, of_part: point.values(of_part), at_least_float32)
 
-    def exact_squared_distances(self, view: RowView) -> Tensor:
-        """Return the sums of the segments' squared distances, accurate to float64."""
-        pairs = zip(self.points, view.split(with_products=False), strict=True)
-        return torch.stack([point.exact_squared_distances(of_part) for point, of_part in pairs]).sum(0)
+    def exact_values(self, view: RowView) -> list[Tensor]:
+        """Return the same as accurate as if no value had been rounded to less than float64."""
+        return self._joined(lambda point, of_part: point.exact_values(of_part), float64)
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return the sums of the segments' squared distances, and of their errors."""
@@ -68,3 +58,19 @@ class Segmented(LazyPoint):
         known = [point.known_squared_distances(of_part) for point, of_part in pairs]
         squared = [of_part for of_part in known if of_part is not None]
         return torch.stack(squared).sum(0) if len(squared) == len(known) else None
+
+    def _joined(
+        self,
+        values_of: Callable[[LazyPoint, RowView], list[Tensor]],
+        result_in: Callable[[torch.dtype], torch.dtype],
+    ) -> list[Tensor]:
+        blocks, groups = self.made_of.blocks, self.made_of.blocks.groups
+        assert groups is not None
+        vector = [block.new_zeros(block.shape[1], dtype=result_in(block.dtype)) for block in blocks.memory]
+        views = self.made_of.split(with_products=False)
+        values = [iter(values_of(point, of_part)) for point, of_part in zip(self.points, views, strict=True)]
+        parts = dict(zip(groups.used, values, strict=True))
+        for index, whole in enumerate(vector):
+            for segment, columns in groups.of(whole, index):
+                columns.copy_(next(parts[segment]))
+        return vector
