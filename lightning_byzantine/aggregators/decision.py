@@ -8,8 +8,6 @@ from torch import Tensor
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.estimators.estimator import Scale
 from lightning_byzantine.matrix import Combination, Measurement, Point, Segmented, WorkerMatrix
-from lightning_byzantine.utilities.medians import known_median
-
 __all__ = ["Decision"]
 
 
@@ -39,11 +37,22 @@ class Decision:
         """Indices of the workers whose rows were dropped."""
         return self.offered.workers[~self.measured.is_measurable].tolist()
 
-    def scale(self) -> Scale | None:
-        """Return the scale of honest rows, if distances from the result are known."""
-        report = self.report()
-        length, noise = known_median(report.norms.tolist()), report.noise
-        return None if noise is None else Scale(length, noise)
+    def scale(self, num_byzantine: int) -> Scale | None:
+        """Return how long honest vectors are, and the noise of their aggregate; None if distances are not known.
+
+        Args:
+            num_byzantine: f, of all rows.
+
+        """
+        rows = self.measured.is_measurable.nonzero().flatten()
+        report = _report(self.seen, self.measured.norms[rows], self.point)
+        if not report.from_aggregate or report.weights.isnan().any() or report.norms.isnan().any():
+            return None
+        length = float(report.norms.median())
+        # The next one could be a liar's. It is limited as well, but not 0 if f workers send what another one sends.
+        farthest = min(self.offered.num_workers - num_byzantine, len(rows) - 1)
+        usual = min(float(report.distances.sort().values[farthest]), length)
+        return Scale(length, usual * float(report.weights.norm()))
 
     def report(self) -> Report:
         """Return what is known about each worker; needs neither a pass over the columns nor a collective."""

@@ -1,90 +1,97 @@
 """What a rule remembers about the workers from step to step."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Histories", "History"]
+from lightning_byzantine.aggregators.middles import middle_of
 
+__all__ = ["Histories"]
 
-@dataclass
-class History:
-    """Averages over the last steps of how m workers have deviated, in one segment.
-
-    Args:
-        products: [m, m] float64, inner products of the workers' deviations, in units of the usual squared deviation.
-        squares: [m] float64, squared deviations in the same units.
-        num_steps: how many steps it has seen.
-
-    """
-
-    products: Tensor
-    squares: Tensor
-    num_steps: int = 0
-
-    @classmethod
-    def of(cls, num_workers: int) -> "History":
-        """Return that of the first step."""
-        zeros = torch.zeros(num_workers, num_workers, dtype=torch.float64)
-        return cls(zeros, zeros[0].clone())
+# Averages are over about the last 50 steps.
+_LONGEST_MEMORY = 0.98
+# A squared deviation counts for at most this many usual ones, so that a single step is forgotten.
+_MOST = 100.0
 
 
 class Histories(nn.Module):
-    """A history for each segment of the columns, by its name; part of the rule's ``state_dict``.
+    """Averages over the last steps of how the workers deviated in each segment; part of the rule's ``state_dict``.
+
+    With inner products A_ij of the workers' deviations in one step, and med the median of A_ii::
+
+        P <- b P + (1 - b) A_ij s_i s_j / med,    s_i = min(1, sqrt(med / A_ii))
+        Q <- b Q + (1 - b) min(A_ii / med, 100)
+        b = min(0.98, n / (n + 1)) after n steps
+
+    so that no worker counts for more than usual in P, and large deviations show in Q.
 
     Example:
         >>> histories = Histories()
-        >>> histories.of("weight", num_workers=3).squares
-        tensor([0., 0., 0.], dtype=torch.float64)
-        >>> histories.of("weight", num_workers=5)
-        Traceback (most recent call last):
-        ...
-        ValueError: vectors must have as many rows as in the previous calls, of whose workers the rule remembers how \
-they deviated, got 5 after 3: use one rule for each number of workers
+        >>> deviations = torch.tensor([[1.0], [-1.0], [4.0]], dtype=torch.float64)
+        >>> products, squares = histories.updated(["weight"], torch.arange(3), deviations @ deviations.T[None], 3)
+        >>> products[0], squares[0]
+        (tensor([[ 1., -1.,  1.],
+                [-1.,  1., -1.],
+                [ 1., -1.,  1.]], dtype=torch.float64), tensor([ 1.,  1., 16.], dtype=torch.float64))
 
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._by_name: dict[str, History] = {}
+        # [m + 2, m] each: P, Q, and n in every column.
+        self._by_name: dict[str, Tensor] = {}
 
     def clear(self) -> None:
         """Forget everything."""
         self._by_name.clear()
 
-    def of(self, name: str, num_workers: int) -> History:
-        """Return the history of a segment, to be updated in place.
+    def updated(
+        self, names: Sequence[str], workers: Tensor, products: Tensor, num_workers: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add a step, and return P, [s, n, n], and Q, [s, n].
+
+        Args:
+            names: of the s segments.
+            workers: [n], indices of those whose rows can be used; what is known about the others stays as it was.
+            products: [s, n, n] float64, A.
+            num_workers: m, the number of all workers.
 
         Raises:
-            ValueError: if the number of workers has changed.
+            ValueError: if m has changed.
 
         """
-        history = self._by_name.setdefault(name, History.of(num_workers))
-        if len(history.squares) != num_workers:
+        states = torch.stack([self._of(name, num_workers) for name in names])
+        averages, sizes, num_steps = states[:, :-2], states[:, -2], states[:, -1, :1]
+        pairs = (slice(None), workers[:, None], workers)
+        squares = products.diagonal(dim1=1, dim2=2).clamp(min=0)
+        usual = middle_of(squares, torch.ones_like(squares, dtype=torch.bool))
+        shares = torch.where(squares > usual, (usual / squares).sqrt(), 1.0)
+        # Where most workers agree, the others' direction says nothing.
+        seen = (products * shares[:, None] * shares[..., None] / usual[..., None]).nan_to_num(0, 0, 0)
+        multiples = torch.where(squares > 0, (squares / usual).clamp(max=_MOST), 0.0)
+        memory = (num_steps / (num_steps + 1)).clamp(max=_LONGEST_MEMORY)
+        averages[pairs] = torch.lerp(seen, averages[pairs], memory[..., None])
+        sizes[:, workers] = torch.lerp(multiples, sizes[:, workers], memory)
+        num_steps += 1
+        self._by_name.update(zip(names, states, strict=True))
+        return averages[pairs], sizes[:, workers]
+
+    def _of(self, name: str, num_workers: int) -> Tensor:
+        state = self._by_name.get(name)
+        if state is None:
+            return torch.zeros(num_workers + 2, num_workers, dtype=torch.float64)
+        if state.shape[1] != num_workers:
             raise ValueError(
                 "vectors must have as many rows as in the previous calls, of whose workers the rule remembers how they"
-                f" deviated, got {num_workers} after {len(history.squares)}: use one rule for each number of workers"
+                f" deviated, got {num_workers} after {state.shape[1]}: use one rule for each number of workers"
             )
-        return history
+        return state
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """Return all histories as tensors, [m + 2, m] by name: products, squares, and the number of steps."""
-        return {
-            name: torch.cat(
-                [
-                    history.products,
-                    history.squares[None],
-                    torch.full_like(history.squares[None], history.num_steps),
-                ]
-            )
-            for name, history in self._by_name.items()
-        }
+        """Return P, Q and n of each segment in one tensor, [m + 2, m], by its name."""
+        return {name: state.clone() for name, state in self._by_name.items()}
 
     def set_extra_state(self, state: Mapping[str, Tensor] | None) -> None:
-        """Restore all histories."""
-        self._by_name = {
-            name: History(rows[:-2].clone().cpu(), rows[-2].clone().cpu(), int(rows[-1, 0]))
-            for name, rows in (state or {}).items()
-        }
+        """Restore what :meth:`get_extra_state` returned."""
+        self._by_name = {name: of_segment.cpu().clone() for name, of_segment in (state or {}).items()}

@@ -80,14 +80,6 @@ class Report:
         return ~self.measurable | (self.weights == 0)
 
     @property
-    def noise(self) -> float | None:
-        """The length of the aggregate's noise if most workers are honest: the median distance times ||w||; or None."""
-        if not self.from_aggregate or self.weights.isnan().all():
-            return None
-        usual = known_median(self.distances.tolist())
-        return None if isnan(usual) else usual * float(self.weights.norm())
-
-    @property
     def deviations(self) -> Tensor:
         """Distance of each row from the weighted mean of the others, [m].
 
