@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.estimators.estimator import Scale
 from lightning_byzantine.matrix import Combination, Measurement, Point, Segmented, WorkerMatrix
+
 __all__ = ["Decision"]
 
 
