@@ -31,8 +31,8 @@ class RobustAggregation(Aggregation):
         >>> quarantine = Quarantine()
         >>> quarantine.add([2], CoordinateWiseMedian(), num_workers=4, num_byzantine=1)
         >>> robust = RobustAggregation(CoordinateWiseMedian(), 1, quarantine, Observers())
-        >>> robust.aggregate(WorkerMatrix([torch.tensor([[1.0], [2.0], [50.0], [6.0]])]))
-        Aggregated(parts=[tensor([2.])], unusable=None)
+        >>> robust.aggregate(WorkerMatrix([torch.tensor([[1.0], [2.0], [50.0], [6.0]])])).parts
+        [tensor([2.])]
 
     """
 

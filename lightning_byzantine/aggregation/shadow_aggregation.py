@@ -36,9 +36,9 @@ class ShadowAggregation(Aggregation):
         >>> observers = Observers()
         >>> handle = observers.add(lambda report: print(report.trimmed))
         >>> shadow = ShadowAggregation(Krum(), num_byzantine=1, beta=0.9, observers=observers)
-        >>> shadow.aggregate(WorkerMatrix([torch.tensor([[1.0], [1.5], [9.0], [2.5]])]))
+        >>> shadow.aggregate(WorkerMatrix([torch.tensor([[1.0], [1.5], [9.0], [2.5]])])).parts
         tensor([ True, False,  True,  True])
-        Aggregated(parts=[tensor([3.5000])], unusable=None)
+        [tensor([3.5000])]
 
     """
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.matrix.arriving import Arriving
-from lightning_byzantine.matrix.segments import Segments
+from lightning_byzantine.matrix.segments import Group, Segments
 
 __all__ = ["Blocks", "at_least_float32", "float64", "in_chunks"]
 
@@ -67,22 +67,17 @@ class Blocks:
         self.are_quick, self.most_columns = are_quick, most_columns
 
     @cached_property
-    def groups(self) -> Segments | None:
+    def groups(self) -> tuple[Group, ...]:
         """The segments that are large enough to be looked at on their own: small ones belong to their neighbours'.
 
-        None for a single segment, and where no parameter takes part in this step.
+        None where there are no segments, or no parameter takes part in this step.
         """
-        return None if self.segments is None or not self.segments.used else self.segments.grouped(_LEAST)
+        return () if self.segments is None else self.segments.grouped(_LEAST)
 
     def split(self) -> list["Blocks"]:
-        """Return the columns of each of the used :attr:`groups`, after waiting for all blocks."""
-        if self.groups is None:
-            return [self]
-        sizes = [self.groups.sizes[index] for index in self.groups.used]
-        return [
-            Blocks(part, self.complete, None, self.are_quick, size)
-            for part, size in zip(self.groups.split(list(self.arriving)), sizes, strict=True)
-        ]
+        """Return the columns of each of :attr:`groups`, after waiting for all blocks."""
+        whole = list(self.arriving)
+        return [Blocks(group.of(whole), self.complete, None, self.are_quick, group.size) for group in self.groups]
 
     @property
     def memory(self) -> list[Tensor]:

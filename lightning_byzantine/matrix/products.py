@@ -47,22 +47,24 @@ class StoredProducts:
     @cached_property
     def parts(self) -> list["StoredProducts"]:
         """The products in the columns of each segment, not computed yet."""
-        return [self] if self.blocks.groups is None else [StoredProducts(part) for part in self.blocks.split()]
+        return [StoredProducts(part) for part in self.blocks.split()] or [self]
 
     def compute_parts(self) -> None:
         """Compute the products of all segments together, and with them those of all columns, unless that was done."""
         groups, blocks = self.blocks.groups, self.blocks
-        if groups is None or self._knows_parts:
+        if self._knows_parts or not groups:
             return
-        shape = (len(groups.names), *([2] if blocks.are_quick else []), blocks.num_rows, blocks.num_rows)
-        sums = torch.zeros(shape, dtype=torch.float64, device=blocks.device)
+        places = [place for group in groups for place in group.places]
+        products: dict[int, Tensor] = {}
         for index, block in enumerate(blocks.arriving):
-            for group, part in groups.of(block, index):
-                if blocks.are_quick:
-                    sums[group] += quick_products(part)
-                else:
-                    _add_products(part, out=sums[group])
-        sums = blocks.complete(sums[list(groups.used)]).cpu()
+            for number, (of_block, columns) in enumerate(places):
+                if of_block == index:
+                    products[number] = _products_about_zero(block[:, columns], blocks.are_quick)
+        # Summed up in the order of the parameters: the same to the bit wherever DDP has put them.
+        in_order = iter(sorted(products))
+        nothing = _products_about_zero(blocks.memory[0][:, :0], blocks.are_quick)
+        of_groups = [sum((products[next(in_order)] for _ in group.places), nothing) for group in groups]
+        sums = blocks.complete(torch.stack(of_groups)).cpu()
         for stored, of_stored in zip([self, *self.parts], [sums.sum(0), *sums], strict=True):
             # These are cached properties.
             if blocks.are_quick:
@@ -164,7 +166,7 @@ class Products:
     @cached_property
     def parts(self) -> list["Products"]:
         """The products in the columns of each segment, not computed yet."""
-        if self.blocks.groups is None:
+        if not self.blocks.groups:
             return [self]
         return [Products(part, self._rows, self.know_zero) for part in self._stored.parts]
 
@@ -256,7 +258,15 @@ def _sharpen(products: Sequence[Products]) -> None:
         origins |= moves
 
 
-def _add_products(rows: Tensor, out: Tensor) -> None:
-    for _, chunk in in_chunks(rows, len(rows), torch.float64):
-        seen = chunk.double()
-        out.addmm_(seen, seen.T)
+def _products_about_zero(rows: Tensor, are_quick: bool) -> Tensor:
+    """Return inner products in float64, [n, n], or what :func:`quick_gram` needs, [2, n, n]."""
+    size, dtype = len(rows), torch.float32 if are_quick else torch.float64
+    total = torch.zeros(*([2] if are_quick else []), size, size, dtype=torch.float64, device=rows.device)
+    for _, chunk in in_chunks(rows, size, dtype):
+        # The last digits of products depend on strides and alignment, which a copy has always the same.
+        seen = chunk.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if are_quick:
+            total += quick_products(seen)
+        else:
+            total.addmm_(seen, seen.T)
+    return total

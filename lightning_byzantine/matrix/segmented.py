@@ -29,12 +29,10 @@ class Segmented(LazyPoint):
     @property
     def weights(self) -> Tensor | None:
         """The weights of the stored rows, [n], averaged over all columns; None if a point is no combination of rows."""
-        groups = self.made_of.blocks.groups
-        assert groups is not None
         known = [point.weights for point in self.points if isinstance(point, Combination)]
         if len(known) < len(self.points):
             return None
-        sizes = torch.tensor([groups.sizes[segment] for segment in groups.used], dtype=torch.float64)
+        sizes = torch.tensor([group.size for group in self.made_of.blocks.groups], dtype=torch.float64)
         return sizes / sizes.sum() @ torch.stack(known)
 
     def values(self, view: RowView) -> list[Tensor]:
@@ -64,13 +62,10 @@ class Segmented(LazyPoint):
         values_of: Callable[[LazyPoint, RowView], list[Tensor]],
         result_in: Callable[[torch.dtype], torch.dtype],
     ) -> list[Tensor]:
-        blocks, groups = self.made_of.blocks, self.made_of.blocks.groups
-        assert groups is not None
+        blocks = self.made_of.blocks
         vector = [block.new_zeros(block.shape[1], dtype=result_in(block.dtype)) for block in blocks.memory]
         views = self.made_of.split(with_products=False)
-        values = [iter(values_of(point, of_part)) for point, of_part in zip(self.points, views, strict=True)]
-        parts = dict(zip(groups.used, values, strict=True))
-        for index, whole in enumerate(vector):
-            for segment, columns in groups.of(whole, index):
-                columns.copy_(next(parts[segment]))
+        for group, point, of_part in zip(blocks.groups, self.points, views, strict=True):
+            for columns, values in zip(group.of(vector), values_of(point, of_part), strict=True):
+                columns.copy_(values)
         return vector

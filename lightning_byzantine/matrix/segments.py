@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-__all__ = ["Names", "Segments"]
+__all__ = ["Group", "Names", "Segments"]
 
 # The parameters of a block, in order; None for one that no worker has used in this step.
 Names = tuple[str | None, ...]
@@ -30,8 +30,8 @@ class Segments:
         >>> segments = Segments.of_sizes([120, 3, 200])
         >>> segments.columns
         (((0, slice(0, 120, None)), (1, slice(120, 123, None)), (2, slice(123, 323, None))),)
-        >>> segments.grouped(least=100).columns
-        (((0, slice(0, 123, None)), (1, slice(123, 323, None))),)
+        >>> [(group.name, group.size) for group in segments.grouped(least=100)]
+        [('0', 123), ('2', 200)]
 
     """
 
@@ -86,48 +86,50 @@ class Segments:
         ]
         return replace(self, columns=tuple(columns))
 
-    def grouped(self, least: int) -> "Segments":
-        """Merge each segment of fewer than ``least`` elements with the one before; the first with those after it."""
-        group_of: list[int] = []
-        names: list[str] = []
-        sizes: list[int] = []
-        for name, size in zip(self.names, self.sizes, strict=True):
-            if names and (size < least or sizes[-1] < least):
-                sizes[-1] += size
-            else:
-                names.append(name)
-                sizes.append(size)
-            group_of.append(len(names) - 1)
-        columns = [_merged([(group_of[index], part) for index, part in block]) for block in self.columns]
-        used = tuple(sorted({group_of[index] for index in self.used}))
-        return Segments(tuple(names), tuple(sizes), tuple(columns), used)
+    def grouped(self, least: int) -> "tuple[Group, ...]":
+        """Merge each segment of fewer than ``least`` elements with the one before; the first with those after it.
 
-    def split(self, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return the columns of each used segment in each block [.., c_b] that has some, or none of the first block."""
-        parts: dict[int, list[Tensor]] = {segment: [] for segment in self.used}
-        for index, block in enumerate(blocks):
-            for segment, part in self.of(block, index):
-                parts[segment].append(part)
-        # A segment may be on other ranks only.
-        return [part or [blocks[0][..., :0]] for part in parts.values()]
+        Returns:
+            the groups of which at least one segment takes part in this step.
 
-    def of(self, block: Tensor, index: int) -> list[tuple[int, Tensor]]:
-        """Return the columns of each segment in block number ``index``, [.., c], views of it."""
-        return [(segment, block[..., part]) for segment, part in self.columns[index]]
+        """
+        places: list[list[tuple[int, slice]]] = [[] for _ in self.names]
+        for block, columns in enumerate(self.columns):
+            for segment, part in columns:
+                places[segment].append((block, part))
+        groups: list[tuple[Group, bool]] = []
+        for segment, (name, size, own) in enumerate(zip(self.names, self.sizes, places, strict=True)):
+            group, is_used = Group(name, size, tuple(own)), segment in self.used
+            if groups and (size < least or groups[-1][0].size < least):
+                before, was_used = groups.pop()
+                group = Group(before.name, before.size + size, before.places + group.places)
+                is_used |= was_used
+            groups.append((group, is_used))
+        return tuple(group for group, is_used in groups if is_used)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One segment, or several that are looked at together.
+
+    Args:
+        name: of the first segment.
+        size: number of elements, on all ranks together.
+        places: where this rank's columns are: pairs of a block's index and columns of it. They are in the order of the
+            parameters, so that sums over them do not depend on DDP's buckets.
+
+    """
+
+    name: str
+    size: int
+    places: tuple[tuple[int, slice], ...]
+
+    def of(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the columns of blocks [.., c_b], as views; without any on this rank, none of the first block's."""
+        return [blocks[index][..., part] for index, part in self.places] or [blocks[0][..., :0]]
 
 
 def _cut(columns: Columns, start: int, stop: int) -> Columns:
     """Return the columns from ``start`` to ``stop``, counted from there."""
     parts = [(index, max(part.start, start), min(part.stop, stop)) for index, part in columns]
     return tuple((index, slice(low - start, high - start)) for index, low, high in parts if low < high)
-
-
-def _merged(columns: Sequence[tuple[int, slice]]) -> Columns:
-    """Merge neighbours of one segment."""
-    merged: list[tuple[int, slice]] = []
-    for index, part in columns:
-        if merged and merged[-1][0] == index and merged[-1][1].stop == part.start:
-            merged[-1] = (index, slice(merged[-1][1].start, part.stop))
-        else:
-            merged.append((index, part))
-    return tuple(merged)

@@ -139,19 +139,19 @@ class WorkerMatrix(RowDistances):
 
         """
         groups = self._view.blocks.groups
-        if groups is None:
+        if not groups:
             return {"": self}
-        names = [groups.names[index] for index in groups.used]
+        names = [group.name for group in groups]
         parts = dict(zip(names, map(self._seen_by, self._view.split(with_products)), strict=True))
         if self.previous is not None:
-            for part, previous in zip(parts.values(), groups.split(self.previous), strict=True):
-                part.previous = previous
+            for group, part in zip(groups, parts.values(), strict=True):
+                part.previous = group.of(self.previous)
         return parts
 
     def join(self, points: Sequence[Point]) -> Point:
         """Return the point whose columns of each segment are those of a point of :meth:`split`, in its order."""
         lazy = [as_lazy(point) for point in points]
-        return lazy[0] if self._view.blocks.groups is None else Segmented(self._view, lazy)
+        return Segmented(self._view, lazy) if self._view.blocks.groups else lazy[0]
 
     def with_previous(self, previous: list[Tensor] | None) -> "WorkerMatrix":
         """Return the same rows with :attr:`previous` set."""

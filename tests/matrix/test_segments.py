@@ -72,34 +72,34 @@ def test_small_ones_go_with_the_one_before(
             first_of[name] = name
             sizes[name] = size
     segments, names = Segments.of_blocks(parameters, blocks), of_each_column(blocks)
-    groups = segments.grouped(least)
-    assert dict(zip(groups.names, groups.sizes, strict=True)) == sizes
-    assert names_of(groups, [len(of_block) for of_block in names]) == [
-        [first_of[name] for name in of_block] for of_block in names
-    ]
-    assert {groups.names[index] for index in groups.used} == {first_of[n] for of_block in names for n in of_block if n}
+    used = {first_of[name] for of_block in names for name in of_block if name is not None}
     widths = [-(-len(of_block) // num_ranks) for of_block in names]
     for rank in range(num_ranks):
-        assert segments.shard(rank, widths).grouped(least) == groups.shard(rank, widths)
+        shards = [of_block[rank * width :][:width] for of_block, width in zip(names, widths, strict=True)]
+        groups = segments.shard(rank, widths).grouped(least)
+        # A group that is on other ranks only is there as well, without columns.
+        assert {group.name: group.size for group in groups} == {name: sizes[name] for name in sizes if name in used}
+        for group in groups:
+            found = [name for index, part in group.places for name in shards[index][part]]
+            expected = [
+                n for name in parameters if first_of[name] == group.name for s in shards for n in s if n == name
+            ]
+            assert found == expected  # in the order of the parameters, wherever they are
 
 
-def test_parameters_stay_apart_however_they_lie_in_blocks() -> None:
+def test_groups_are_views_of_blocks() -> None:
     parameters = {"weight": 4, "bias": 2, "unused": 3, "scale": 1}
     blocks = [(("scale", None, "bias"), [1, 3, 2]), (("weight",), [4])]
     segments = Segments.of_blocks(parameters, blocks)
     values = [torch.tensor([[1.0, 0, 0, 0, 2, 3]]), torch.tensor([[4.0, 5, 6, 7]])]
-    parts = [[part.tolist() for part in of_segment] for of_segment in segments.split(values)]
+    parts = [[part.tolist() for part in group.of(values)] for group in segments.grouped(least=2)]
     assert parts == [[[[4, 5, 6, 7]]], [[[2, 3]]], [[[1]]]]
     # The second rank has none of "scale", and an empty part of it.
-    weight, bias, scale = segments.shard(1, [3, 2]).split([values[0][:, 3:], values[1][:, 2:]])
-    assert [part.tolist() for part in weight + bias + scale] == [[[6, 7]], [[2, 3]], [[]]]
-
-
-def test_views_are_split_without_a_copy() -> None:
-    block = torch.zeros(2, 5)
-    for (part,), value in zip(Segments.of_sizes([2, 3]).split([block]), (1.0, 2.0), strict=True):
-        part += value
-    assert block.tolist() == [[1, 1, 2, 2, 2]] * 2
+    weight, bias, scale = segments.shard(1, [3, 2]).grouped(least=1)
+    own = [values[0][:, 3:], values[1][:, 2:]]
+    assert [part.tolist() for part in weight.of(own) + bias.of(own) + scale.of(own)] == [[[6, 7]], [[2, 3]], [[]]]
+    weight.of(own)[0].zero_()
+    assert values[1].tolist() == [[4, 5, 0, 0]]
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), data=st.data())

@@ -85,10 +85,9 @@ def test_each_part_is_the_matrix_of_its_columns(view: str, dtypes: list[torch.dt
             torch.testing.assert_close(part.squared_distances(), expected.squared_distances(), rtol=2e-6, atol=1e-6)
             center = part.combine(affine(1, len(weights), seed=3)[0])
             values = torch.cat(part.materialize(center)).double()
-            in_order = values[5:] if name == "first" else values  # the bias comes first in its block
             eps = torch.finfo(dtypes[0] if name != "first" else dtypes[1]).eps
             wanted = affine(1, len(weights), seed=3)[0] @ dense[:, COLUMNS[name]]
-            torch.testing.assert_close(in_order, wanted[: len(in_order)], rtol=4 * eps, atol=50 * eps)
+            torch.testing.assert_close(values, wanted, rtol=4 * eps, atol=50 * eps)
             torch.testing.assert_close(
                 part.distances(center), (dense[:, COLUMNS[name]] - wanted).norm(dim=1), rtol=2e-6, atol=1e-6
             )
@@ -161,12 +160,9 @@ def test_segments_and_the_previous_aggregate_stay_with_all_views() -> None:
     for view in [*views, matrix.map_blocks(torch.neg), matrix.completed_by(lambda complete: complete)]:
         assert view.segments is SEGMENTS
         parts = view.split(with_products=False)
-        # The bias comes first in its block.
-        assert [torch.cat(part.previous).tolist() for part in parts.values()] == [
-            previous[1].tolist(),
-            previous[0][310:].tolist(),
-            previous[0][:110].tolist(),
-        ]
+        whole = torch.cat(previous)
+        for name, part in parts.items():
+            assert torch.equal(torch.cat(part.previous), whole[COLUMNS[name]])
 
 
 # What a pass over the columns costs, and what a sum over ranks.
@@ -228,6 +224,23 @@ def test_bits_are_summed_up_with_the_products() -> None:
     for name, part in parts.items():
         columns = vectors[:, COLUMNS[name]]
         torch.testing.assert_close(part.products(), WorkerMatrix([columns]).products(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_the_same_bits_wherever_ddp_puts_the_parameters(offset: float, dtype: torch.dtype) -> None:
+    sizes = {"a": 9_001, "b": 3, "c": 333, "d": 17, "e": 5_000}
+    generator = torch.Generator().manual_seed(0)
+    vectors = {n: (offset + torch.randn(5, size, generator=generator)).to(dtype) for n, size in sizes.items()}
+    found = []
+    for layout in (["a", "b", "c", "d", "e"],), (["e", "d"], ["c", "b", "a"]), (["b", "e", "a"], ["d"], ["c"]):
+        stored = [torch.cat([vectors[name] for name in names], dim=1) for names in layout]
+        segments = Segments.of_blocks(sizes, [(tuple(names), [sizes[name] for name in names]) for names in layout])
+        matrix = WorkerMatrix(stored, segments=segments)
+        norms = matrix.measure(from_products=True, split=True).norms
+        found.append(torch.cat([norms, *(part.products().flatten() for part in matrix.split().values())]))
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 # Digits.
