@@ -11,7 +11,7 @@ from training import Regression
 
 import lightning_byzantine.callbacks  # noqa: F401
 from lightning_byzantine import ByzantineDDPStrategy
-from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian, Krum
+from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian, Krum, PersistentFilter
 from lightning_byzantine.attacks import GaussianNoise
 from lightning_byzantine.estimators import WorkerMomentum
 
@@ -26,7 +26,7 @@ def parse(*arguments: str) -> LightningCLI:
 def test_a_strategy_by_name() -> None:
     strategy = parse("--trainer.strategy", "byzantine_ddp").trainer.strategy
     assert isinstance(strategy, ByzantineDDPStrategy)
-    assert isinstance(strategy.aggregator.base.base, GeometricMedian)
+    assert isinstance(strategy.aggregator, PersistentFilter)
     assert isinstance(strategy.estimator, WorkerMomentum) and strategy.estimator.beta == 0.9
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
-from lightning_byzantine.aggregators import Mean
+from lightning_byzantine.aggregators import Aggregator, Mean
 from lightning_byzantine.attacks import Attack, BitFlip, NonFinite, SignFlip, VectorAttack
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
 from lightning_byzantine.monitoring import Suspect
@@ -276,13 +276,13 @@ def test_warns_once_and_on_one_rank(three_ranks: RankPool, tmp_path: Path) -> No
 def fit_and_look_at_rows(folder: Path, **arguments: Any) -> tuple[frozenset[int], Tensor, list[int], list[int]]:
     """Return the quarantine, the parameters, and from how many workers with which f the rule aggregated."""
     seen: list[tuple[int, int]] = []
-    aggregate = ByzantineDDPStrategy().aggregator.__class__.decide
+    aggregate = Aggregator.decide
 
     def decide(self: Any, matrix: Any, num_byzantine: int) -> Any:
         seen.append((matrix.num_workers, num_byzantine))
         return aggregate(self, matrix, num_byzantine)
 
-    with mock.patch("lightning_byzantine.aggregators.CTMA.decide", decide):
+    with mock.patch("lightning_byzantine.aggregators.Aggregator.decide", decide):
         monitor, parameters, quarantined = fit_monitored(folder, monitor={"on_suspect": "quarantine"}, **arguments)
     return quarantined, parameters, monitor.suspects, [list(pair) for pair in seen]
 

@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from rank_pool import RankPool
 
 from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import CTMA, PersistentFilter
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.optim import DoubleMomentumEstimator
 from lightning_byzantine.strategies.registry import register_strategies
@@ -15,6 +16,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded": {"exchange": "all_to_all"},
     "double_momentum": {"estimator": DoubleMomentumEstimator},
     "double_momentum_sharded": {"estimator": DoubleMomentumEstimator, "exchange": "all_to_all"},
+    "ctma": {"aggregator": CTMA},
+    "ctma_sharded": {"aggregator": CTMA, "exchange": "all_to_all"},
     "shadow": {"shadow": True},
     "shadow_sharded": {"shadow": True, "exchange": "all_to_all"},
 }
@@ -45,6 +48,7 @@ def test_every_name_of_ddp_has_its_counterpart(name: str) -> None:
 def test_every_variant_has_one_name(name: str) -> None:
     strategy, expected = strategy_of(f"byzantine_ddp_{name}"), VARIANTS[name]
     assert isinstance(strategy, ByzantineDDPStrategy)
+    assert isinstance(strategy.aggregator, expected.get("aggregator", PersistentFilter))
     assert isinstance(strategy.estimator, expected.get("estimator", WorkerMomentum))
     assert strategy.exchange == expected.get("exchange", "all_gather")
     assert strategy.shadow == expected.get("shadow", False)

@@ -273,7 +273,7 @@ def test_double_momentum_resumes_from_the_last_checkpoint(two_ranks: RankPool, t
         ({"estimator": DoubleMomentumEstimator(beta=0.5)}, "DoubleMomentumEstimator(beta=0.5) now"),
         (
             {"aggregator": STRATEGIES["rule with state"]["aggregator"]},
-            "differ in the state of the aggregator: [] in the",
+            "differ in the state of the aggregator: ['histories._extra_state'] in the",
         ),
     ],
     ids=str,
