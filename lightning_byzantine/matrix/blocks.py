@@ -60,6 +60,7 @@ class Blocks:
         self.arriving = blocks if isinstance(blocks, Arriving) else Arriving(blocks)
         self.complete = complete
         self.segments = segments
+        self._agreed = are_quick, most_columns
         if are_quick is None:
             are_quick = self.device.type == "cpu" and all(part.dtype == torch.float32 for part in self.memory)
         if most_columns is None:  # there are no more ranks than rows
@@ -73,6 +74,16 @@ class Blocks:
         None where there are no segments, or no parameter takes part in this step.
         """
         return () if self.segments is None else self.segments.grouped(_LEAST)
+
+    def like(
+        self,
+        blocks: Sequence[Tensor] | None = None,
+        complete: Callable[[Tensor], Tensor] | None = None,
+        segments: Segments | None = None,
+    ) -> "Blocks":
+        """Return the same columns with other values, another sum over ranks, or other segments."""
+        values = self.arriving if blocks is None else blocks
+        return Blocks(values, complete or self.complete, segments or self.segments, *self._agreed)
 
     def split(self) -> list["Blocks"]:
         """Return the columns of each of :attr:`groups`, after waiting for all blocks."""

@@ -121,12 +121,11 @@ class WorkerMatrix(RowDistances):
 
     def with_blocks(self, blocks: Sequence[Tensor]) -> "WorkerMatrix":
         """Return a matrix of other values in the same columns."""
-        return self._seen_by(RowView.of_all(Blocks(blocks, self._view.blocks.complete, self.segments)))
+        return self._seen_by(RowView.of_all(self._view.blocks.like(blocks)))
 
     def with_segments(self, segments: Segments) -> "WorkerMatrix":
         """Return the same rows with other :attr:`segments`."""
-        blocks = self._view.blocks
-        return self._seen_by(self._view.of(Blocks(blocks.arriving, blocks.complete, segments)))
+        return self._seen_by(self._view.of(self._view.blocks.like(segments=segments)))
 
     def split(self, with_products: bool = True) -> "dict[str, WorkerMatrix]":
         """Return the columns of each segment as a matrix, by its name; small segments belong to the one before.
@@ -167,7 +166,7 @@ class WorkerMatrix(RowDistances):
 
         """
         blocks = self._view.blocks
-        return self._seen_by(self._view.of(Blocks(blocks.arriving, wrap(blocks.complete), blocks.segments)))
+        return self._seen_by(self._view.of(blocks.like(complete=wrap(blocks.complete))))
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.matrix import Segments, WorkerMatrix
 
 Result = TypeVar("Result")
 
@@ -80,6 +80,7 @@ class Stored:
     blocks: list[list[Tensor]]
     columns: list[list[range]]
     is_finite: bool = True
+    groups: dict[str, list[list[list[int]]]] = field(default_factory=dict)  # for each, each rank's columns by block
 
     @classmethod
     def cut(cls, parts: list[Tensor], num_ranks: int) -> "Stored":
@@ -150,6 +151,37 @@ class View:
         return (2 + len(self.stored.dense)) * self.stored.of_columns(widened) * terms
 
 
+def divided(stored: Stored, sizes: list[int], segment_of: list[int]) -> tuple[Stored, list[Segments]]:
+    """Say of each column to which segment it belongs; return each rank's segments.
+
+    Args:
+        stored: with d columns.
+        sizes: of the segments, of which those under 100 go with the one before, and the first with those after it.
+        segment_of: [d].
+
+    """
+    group_of: list[int] = []
+    for index, size in enumerate(sizes):
+        alone = index == 0 or (size >= 100 and sum(sizes[group_of[-1] : index]) >= 100)
+        group_of.append(index if alone else group_of[-1])
+    names = [f"p{index}" for index in range(len(sizes))]
+    used = tuple(sorted(set(segment_of)))
+    groups: dict[str, list[list[list[int]]]] = {
+        names[group]: [[] for _ in stored.columns] for group in sorted({group_of[index] for index in used})
+    }
+    of_ranks = []
+    for rank, places in enumerate(stored.columns):
+        of_blocks: list[list[tuple[int, slice]]] = [[] for _ in places]
+        for segment in range(len(sizes)):
+            for of_block, columns in zip(of_blocks, places, strict=True):
+                own = [index for index, column in enumerate(columns) if segment_of[column] == segment]
+                if own:  # neighbours, as the columns of a parameter are
+                    of_block.append((segment, slice(own[0], own[-1] + 1)))
+                    groups[names[group_of[segment]]][rank].append([columns[index] for index in own])
+        of_ranks.append(Segments(tuple(names), tuple(sizes), tuple(map(tuple, of_blocks)), used))
+    return replace(stored, groups=groups), of_ranks
+
+
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -212,7 +244,16 @@ class Machine(RuleBasedStateMachine):
         self.kept: list[tuple[WorkerMatrix, list[Tensor]]] = []
         stored = Stored.cut(data.draw(stored_rows(num_rows)), num_ranks)
         complete = lambda total: self.ranks.complete(total)  # noqa: E731 # a method would be copied with its object
-        return self.root(stored, lambda rank, blocks: WorkerMatrix(blocks, complete, rank))
+        if not data.draw(st.booleans()):
+            return self.root(stored, lambda rank, blocks: WorkerMatrix(blocks, complete, rank))
+        # Neighbouring columns of the whole, which are in several blocks and on several ranks.
+        sizes = data.draw(st.lists(st.sampled_from([10, 100]), min_size=1, max_size=4))
+        d, last = stored.dense.shape[1], len(sizes) - 1
+        cuts = sorted(data.draw(st.lists(st.integers(0, d), min_size=last, max_size=last)))
+        order = data.draw(st.permutations(range(len(sizes))))
+        segment_of = [order[sum(column >= cut for cut in cuts)] for column in range(d)]
+        stored, segments = divided(stored, sizes, segment_of)
+        return self.root(stored, lambda rank, blocks: WorkerMatrix(blocks, complete, rank, segments=segments[rank]))
 
     def root(self, stored: Stored, make: Callable[[int, list[Tensor]], WorkerMatrix]) -> View:
         matrices = [make(rank, blocks) for rank, blocks in enumerate(stored.blocks)]
@@ -264,7 +305,7 @@ class Machine(RuleBasedStateMachine):
     def map_blocks(self, view: View, factor: float) -> View:
         assume(view.stored.is_finite)
         matrices = [matrix.map_blocks(lambda block: factor * block) for matrix in view.matrices]
-        stored = Stored.of([matrix.blocks for matrix in matrices])
+        stored = replace(Stored.of([matrix.blocks for matrix in matrices]), groups=view.stored.groups)
         torch.testing.assert_close(stored.dense, factor * view.stored.dense, rtol=0, atol=1e-7)
         return self.root(stored, lambda rank, _: matrices[rank])
 
@@ -275,7 +316,8 @@ class Machine(RuleBasedStateMachine):
             [values[:, list(columns)].to(block.dtype) for block, columns in zip(shares, places, strict=True)]
             for shares, places in zip(view.stored.blocks, view.stored.columns, strict=True)
         ]
-        return self.root(Stored.of(blocks), lambda rank, blocks: view.matrices[rank].with_blocks(blocks))
+        stored = replace(Stored.of(blocks), groups=view.stored.groups)
+        return self.root(stored, lambda rank, blocks: view.matrices[rank].with_blocks(blocks))
 
     @rule(target=views, view=views, value=st.sampled_from([torch.nan, torch.inf]), data=st.data())
     def around_rows_that_are_not_finite(self, view: View, value: float, data: st.DataObject) -> View:
@@ -302,6 +344,20 @@ class Machine(RuleBasedStateMachine):
         stored = replace(view.stored, dense=stored.dense.nan_to_num(0, 0, 0), is_finite=False)
         return View(matrices, stored, torch.eye(len(stored.dense), dtype=torch.float64))
 
+    @rule(target=views, view=views, with_products=st.booleans(), data=st.data())
+    def split(self, view: View, with_products: bool, data: st.DataObject) -> View:
+        groups = view.stored.groups
+        assume(groups)
+        parts = self.ranks.ask(lambda matrix: matrix.split(with_products), view.matrices)
+        assert all(list(of_rank) == list(groups) for of_rank in parts)
+        name = data.draw(st.sampled_from(list(groups)))
+        matrices = [of_rank[name] for of_rank in parts]
+        stored = Stored.of([matrix.blocks for matrix in matrices])
+        columns = [column for of_rank in groups[name] for of_block in of_rank for column in of_block]
+        finite = stored.dense.nan_to_num(0, 0, 0)
+        assert torch.equal(finite[view.matrices[0].workers], view.stored.dense[:, columns][view.matrices[0].workers])
+        return View(matrices, replace(stored, dense=finite, is_finite=view.stored.is_finite), view.weights)
+
     # What is so of them.
 
     @rule(view=views, seed=seeds, data=st.data())
@@ -318,6 +374,42 @@ class Machine(RuleBasedStateMachine):
         for function in FUNCTIONS:
             self.check_coordinatewise(view, other, function, data)
         self.check_given_points(view, seed, data)
+
+    @rule(view=views, kinds=st.lists(st.integers(0, 2), min_size=4, max_size=4), seed=seeds, data=st.data())
+    def joined_points(self, view: View, kinds: list[int], seed: int, data: st.DataObject) -> None:
+        groups = view.stored.groups
+        assume(groups)
+        size, vector = len(view.weights), random(view.stored.dense.shape[1], seed=seed)
+        weights = dict(zip(groups, affine(len(groups), size, seed), strict=True))
+        function = FUNCTIONS[0]
+
+        def join(matrix: WorkerMatrix, rank: int) -> Any:
+            points: list[Any] = []
+            for kind, (name, part) in zip(kinds, matrix.split(with_products=seed % 2 == 0).items(), strict=False):
+                columns = groups[name][rank] or [[]]
+                given = [vector[own].to(block.dtype) for own, block in zip(columns, part.blocks, strict=True)]
+                points.append([part.combine(weights[name]), part.coordinatewise(function), given][kind])
+            return matrix.join(points)
+
+        expected = view.stored.joined([view.stored.parts(vector, rank) for rank in self.ranks.every])
+        rounding, sizes = torch.zeros_like(expected), view.sizes
+        for kind, name in zip(kinds, groups, strict=False):
+            columns = [column for of_rank in groups[name] for own in of_rank for column in own]
+            if kind < 2:
+                dense, terms = view.dense[:, columns], view.terms[:, columns]
+                expected[columns] = function(dense) if kind else weights[name] @ dense
+                terms = terms.amax(0) if kind else weights[name].abs() @ terms
+                rounding[columns] = view.rounding(replace_columns(view, columns, terms))[columns]
+                sizes = sizes + weights[name].abs() @ view.sizes
+        points = self.ranks.ask(join, view.matrices, self.ranks.every)
+        assert_values(view, self.joined(view, points), expected, rounding)
+        distances = (view.dense - expected).norm(dim=1)
+        off = rounding.norm() + view.rounding(view.terms).norm(dim=1)
+        tolerance = 2e-6 * distances.square() + 1e-12 * (sizes + expected.norm()).square() + off * (2 * distances + off)
+        found = self.asked(WorkerMatrix.distances, view, points)
+        assert near(found.square(), distances.square(), tolerance)
+        exact = 1e-9 * distances.square() + 1e-12 * (sizes + expected.norm()).square() + off * (2 * distances + off)
+        self.check_nearest(view, points, distances.square(), exact, data)
 
     def check_squared_norms(self, view: View) -> None:
         expected, tolerance = view.dense.square().sum(1), 1e-12 * view.sizes.square()
@@ -428,6 +520,13 @@ def assert_values(view: View, found: Tensor, expected: Tensor, rounding: Tensor)
     kept = view.stored.of_columns(lambda dtype: torch.finfo(dtype).eps) * expected.abs()
     least = view.stored.of_columns(lambda dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     assert ((found - expected).abs() <= rounding + kept + least).all()
+
+
+def replace_columns(view: View, columns: list[int], values: Tensor) -> Tensor:
+    """Return a [d] vector of some columns' values, 0 in the others."""
+    whole = torch.zeros(view.stored.dense.shape[1], dtype=torch.float64)
+    whole[columns] = values
+    return whole
 
 
 def pairwise_squared_distances(view: View) -> tuple[Tensor, Tensor]:
