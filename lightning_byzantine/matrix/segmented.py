@@ -37,6 +37,10 @@ class Segmented(LazyPoint):
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the values of all segments; 0 in columns that are in none."""
+        first, known = self.points[0], [point.weights for point in self.points if isinstance(point, Combination)]
+        if isinstance(first, Combination) and len(known) == len(self.points) and (torch.stack(known) == known[0]).all():
+            # In large chunks: usual where nobody attacks, and several times as fast for many small segments.
+            return first.values(self.made_of)
         return self._joined(lambda point, of_part: point.values(of_part), at_least_float32)
 
     def exact_values(self, view: RowView) -> list[Tensor]:
