@@ -6,9 +6,9 @@ from torch import Tensor
 __all__ = ["distances_from", "middle_of", "middle_weights", "products_about"]
 
 # Iterations of Weiszfeld's: the point only has to be amid the rows.
-_ITERATIONS = 12
-# A squared distance below this fraction of the middle one is rounding error.
-_LEAST = 1e-12
+_ITERATIONS = 8
+# A distance below this fraction of the middle one is rounding error.
+_LEAST = 1e-6
 
 
 def middle_of(values: Tensor, among: Tensor) -> Tensor:
@@ -53,17 +53,17 @@ def middle_weights(products: Tensor, among: Tensor) -> Tensor:
 
     """
     squared = products.diagonal(dim1=1, dim2=2)
+    middle = middle_of(squared, among)
+    # Where most rows are equal, they are the median, and at the origin.
+    are_at_origin = (squared == 0) & among
     # The row at the origin is as good as any near it.
-    squared = squared.maximum(middle_of(squared, among))
-    for iteration in range(_ITERATIONS + 1):
-        middle = middle_of(squared, among)
-        inverse = squared.clamp(min=_LEAST * middle).rsqrt()
-        # Where most rows are equal, they are the median.
-        inverse = torch.where(middle > 0, inverse, (squared == 0).double()) * among
-        weights = inverse / inverse.sum(1, keepdim=True)
-        if iteration < _ITERATIONS:
-            squared = distances_from(products, weights).square()
-    return weights
+    weights = among / squared.maximum(middle).sqrt()
+    for _ in range(_ITERATIONS):
+        weights = weights / weights.sum(1, keepdim=True)
+        distances = distances_from(products, weights).maximum(_LEAST * middle.sqrt())
+        weights = among / distances
+    at_origin = are_at_origin / are_at_origin.sum(1, keepdim=True)
+    return torch.where(middle > 0, weights / weights.sum(1, keepdim=True), at_origin)
 
 
 def distances_from(products: Tensor, weights: Tensor) -> Tensor:
