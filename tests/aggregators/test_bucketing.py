@@ -17,6 +17,7 @@ from lightning_byzantine.aggregators import (
     GeometricMedian,
     Krum,
     MultiKrum,
+    PersistentFilter,
 )
 from lightning_byzantine.utilities.rng import StepSeed
 
@@ -103,3 +104,9 @@ def test_bucketing_refuses_too_few_buckets() -> None:
         Bucketing(Krum(), bucket_size=0)
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         Bucketing(Krum(), seed=-1)
+
+
+@pytest.mark.parametrize("base", [PersistentFilter(), CTMA(PersistentFilter())], ids=["itself", "in another"])
+def test_random_buckets_have_no_history(base: Aggregator) -> None:
+    with pytest.raises(ValueError, match="base must not be PersistentFilter nor contain it: random buckets have no"):
+        Bucketing(base)
