@@ -9,6 +9,7 @@ from lightning_byzantine.attacks.alternating import Alternating
 from lightning_byzantine.attacks.attack import Attack, DataAttack, VectorAttack
 from lightning_byzantine.attacks.bit_flip import BitFlip
 from lightning_byzantine.attacks.fang import Fang
+from lightning_byzantine.attacks.framing import Framing
 from lightning_byzantine.attacks.gaussian_noise import GaussianNoise
 from lightning_byzantine.attacks.honest_radius import HonestRadius
 from lightning_byzantine.attacks.inner_product_manipulation import InnerProductManipulation
@@ -34,6 +35,7 @@ __all__ = [
     "BitFlip",
     "DataAttack",
     "Fang",
+    "Framing",
     "GaussianNoise",
     "HonestRadius",
     "InnerProductManipulation",

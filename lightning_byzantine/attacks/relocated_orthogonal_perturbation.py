@@ -106,7 +106,7 @@ def _ones(matrix: WorkerMatrix, like: WorkerMatrix) -> WorkerMatrix:
     if matrix.segments is None:
         return like.map_blocks(torch.ones_like)
     blocks: list[Tensor] = [torch.zeros_like(block) for block in like.blocks]
-    for index, block in enumerate(blocks):
-        for _, part in matrix.segments.of(block, index):
-            part.fill_(1.0)
+    for block, columns in zip(blocks, matrix.segments.columns, strict=True):
+        for _, part in columns:
+            block[:, part] = 1.0
     return like.with_blocks(blocks)
