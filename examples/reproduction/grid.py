@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
@@ -11,6 +12,7 @@ import digits  # noqa: F401
 from images import ImageData
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
+from partitions import Partition
 from torch import nn
 
 import lightning_byzantine.optim  # noqa: F401
@@ -41,12 +43,19 @@ class Setting:
 
     Args:
         num_workers: m.
-        num_byzantine: f, for the rule and for the attack, by the last f workers.
+        num_byzantine: how many attack, the last ones.
+        assumed_byzantine: f of the rule. None for as many as attack.
 
     """
 
     num_workers: int
     num_byzantine: int
+    assumed_byzantine: int | None = None
+
+    @property
+    def assumed(self) -> int:
+        """Return f of the rule."""
+        return self.num_byzantine if self.assumed_byzantine is None else self.assumed_byzantine
 
 
 @dataclass(kw_only=True)
@@ -55,7 +64,7 @@ class Training:
 
     Args:
         network: from images to logits.
-        data: the images, and how they are divided among the workers.
+        data: the images, with their partition among the workers.
         epochs: number of epochs.
         max_worker_grad_norm: clips each worker's gradient before the estimator. None for no clipping.
         weight_decay: of SGD.
@@ -77,9 +86,10 @@ class Grid(Training):
 
     Args:
         network: from images to logits.
-        data: the images, and how they are divided among the workers.
+        data: the images, without a partition.
         epochs: number of epochs.
         settings: numbers of workers, and of Byzantine ones among them.
+        partitions: of the training images among the workers, by name.
         attacks: what the Byzantine workers do, by name. None for no attack.
         methods: estimators, each with the momentum of the optimizer, by name.
         rules: aggregation rules by name.
@@ -92,6 +102,7 @@ class Grid(Training):
     """
 
     settings: list[Setting]
+    partitions: dict[str, Partition]
     attacks: dict[str, Attack | None]
     methods: dict[str, Method]
     rules: dict[str, Aggregator]
@@ -111,7 +122,7 @@ class Run(Training):
     seed: int
 
 
-_AXES = ("settings", "attacks", "methods", "rules", "learning_rates", "seeds")
+_AXES = ("settings", "partitions", "attacks", "methods", "rules", "learning_rates", "seeds")
 GRID_ARGUMENTS = tuple(entry.name for entry in fields(Grid))
 
 
@@ -124,6 +135,8 @@ class Cell:
     rule: str
     num_workers: int
     num_byzantine: int
+    assumed_byzantine: int
+    partition: str
     learning_rate: float
     seed: int
     run: dict[str, Any] = field(compare=False, repr=False)
@@ -140,9 +153,23 @@ class Cell:
 
     def __str__(self) -> str:
         return (
-            f"{self.rule}, {self.attack}, {self.method}, {self.num_byzantine} of {self.num_workers}, learning rate"
+            f"{self.rule}, {self.attack}, {self.method}, {scenario(self.labels)}, learning rate"
             f" {self.learning_rate:g}, seed {self.seed}"
         )
+
+
+def scenario(labels: Mapping[str, Any]) -> str:
+    """Return a name for the numbers of workers and the partition of a cell.
+
+    Example:
+        >>> scenario({"num_workers": 17, "num_byzantine": 4, "assumed_byzantine": 8, "partition": "IID"})
+        '4 of 17, 8 assumed, IID'
+
+    """
+    numbers = f"{labels['num_byzantine']} of {labels['num_workers']}"
+    if labels["assumed_byzantine"] != labels["num_byzantine"]:
+        numbers += f", {labels['assumed_byzantine']} assumed"
+    return f"{numbers}, {labels['partition']}"
 
 
 def cells(config: Namespace) -> list[Cell]:
@@ -161,10 +188,13 @@ def cells(config: Namespace) -> list[Cell]:
             rule=rule,
             num_workers=setting["num_workers"],
             num_byzantine=setting["num_byzantine"],
+            assumed_byzantine=Setting(**setting).assumed,
+            partition=partition,
             learning_rate=learning_rate,
             seed=seed,
             run={
                 **common,
+                "data": _divided(plain["data"], plain["partitions"][partition]),
                 "setting": setting,
                 "attack": plain["attacks"][attack],
                 "method": plain["methods"][method],
@@ -173,7 +203,7 @@ def cells(config: Namespace) -> list[Cell]:
                 "seed": seed,
             },
         )
-        for setting, attack, method, rule, learning_rate, seed in product(*(plain[axis] for axis in _AXES))
+        for setting, partition, attack, method, rule, learning_rate, seed in product(*(plain[axis] for axis in _AXES))
         if setting["num_byzantine"] > 0 or plain["attacks"][attack] is None
     ]
 
@@ -189,10 +219,12 @@ def check(grid: Grid) -> None:
     for axis in _AXES:
         if not getattr(grid, axis):
             raise ValueError(f"{axis} must have at least one entry, got none")
+    if grid.data.partition is not None:
+        raise ValueError("data must have no partition, since the grid has partitions: choose among those")
     grid.data.prepare_data()
     for setting in grid.settings:
         for rule in grid.rules.values():
-            rule.check(setting.num_workers, setting.num_byzantine)
+            rule.check(setting.num_workers, setting.assumed)
         for attack in grid.attacks.values():
             if attack is not None and setting.num_byzantine > 0:
                 attack.check(setting.num_workers, byzantine_workers(setting))
@@ -206,5 +238,9 @@ def make_run(run: dict[str, Any]) -> Run:
 
 
 def byzantine_workers(setting: Setting) -> list[int]:
-    """Return the last f workers."""
+    """Return the workers that attack."""
     return list(range(setting.num_workers - setting.num_byzantine, setting.num_workers))
+
+
+def _divided(data: dict[str, Any], partition: dict[str, Any]) -> dict[str, Any]:
+    return {**data, "init_args": {**data["init_args"], "partition": partition}}

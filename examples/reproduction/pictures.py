@@ -1,5 +1,6 @@
 """Pictures of a grid's results."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,8 +13,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reproduction.grid import scenario
+from reproduction.ranking import Entry, ranking
 from reproduction.results import final_accuracies
 
 Result = Mapping[str, Any]
@@ -22,19 +26,20 @@ _WORST = "worst case"
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw both pictures for each setting, and return their paths."""
+    """Draw both pictures for each scenario, and that of the ranking, and return their paths."""
     paths = []
-    for workers, byzantine in _values(results, "num_workers", "num_byzantine"):
-        of_setting = [
-            result for result in results if (result["num_workers"], result["num_byzantine"]) == (workers, byzantine)
-        ]
+
+    def write(figure: Figure, name: str, title: str) -> None:
         seeds = ", ".join(str(seed) for (seed,) in _values(results, "seed"))
-        title = f"{byzantine} of {workers} workers Byzantine, seeds {seeds}"
-        for name, picture in (("curves", curves), ("heatmap", heat_map)):
-            figure = picture(of_setting)
-            figure.suptitle(title, fontsize=13)
-            paths.append(folder / f"{name}-{workers}-{byzantine}.png")
-            save(figure, paths[-1])
+        figure.suptitle(f"{title}, seeds {seeds}", fontsize=13)
+        paths.append(folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.png")
+        save(figure, paths[-1])
+
+    for name in dict.fromkeys(map(scenario, results)):
+        of_scenario = [result for result in results if scenario(result) == name]
+        write(curves(of_scenario), f"curves {name}", f"{name}: Byzantine workers")
+        write(heat_map(of_scenario), f"heatmap {name}", f"{name}: Byzantine workers")
+    write(ranking_map(ranking(results)), "ranking", "Worst of all attacks")
     return paths
 
 
@@ -72,17 +77,38 @@ def heat_map(results: Sequence[Result]) -> Figure:
     for column, panel in zip(columns, panels[0], strict=True):
         table = np.array([[mean(final[*column, rule, attack]) for (attack,) in attacks] for (rule,) in rules])
         table = np.column_stack([table, table.min(axis=1)])
-        panel.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        panel.set_title(_column_title(columns, column), fontsize=11)
         names = [*(attack for (attack,) in attacks), _WORST]
-        panel.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        panel.set_yticks(range(len(rules)), [_wrapped(rule) for (rule,) in rules], fontsize=8)
-        panel.axvline(len(attacks) - 0.5, color="black", linewidth=2)
-        best = table[:, -1].argmax()
-        for (row, place), accuracy in np.ndenumerate(table):
-            weight = "bold" if row == best and place == len(attacks) else "normal"
-            panel.text(place, row, f"{accuracy:.3f}", ha="center", va="center", fontsize=8, weight=weight)
+        _show(table, panel, names, [rule for (rule,) in rules], num_summaries=1)
+        panel.set_title(_column_title(columns, column), fontsize=11)
     return figure
+
+
+def ranking_map(entries: Sequence[Entry]) -> Figure:
+    """Draw the worst case of each rule in each scenario and in all: one panel for each method."""
+    columns = list(dict.fromkeys(entry.name[1:] for entry in entries))
+    names = entries[0].scenarios
+    rows = [[entry for entry in entries if entry.name[1:] == column] for column in columns]
+    size = (len(columns) * (1.1 * (len(names) + 2) + 3), 0.55 * max(map(len, rows)) + 2.5)
+    figure, panels = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="constrained")
+    for column, ranked, panel in zip(columns, rows, panels[0], strict=True):
+        of_entry = [[*map(entry.worst_in, names), entry.five_worst, entry.worst] for entry in ranked]
+        labels = [*names, "mean of five worst", _WORST]
+        _show(np.array(of_entry), panel, labels, [entry.name[0] for entry in ranked], num_summaries=2)
+        panel.set_title(_column_title(columns, column), fontsize=11)
+    return figure
+
+
+def _show(table: np.ndarray, panel: Axes, columns: list[str], rows: list[str], num_summaries: int) -> None:
+    """Draw a table of accuracies: its last columns are summaries, and the best of each of these is bold."""
+    panel.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    panel.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    panel.set_yticks(range(len(rows)), [_wrapped(row) for row in rows], fontsize=8)
+    first_summary = len(columns) - num_summaries
+    panel.axvline(first_summary - 0.5, color="black", linewidth=2)
+    best = table.argmax(axis=0)
+    for (row, place), accuracy in np.ndenumerate(table):
+        weight = "bold" if row == best[place] and place >= first_summary else "normal"
+        panel.text(place, row, f"{accuracy:.3f}", ha="center", va="center", fontsize=8, weight=weight)
 
 
 def save(figure: Figure, path: Path) -> None:

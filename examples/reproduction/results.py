@@ -17,22 +17,7 @@ _DEVIATIONS = 3
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a row for each cell, with an accuracy for each epoch, atomically."""
-    rows = [
-        {
-            "attack": result["attack"],
-            "estimator": result["method"],
-            "rule": result["rule"],
-            "workers": result["num_workers"],
-            "byzantine": num_attackers(result),
-            "num_byzantine": result["num_byzantine"],
-            "batch_per_worker": _batch_size(result),
-            "lr": result["learning_rate"],
-            "seed": result["seed"],
-            **{f"accuracy_epoch_{epoch}": value for epoch, value in enumerate(result["accuracies"], start=1)},
-            "seconds": round(result["seconds"], 1),
-        }
-        for result in results
-    ]
+    rows = [_row(result) for result in results]
     unfinished = path.with_name(f".{path.name}")
     with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -42,7 +27,7 @@ def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def num_attackers(result: Mapping[str, Any]) -> int:
-    """Return the number of workers that attacked, which may be less than the rule's f."""
+    """Return the number of workers that attacked."""
     return 0 if result["run"]["attack"] is None else result["num_byzantine"]
 
 
@@ -59,13 +44,14 @@ class Comparison:
     """One cell and its reference.
 
     Attributes:
-        cell: attack, method, rule, numbers of workers and of attackers, images in a worker's batch, learning rate.
+        cell: attack, method, rule, numbers of workers and of attackers, images in a worker's batch, learning rate,
+            partition, the rule's f; None for any.
         ours: accuracies over the seeds.
         reference: mean accuracy of the reference.
 
     """
 
-    cell: tuple[str, str, str, int, int, int, float]
+    cell: tuple[Any, ...]
     ours: tuple[float, ...]
     reference: float
 
@@ -93,20 +79,19 @@ def compare(results: Sequence[Mapping[str, Any]], reference: Path) -> list[Compa
         results: finished cells.
         reference: a CSV with the columns of :func:`write_csv`, of which the last accuracy is compared. Parameters in
             parentheses after the name of a rule or an attack are ignored, and so are numbers after a method's name.
+            Without the column ``partition`` all its rows are IID; without ``num_byzantine``, f may be any.
 
     """
     known = defaultdict(list)
     with reference.open(newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        has_rules_f = "num_byzantine" in (reader.fieldnames or ())
+        for row in reader:
             last = [name for name, value in row.items() if name.startswith("accuracy_epoch_") and value][-1]
-            names = (row["attack"], row["estimator"], row["rule"])
-            numbers = (int(row["workers"]), int(row["byzantine"]), int(row["batch_per_worker"]), float(row["lr"]))
-            known[*map(_without_parameters, names), *numbers].append(float(row[last]))
+            known[_cell(row, has_rules_f)].append(float(row[last]))
     ours = defaultdict(list)
     for result in results:
-        names = (result["attack"], result["method"], result["rule"])
-        numbers = (result["num_workers"], num_attackers(result), _batch_size(result), result["learning_rate"])
-        ours[*map(_without_parameters, names), *numbers].append(result["accuracies"][-1])
+        ours[_cell(_row(result), has_rules_f)].append(result["accuracies"][-1])
     return [Comparison(cell, tuple(ours[cell]), mean(known[cell])) for cell in ours if cell in known]
 
 
@@ -122,8 +107,29 @@ def report(comparisons: Sequence[Comparison]) -> str:
     return "\n".join([*lines, "", f"{agreeing} of {len(comparisons)} cells agree with the reference {bounds}."])
 
 
-def _batch_size(result: Mapping[str, Any]) -> int:
-    return int(result["run"]["data"]["init_args"]["batch_size"])
+def _row(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "attack": result["attack"],
+        "estimator": result["method"],
+        "rule": result["rule"],
+        "workers": result["num_workers"],
+        "byzantine": num_attackers(result),
+        "num_byzantine": result["assumed_byzantine"],
+        "partition": result["partition"],
+        "batch_per_worker": result["run"]["data"]["init_args"]["batch_size"],
+        "lr": result["learning_rate"],
+        "seed": result["seed"],
+        **{f"accuracy_epoch_{epoch}": value for epoch, value in enumerate(result["accuracies"], start=1)},
+        "seconds": round(result["seconds"], 1),
+    }
+
+
+def _cell(row: Mapping[str, Any], has_rules_f: bool) -> tuple[Any, ...]:
+    """Return what a row has in common with those of other seeds."""
+    names = [_without_parameters(row[column]) for column in ("attack", "estimator", "rule")]
+    numbers = [int(row[column]) for column in ("workers", "byzantine", "batch_per_worker")]
+    rules_f = int(row["num_byzantine"]) if has_rules_f else None
+    return (*names, *numbers, float(row["lr"]), row.get("partition", "IID"), rules_f)
 
 
 def _without_parameters(name: str) -> str:

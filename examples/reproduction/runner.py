@@ -42,6 +42,7 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     distinct = {cell.key: cell for cell in cells}
     waiting = [cell for key, cell in distinct.items() if not (folder / key / RESULT).is_file()]
+    waiting.sort(key=lambda cell: cell.seed)  # so that an interrupted grid is complete for the first seeds
     # Processes fork from a server that has imported all that a cell needs, and has done nothing else. It finds modules
     # through PYTHONPATH, not through this process's sys.path.
     context = multiprocessing.get_context("forkserver")

@@ -61,7 +61,7 @@ def train(config: dict[str, Any]) -> tuple[list[float], float]:
 def _trainer(run: Run) -> pl.Trainer:
     strategy = ByzantineDDPStrategy(
         aggregator=run.rule,
-        num_byzantine=run.setting.num_byzantine,
+        num_byzantine=run.setting.assumed,
         estimator=run.method.estimator,
         max_worker_grad_norm=run.max_worker_grad_norm,
         workers_per_process=run.setting.num_workers,

@@ -15,27 +15,38 @@ import tuning
 import yaml
 from fake_training import die_half_way_once, finish
 from matplotlib.figure import Figure
+from partitions import IID, Dirichlet
 from reproduction.command import grid_parser
-from reproduction.grid import Cell, Run, cells, make_run
-from reproduction.pictures import curves, draw, heat_map
+from reproduction.grid import Cell, Run, byzantine_workers, cells, make_run, scenario
+from reproduction.pictures import curves, draw, heat_map, ranking_map
+from reproduction.ranking import ranking, ranking_table, write_ranking
 from reproduction.results import Comparison, compare, report, write_csv
 from reproduction.runner import CellError, run_cells
 from reproduction.training import RESULT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_byzantine.aggregators import CTMA, CoordinateWiseMedian, GeometricMedian, Krum
+from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import (
+    CTMA,
+    Aggregator,
+    CoordinateWiseMedian,
+    GeometricMedian,
+    Krum,
+    MetaAggregator,
+)
 from lightning_byzantine.estimators import WorkerMomentum
 
 CONFIGS = [
     Path(reproduce.__file__).parent / "configs" / "reproduce" / name
-    for name in ("mnist.yaml", "mnist_best.yaml", "cifar10.yaml", "tuning.yaml")
+    for name in ("mnist.yaml", "mnist_best.yaml", "cifar10.yaml", "tuning.yaml", "league.yaml")
 ]
 
 SMALL: dict[str, Any] = {
     "network": "torch.nn.Identity",
-    "data": {"class_path": "DigitData", "init_args": {"batch_size": 4, "partition": "IID", "validation": 0}},
+    "data": {"class_path": "DigitData", "init_args": {"batch_size": 4, "validation": 0}},
     "epochs": 2,
     "settings": [{"num_workers": 5, "num_byzantine": 2}],
+    "partitions": {"IID": "IID"},
     "attacks": {"none": None, "sign flip": {"class_path": "SignFlip"}},
     "methods": {"worker momentum": {"estimator": {"class_path": "WorkerMomentum"}}, "none": {"estimator": None}},
     "rules": {"Mean": {"class_path": "Mean"}, "CTMA": {"class_path": "CTMA", "init_args": {"base": "Krum"}}},
@@ -87,7 +98,8 @@ def test_a_cell_is_another_one_when_it_trains_differently_and_not_by_another_nam
         ({"attacks": {"a": {"class_path": "SignFlip", "init_args": {"z": 1}}}}, r'"attacks".*z'),
         ({"methods": {"a": {"momentun": 0.9}}}, r'"methods".*momentun'),
         ({"settings": [{"num_workers": 5, "byzantine": 2}]}, r'"settings".*byzantine'),
-        ({"data": {"class_path": "DigitData", "init_args": {"partition": "Dirichlet"}}}, r'"data".*alpha'),
+        ({"settings": [{"num_workers": 5, "num_byzantine": 2, "assumed_byzantine": "most"}]}, r'"settings".*assumed'),
+        ({"partitions": {"a": {"class_path": "Dirichlet"}}}, r'"partitions".*alpha'),
     ],
 )
 def test_errors_in_a_yaml_name_the_key_before_anything_runs(
@@ -104,7 +116,16 @@ def test_errors_in_a_yaml_name_the_key_before_anything_runs(
     ("changes", "message"),
     [
         ({"settings": [{"num_workers": 4, "num_byzantine": 2}]}, "0 <= f < m / 2, got f=2 with m=4"),
+        (
+            {"settings": [{"num_workers": 5, "num_byzantine": 2, "assumed_byzantine": 3}]},
+            "0 <= f < m / 2, got f=3 with m=5",
+        ),
         ({"seeds": []}, "seeds must have at least one entry"),
+        ({"partitions": {}}, "partitions must have at least one entry"),
+        (
+            {"data": {"class_path": "DigitData", "init_args": {"partition": "IID"}}},
+            "data must have no partition, since the grid has partitions",
+        ),
         (
             {"data": {"class_path": "DigitData", "init_args": {"path": "nowhere.npz"}}},
             "got nowhere.npz, which is not a file",
@@ -142,6 +163,43 @@ def test_the_tuning_config_is_three_methods_on_a_grid_of_half_decades() -> None:
     assert {cell.method for cell in grid} == {"SGD with momentum", "worker momentum", "double momentum"}
     assert {cell.attack for cell in grid} == {"none", "ALIE"}
     assert len(grid) == 8 * 3 * 2 * 3
+
+
+def name_of(rule: Aggregator) -> str:
+    return type(rule).__name__ + (f"({name_of(rule.base)})" if isinstance(rule, MetaAggregator) else "")
+
+
+def test_the_league_has_the_default_rule_and_runs_in_all_scenarios() -> None:
+    options = grid_parser("", out="out").parse_args(["--config", str(CONFIGS[4])])
+    grid = cells(options)
+    scenarios = {scenario(cell.labels) for cell in grid}
+    numbers = ["8 of 17", "4 of 17", "4 of 17, 8 assumed", "2 of 5"]
+    assert scenarios == {f"{name}, {partition}" for name in numbers for partition in ("IID", "Dirichlet(0.3)")}
+    assert {cell.seed for cell in grid} == {1, 2, 3}
+    made = grid_parser("", out="out").instantiate(options)
+    assert type(ByzantineDDPStrategy().aggregator) in map(type, made.rules.values())
+    assert [name_of(rule) for rule in made.rules.values()] == list(made.rules)
+    for setting in made.settings:
+        for attack in filter(None, made.attacks.values()):
+            attack.check(setting.num_workers, byzantine_workers(setting))
+
+
+def test_each_worker_has_the_images_of_its_cells_partition() -> None:
+    partitions = {"IID": "IID", "unlike": {"class_path": "Dirichlet", "init_args": {"alpha": 0.3}}}
+    grid = small_cells(partitions=partitions)
+    assert len(grid) == 2 * len(small_cells())
+    made = {cell.partition: make_run(cell.run).data.partition for cell in grid}
+    assert isinstance(made["IID"], IID)
+    assert isinstance(made["unlike"], Dirichlet)
+    assert made["unlike"].alpha == 0.3
+
+
+def test_the_rule_may_assume_another_number_than_attack() -> None:
+    grid = small_cells(settings=[{"num_workers": 5, "num_byzantine": 1, "assumed_byzantine": 2}])
+    assert str(grid[0]) == "Mean, none, worker momentum, 1 of 5, 2 assumed, IID, learning rate 0.1, seed 1"
+    run = make_run(grid[0].run)
+    assert (run.setting.assumed, byzantine_workers(run.setting)) == (2, [4])
+    assert make_run(small_cells()[0].run).setting.assumed == 2
 
 
 def test_a_run_gets_the_objects_of_its_cell() -> None:
@@ -218,6 +276,7 @@ def test_the_table_has_a_row_for_each_cell(tmp_path: Path) -> None:
         "workers": "5",
         "byzantine": "0",
         "num_byzantine": "2",
+        "partition": "IID",
         "batch_per_worker": "4",
         "lr": "0.1",
         "seed": "1",
@@ -239,7 +298,7 @@ def test_the_table_has_a_row_for_each_cell(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_allows_003_or_three_deviations(ours: tuple[float, ...], reference: float, agrees: bool) -> None:
-    assert Comparison(("", "", "", 17, 8, 0.1), ours, reference).agrees == agrees
+    assert Comparison(("", "", "", 17, 8, 4, 0.1, "IID", None), ours, reference).agrees == agrees
 
 
 def test_cells_find_their_reference(tmp_path: Path) -> None:
@@ -279,6 +338,80 @@ def test_the_heat_map_shows_the_worst_case_of_each_rule() -> None:
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["none", "sign flip", "worst case"]
 
 
+def ranked_cells() -> list[dict[str, Any]]:
+    """Return results of two rules: one is better in the worst case, the other one in the mean of the five worst."""
+    accuracies = {"Mean": [0.3, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], "CTMA": [0.5, 0.5, 0.5, 0.5, 0.5, 0.9, 0.9, 1.0]}
+    grid = small_cells(
+        settings=[{"num_workers": 5, "num_byzantine": 2}, {"num_workers": 5, "num_byzantine": 1}],
+        partitions={"IID": "IID", "unlike": {"class_path": "Dirichlet", "init_args": {"alpha": 0.3}}},
+        methods={"none": {"estimator": None}},
+        seeds=[1, 2],
+    )
+    cases = list(dict.fromkeys((scenario(cell.labels), cell.attack) for cell in grid))
+    assert len(cases) == 8
+
+    def accuracy(cell: Cell) -> float:
+        of_case = accuracies[cell.rule][cases.index((scenario(cell.labels), cell.attack))]
+        return of_case + (0.05 if cell.seed == 1 else -0.05)
+
+    return results_of(grid, accuracy)
+
+
+def test_rules_are_ranked_by_their_worst_mean_over_seeds(tmp_path: Path) -> None:
+    entries = ranking(ranked_cells())
+    assert [entry.name[0] for entry in entries] == ["CTMA", "Mean"]
+    assert [entry.worst for entry in entries] == pytest.approx([0.5, 0.3])
+    assert [entry.five_worst for entry in entries] == pytest.approx([0.5, (0.3 + 4 * 0.9) / 5])
+    assert entries[1].worst_case == ("2 of 5, IID", "none")
+    assert entries[0].worst_in("1 of 5, unlike") == pytest.approx(0.9)
+    write_ranking(entries, tmp_path / "ranking.csv")
+    with (tmp_path / "ranking.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["worst"]) for row in rows] == pytest.approx([0.5, 0.3])
+    assert rows[1]["worst_case_attack"] == "none"
+
+
+def test_the_table_of_the_ranking_has_the_best_of_each_column_in_bold() -> None:
+    first, second = ranking_table(ranking(ranked_cells())).splitlines()[2:]
+    assert first.startswith("| 1 | `CTMA` | none | 2 of 5, IID: none | **0.500** | 0.500 |")
+    assert second.startswith("| 2 | `Mean` | none | 2 of 5, IID: none | 0.300 | **0.780** |")
+
+
+def test_the_picture_of_the_ranking_shows_the_worst_of_each_scenario() -> None:
+    figure = ranking_map(ranking(ranked_cells()))
+    of_ctma = ["0.500", "0.500", "0.500", "0.900", "0.500", "0.500"]
+    of_mean = ["0.300", "0.900", "0.900", "0.900", "0.780", "0.300"]
+    assert texts(figure) == of_ctma + of_mean
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels[-3:] == ["1 of 5, unlike", "mean of five worst", "worst case"]
+
+
+def test_a_reference_is_of_iid_images_and_any_f_unless_it_says_more(tmp_path: Path) -> None:
+    results = results_of(
+        small_cells(
+            settings=[
+                {"num_workers": 5, "num_byzantine": 1},
+                {"num_workers": 5, "num_byzantine": 1, "assumed_byzantine": 2},
+            ],
+            partitions={"IID": "IID", "unlike": {"class_path": "Dirichlet", "init_args": {"alpha": 0.3}}},
+            rules={"Mean": "Mean"},
+            methods={"none": {"estimator": None}},
+        )
+    )
+    write_csv(results, tmp_path / "all.csv")
+    assert len(compare(results, tmp_path / "all.csv")) == 2 * 2 * 2
+    with (tmp_path / "all.csv").open(newline="") as file:
+        rows = [
+            {k: v for k, v in row.items() if k not in ("partition", "num_byzantine")} for row in csv.DictReader(file)
+        ]
+    with (tmp_path / "less.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    comparisons = compare(results, tmp_path / "less.csv")
+    assert [entry.cell[-2:] for entry in comparisons] == [("IID", None)] * 2
+
+
 def test_the_curves_are_means_over_seeds() -> None:
     figure = curves(results_of(small_cells(), lambda cell: cell.seed / 10))
     assert len(figure.axes) == 4  # attacks x methods
@@ -293,7 +426,8 @@ def test_both_pictures_are_drawn_for_each_setting(tmp_path: Path) -> None:
     settings = [{"num_workers": 5, "num_byzantine": 2}, {"num_workers": 5, "num_byzantine": 1}]
     results = results_of(small_cells(settings=settings, seeds=[1]))
     paths = draw(results, tmp_path)
-    assert [path.name for path in paths] == ["curves-5-2.png", "heatmap-5-2.png", "curves-5-1.png", "heatmap-5-1.png"]
+    names = [f"{kind}-{number}-of-5-iid.png" for number in (2, 1) for kind in ("curves", "heatmap")]
+    assert [path.name for path in paths] == [*names, "ranking.png"]
     first = [path.read_bytes() for path in paths]
     assert all(content.startswith(b"\x89PNG") for content in first)
     assert [path.read_bytes() for path in draw(results, tmp_path)] == first
@@ -336,7 +470,9 @@ def test_from_a_yaml_to_tables_and_pictures(tmp_path: Path, images: Path, capsys
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["estimator"] for row in rows] == ["worker momentum", "double momentum"]
-    assert {path.name for path in out.glob("*.png")} == {"curves-5-2.png", "heatmap-5-2.png"}
+    pictures = {"curves-2-of-5-iid.png", "heatmap-2-of-5-iid.png", "ranking.png"}
+    assert {path.name for path in out.glob("*.png")} == pictures
+    assert (out / "ranking.md").read_text() in capsys.readouterr().out
     finished = list((out / "cells").iterdir())
     assert len(finished) == 2
     for folder in finished:
