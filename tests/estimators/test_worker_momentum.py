@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_byzantine.estimators import WorkerMomentum
+from lightning_byzantine.estimators.estimator import Scale
 
 
 def run(estimators: list[WorkerMomentum], gradients: Tensor) -> list[Tensor]:
@@ -59,6 +61,160 @@ def test_continues_from_a_saved_state() -> None:
         assert torch.equal(resumed, expected)
     second.reset()
     assert second.worker_state() == second.shared_state() == {}
+
+
+# How far one step may go.
+
+Limited = tuple[list[np.ndarray], list[np.ndarray], list[float]]
+
+
+def limited(aggregates: list[np.ndarray], scales: list[Scale | None], beta: float, steps_before: int = 0) -> Limited:
+    """The formulas once more: return what the optimizer receives, what that adds up to, and the largest lengths."""
+    previous, received, momenta, bounds = np.zeros_like(aggregates[0]), [], [], []
+    for step, (aggregate, scale) in enumerate(zip(aggregates, scales, strict=True)):
+        t = steps_before + step + 1
+        gradient, bound = (aggregate - beta * previous) / (1 - beta), np.inf
+        if scale is not None:
+            noise = scale.noise * ((1 + beta) / (1 - beta) / (1 - beta ** (2 * t))) ** 0.5
+            bound = scale.length / (1 - beta**t) + noise
+        length = float(np.linalg.norm(gradient - previous))
+        if length > bound:
+            gradient = previous + (gradient - previous) * (bound / length)
+        received.append(gradient)
+        bounds.append(bound)
+        previous = beta * previous + (1 - beta) * gradient
+        momenta.append(previous)
+    return received, momenta, bounds
+
+
+SIZES = {"weight": 5, "bias": 2}
+
+
+def received_from(
+    estimator: WorkerMomentum,
+    aggregates: list[np.ndarray],
+    scales: list[Scale | None],
+    dtype: torch.dtype = torch.float64,
+    sizes: dict[str, int] = SIZES,
+) -> list[Tensor]:
+    received = []
+    for aggregate, scale in zip(aggregates, scales, strict=True):
+        split = torch.from_numpy(aggregate).to(dtype).split(list(sizes.values()))
+        parts = dict(zip(sizes, split, strict=True))
+        estimator.limit(parts, scale)
+        received.append(torch.cat([gradient_of(estimator, name, parts[name]) for name in reversed(sizes)][::-1]))
+    return received
+
+
+def gradient_of(estimator: WorkerMomentum, name: str, aggregate: Tensor) -> Tensor:
+    out = torch.empty_like(aggregate)
+    estimator.gradient(name, aggregate, out)
+    return out
+
+
+def steps(seed: int, count: int = 12) -> tuple[list[np.ndarray], list[Scale | None]]:
+    """Return aggregates, of which some change too much, and what is known of the workers; in one step nothing is."""
+    random = np.random.default_rng(seed)
+    aggregates = [random.normal(size=7) * random.choice([0.2, 1, 3]) for _ in range(count)]
+    lengths, noise = random.uniform(0.5, 2, count) * random.choice([1, 40], count), random.uniform(0, 0.5, count)
+    scales: list[Scale | None] = [Scale(*pair) for pair in zip(lengths, noise, strict=True)]
+    scales[int(random.integers(count))] = None
+    return aggregates, scales
+
+
+@given(beta=st.sampled_from([0.1, 0.5, 0.9, 0.99]), seed=st.integers(0, 1000))
+def test_a_step_is_no_longer_than_honest_gradients_explain(beta: float, seed: int) -> None:
+    aggregates, scales = steps(seed)
+    estimator = WorkerMomentum(beta)
+    received = received_from(estimator, aggregates, scales)
+    expected, momenta, bounds = limited(aggregates, scales, beta)
+    before = np.zeros(7)
+    for gradient, formula, momentum, bound in zip(received, expected, momenta, bounds, strict=True):
+        np.testing.assert_allclose(gradient.numpy(), formula, rtol=1e-9, atol=1e-9)
+        assert np.linalg.norm(gradient.numpy() - before) <= bound * (1 + 1e-9)
+        before = momentum
+    state = estimator.shared_state()
+    np.testing.assert_allclose(torch.cat([state[name] for name in SIZES]).numpy(), momenta[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_some_of_these_steps_are_limited_and_others_are_not() -> None:
+    received, momenta, bounds = limited(*steps(seed=0), 0.9)
+    befores = [np.zeros(7), *momenta[:-1]]
+    lengths = [np.linalg.norm(gradient - before) for gradient, before in zip(received, befores, strict=True)]
+    assert 3 <= sum(length < bound * (1 - 1e-9) for length, bound in zip(lengths, bounds, strict=True)) <= 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_step_that_is_short_enough_is_taken_to_the_bit(dtype: torch.dtype) -> None:
+    aggregates = steps(seed=1)[0]
+    free, bounded = (
+        received_from(WorkerMomentum(), aggregates, [scale] * 12, dtype) for scale in (None, Scale(1e9, 1.0))
+    )
+    assert all(torch.equal(*pair) for pair in zip(free, bounded, strict=True))
+
+
+def test_liars_who_change_sides_in_every_step_gain_little() -> None:
+    aggregates = [np.array([1.0, 0.3 * (-1) ** step]) for step in range(60)]
+    sizes = {"weight": 2}
+    free = received_from(WorkerMomentum(), aggregates, [None] * 60, sizes=sizes)
+    bounded = received_from(WorkerMomentum(), aggregates, [Scale(1.0, 0.1)] * 60, sizes=sizes)
+    assert max(gradient.norm() for gradient in free[30:]) > 5.5
+    assert max(gradient.norm() for gradient in bounded[30:]) < 1.8
+
+
+@pytest.mark.parametrize(
+    "estimator", [WorkerMomentum(0.0), WorkerMomentum(0.9, transparent=False)], ids=["no momentum", "not undone"]
+)
+def test_nothing_is_limited_where_nothing_is_multiplied(estimator: WorkerMomentum) -> None:
+    aggregates = steps(seed=2)[0]
+    received = received_from(estimator, aggregates, [Scale(1e-3, 0.0)] * 12)
+    for gradient, aggregate in zip(received, aggregates, strict=True):
+        np.testing.assert_array_equal(gradient.numpy(), aggregate)
+
+
+def test_where_all_gradients_are_0_nothing_is_divided_by_0() -> None:
+    aggregates = [np.zeros(7), np.zeros(7), np.ones(7), np.zeros(7)]
+    scales = [Scale(0.0, 0.0), Scale(0.0, 0.0), Scale(3.0, 1.0), Scale(0.0, 0.0)]
+    received = received_from(WorkerMomentum(), aggregates, scales)
+    assert received[0].tolist() == received[1].tolist() == [0.0] * 7
+    for gradient, formula in zip(received, limited(aggregates, scales, 0.9)[0], strict=True):
+        np.testing.assert_allclose(gradient.numpy(), formula, atol=1e-12)
+
+
+def test_parameters_that_take_no_part_in_a_step_count_for_nothing() -> None:
+    estimator = WorkerMomentum()
+    weight, bias = torch.ones(5), torch.ones(2)
+    estimator.limit({"weight": weight, "bias": bias}, None)
+    gradient_of(estimator, "weight", weight), gradient_of(estimator, "bias", bias)
+    estimator.limit({"weight": 3 * weight}, Scale(1.0, 0.0))
+    gradient = gradient_of(estimator, "weight", 3 * weight)
+    torch.testing.assert_close((gradient - weight).norm(), torch.tensor(1 / (1 - 0.9**2)))
+    assert torch.equal(estimator.shared_state()["bias"], bias)
+
+
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_a_limit_goes_on_from_a_saved_state(done: int) -> None:
+    aggregates, scales = steps(seed=3)
+    whole, first, second = WorkerMomentum(), WorkerMomentum(), WorkerMomentum(0.9)
+    expected = received_from(whole, aggregates, scales)
+    received_from(first, aggregates[:done], scales[:done])
+    second.load_state([{}], {name: value.clone() for name, value in first.shared_state().items()})
+    second.to(torch.device("cpu"))
+    for gradient, wanted in zip(received_from(second, aggregates[done:], scales[done:]), expected[done:], strict=True):
+        assert torch.equal(gradient, wanted)
+    assert second.shared_state().keys() == {"weight", "bias", ""}
+    assert int(second.shared_state()[""]) == 12
+    second.reset()
+    assert all(torch.equal(*pair) for pair in zip(received_from(second, aggregates, scales), expected, strict=True))
+
+
+def test_checkpoints_of_before_are_of_many_steps() -> None:
+    aggregates, scales = steps(seed=4)
+    estimator = WorkerMomentum()
+    estimator.load_state([{}], {name: torch.zeros(size, dtype=torch.float64) for name, size in SIZES.items()})
+    expected = limited(aggregates, scales, 0.9, steps_before=10**6)[0]
+    for gradient, formula in zip(received_from(estimator, aggregates, scales), expected, strict=True):
+        np.testing.assert_allclose(gradient.numpy(), formula, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.0, float("nan")])
