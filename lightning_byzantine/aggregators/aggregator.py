@@ -98,12 +98,12 @@ class Aggregator(ShowsArguments, ABC):
         rows = measured.is_measurable.nonzero().flatten()
         if len(rows) == num_workers:
             point = self.locate(matrix, num_byzantine) if measured.point is None else measured.point
-            return Decision(matrix, measured, matrix, point)
+            return Decision(matrix, measured, matrix, point, num_byzantine)
         dropped = matrix.workers[~measured.is_measurable].tolist()
         if len(dropped) > num_byzantine:
             raise ByzantineBreakdownError(dropped, num_workers, num_byzantine)
-        seen = matrix.select(rows)
-        return Decision(matrix, measured, seen, self.locate(seen, num_byzantine - len(dropped)))
+        seen, num_left = matrix.select(rows), num_byzantine - len(dropped)
+        return Decision(matrix, measured, seen, self.locate(seen, num_left), num_left)
 
     @torch.no_grad()
     def forward(self, vectors: Tensor, num_byzantine: int) -> Tensor:

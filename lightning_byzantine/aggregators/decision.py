@@ -1,6 +1,8 @@
 """The result of a rule, before it is computed."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class Decision:
         measured: which of these rows can be used.
         seen: the usable rows, to which the rule was applied.
         point: the rule's result.
+        num_byzantine: how many of the usable rows may be Byzantine.
 
     """
 
@@ -28,6 +31,7 @@ class Decision:
     measured: Measurement
     seen: WorkerMatrix
     point: Point
+    num_byzantine: int
 
     def values(self) -> list[Tensor]:
         """Compute the result: one [c_b] tensor for each block, in its dtype."""
@@ -38,46 +42,57 @@ class Decision:
         """Indices of the workers whose rows were dropped."""
         return self.offered.workers[~self.measured.is_measurable].tolist()
 
-    def scale(self, num_byzantine: int) -> Scale | None:
-        """Return how long honest vectors are, and the noise of their aggregate; None if distances are not known.
-
-        Args:
-            num_byzantine: f, of all rows.
-
-        """
-        rows = self.measured.is_measurable.nonzero().flatten()
-        report = _report(self.seen, self.measured.norms[rows], self.point)
+    def scale(self) -> Scale | None:
+        """Return how long honest vectors are, and the noise of their aggregate; None if distances are not known."""
+        report = self._of_seen
         if not report.from_aggregate or report.weights.isnan().any() or report.norms.isnan().any():
             return None
         length = float(report.norms.median())
         # The next one could be a liar's. It is limited as well, but not 0 if f workers send what another one sends.
-        farthest = min(self.offered.num_workers - num_byzantine, len(rows) - 1)
+        farthest = min(report.num_honest, len(report.norms) - 1)
         usual = min(float(report.distances.sort().values[farthest]), length)
-        return Scale(length, usual * float(report.weights.norm()))
+        squared = sum(part.share * float(part.weights.square().sum()) for part in report.parts or (report,))
+        return Scale(length, usual * sqrt(squared))
 
     def report(self) -> Report:
         """Return what is known about each worker; needs neither a pass over the columns nor a collective."""
-        rows = self.measured.is_measurable.nonzero().flatten()
-        seen = _report(self.seen, self.measured.norms[rows], self.point)
-        if isinstance(self.point, Segmented):
-            parts = [
-                _report(part, part.known_norms(), point)
-                for part, point in zip(self.seen.split().values(), self.point.points, strict=True)
-            ]
-            seen = replace(seen, parts=tuple(parts))
         if self.seen is self.offered:
-            return seen
-        return seen.among(rows, self.offered.num_workers, measurable=False)
+            return self._of_seen
+        rows = self.measured.is_measurable.nonzero().flatten()
+        return self._of_seen.among(rows, self.offered.num_workers, measurable=False)
 
+    @cached_property
+    def _of_seen(self) -> Report:
+        norms = self.measured.norms[self.measured.is_measurable]
+        if not isinstance(self.point, Segmented):
+            return self._report(self.seen, norms, self.point, self.seen.known_products_about(self.point))
+        parts, products = self._parts(self.point)
+        return replace(self._report(self.seen, norms, self.point, products), parts=parts)
 
-def _report(matrix: WorkerMatrix, norms: Tensor, point: Point) -> Report:
-    unknown = torch.full_like(norms, torch.nan)
-    weights = point.weights if isinstance(point, Combination | Segmented) else None
-    distances, from_aggregate = matrix.known_distances(point)
-    return Report(
-        torch.ones_like(norms, dtype=torch.bool),
-        norms,
-        unknown if weights is None else weights,
-        unknown if distances is None else distances,
-        from_aggregate,
-    )
+    def _parts(self, joined: Segmented) -> tuple[tuple[Report, ...], Tensor | None]:
+        """Return reports on all segments, and the sum of their inner products; nothing where these are not known."""
+        parts, total = [], torch.zeros(self.seen.num_workers, self.seen.num_workers, dtype=torch.float64)
+        matrices = self.seen.split(with_products=False).values()
+        for matrix, point, share in zip(matrices, joined.points, joined.shares.tolist(), strict=True):
+            products = matrix.known_products_about(point)
+            if products is None:
+                return (), None
+            total += products
+            part = self._report(matrix, matrix.known_norms(), point, products)
+            # Many matrices that nobody needs on their own.
+            parts.append(replace(part, products=None, share=share))
+        return tuple(parts), total
+
+    def _report(self, matrix: WorkerMatrix, norms: Tensor, point: Point, products: Tensor | None) -> Report:
+        unknown = torch.full_like(norms, torch.nan)
+        weights = point.weights if isinstance(point, Combination | Segmented) else None
+        distances = matrix.distances_from_center if products is None else products.diagonal().clamp(min=0).sqrt()
+        return Report(
+            measurable=torch.ones_like(norms, dtype=torch.bool),
+            norms=norms,
+            weights=unknown if weights is None else weights,
+            distances=unknown if distances is None else distances,
+            from_aggregate=products is not None,
+            products=products,
+            num_honest=self.seen.num_workers - self.num_byzantine,
+        )

@@ -1,6 +1,6 @@
 """Statistics of each worker from one aggregation."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, isnan, nan, sqrt
@@ -8,6 +8,7 @@ from math import inf, isnan, nan, sqrt
 import torch
 from torch import Tensor
 
+from lightning_byzantine.aggregators.certificate import distance_from_honest_mean
 from lightning_byzantine.utilities.medians import known_median
 
 __all__ = ["Report"]
@@ -47,6 +48,10 @@ class Report:
         unlikely: [m] bool: rows whose bits are unlike the others', see
             :func:`~lightning_byzantine.aggregation.mantissas.unlikely_bits`; None if they were not checked.
         parts: reports on each parameter, of a rule that decides in each; then weights are averages over all columns.
+        share: the fraction of all columns that this report is about; below 1 in :attr:`parts`.
+        products: [m, m], inner products of the rows' differences from the aggregate; NaN for rows that the rule has not
+            seen, None where they are not known, and in :attr:`parts`.
+        num_honest: how many of the rows that the rule has seen are honest, at least.
 
     Example:
         >>> from lightning_byzantine.aggregators import Krum
@@ -65,6 +70,9 @@ class Report:
     outvoted: Tensor | None = None
     unlikely: Tensor | None = None
     parts: tuple["Report", ...] = ()
+    share: float = 1.0
+    products: Tensor | None = None
+    num_honest: int = 0
 
     @classmethod
     def of_breakdown(cls, dropped: Iterable[int], num_workers: int) -> "Report":
@@ -80,20 +88,58 @@ class Report:
         return ~self.measurable | (self.weights == 0)
 
     @property
+    def left_out(self) -> Tensor:
+        """The fraction of the columns to which each row does not contribute, [m] float64; 0 where weights are NaN."""
+        if not self.parts:
+            return self.share * self.trimmed.double()
+        return torch.stack([part.left_out for part in self.parts]).sum(0)
+
+    @property
     def deviations(self) -> Tensor:
         """Distance of each row from the weighted mean of the others, [m].
 
         ||x_i - sum_{j != i} w_j x_j / (1 - w_i)|| = ||x_i - sum_j w_j x_j|| / (1 - w_i): a row pulls the aggregate
         towards itself, so that rows with a weight would seem nearer than equal ones without. NaN for a row that is the
-        aggregate.
+        aggregate; if it is so in some :attr:`parts` only, it counts as the median row of these.
         """
         if self.parts:
-            return torch.stack([part.deviations for part in self.parts]).square().nansum(0).sqrt()
+            return _joined(torch.stack([part.deviations for part in self.parts]))
         if not self.from_aggregate:
             return self.distances
         pairs = zip(self.distances.tolist(), self.weights.tolist(), strict=True)
         apart = [distance / (1 - weight) if 1 - weight > 1e-9 else nan for distance, weight in pairs]
         return torch.tensor(apart, dtype=torch.float64)
+
+    def certificate(self, liars: Collection[int] = ()) -> float | None:
+        """Return an upper bound of the distance between the aggregate and the mean of all honest rows.
+
+        It holds whichever rows are honest, if there are no more Byzantine workers than the rule was told. See
+        :func:`~lightning_byzantine.aggregators.certificate.distance_from_honest_mean` for the formula.
+
+        Args:
+            liars: indices of workers that are known to be Byzantine, which lowers the bound. Those whose rows were
+                dropped are known anyway.
+
+        Returns:
+            The bound, in the unit of the rows; None if the rule does not know the distances from the aggregate, or if
+            there are more liars than there may be.
+
+        Example:
+            >>> from lightning_byzantine.aggregators import CTMA, GeometricMedian
+            >>> from lightning_byzantine.matrix import WorkerMatrix
+            >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0], [0.0, -3.0], [0.0, 80.0]])
+            >>> report = CTMA(GeometricMedian()).decide(WorkerMatrix([rows]), num_byzantine=1).report()
+            >>> round(report.certificate(), 2), report.certificate(liars=[4])  # the aggregate is 0
+            (22.57, 0.0)
+
+        """
+        if self.products is None:
+            return None
+        candidates = ~self.products.diagonal().isnan()
+        candidates[list(liars)] = False
+        if int(candidates.sum()) < self.num_honest:
+            return None
+        return distance_from_honest_mean(self.products[candidates][:, candidates], self.num_honest)
 
     @property
     def alignments(self) -> Tensor:
@@ -151,7 +197,7 @@ class Report:
         """
 
         def spread(values: Tensor, missing: float) -> Tensor:
-            whole = values.new_full((num_workers,), missing)
+            whole = values.new_full((num_workers, *values.shape[1:]), missing)
             whole[workers] = values
             return whole
 
@@ -164,4 +210,14 @@ class Report:
             self.from_aggregate,
             unlikely=None if self.unlikely is None else spread(self.unlikely, False),
             parts=tuple(part.among(workers, num_workers, measurable) for part in self.parts),
+            share=self.share,
+            products=None if self.products is None else spread(spread(self.products, nan).T, nan),
+            num_honest=self.num_honest,
         )
+
+
+def _joined(deviations: Tensor) -> Tensor:
+    """Return the roots of the sums over all parts of squared deviations [s, m], [m]; NaN of rows unknown in all."""
+    usual = deviations.nanmedian(1, keepdim=True).values.nan_to_num(0)
+    squared = torch.where(deviations.isnan(), usual, deviations).square().sum(0)
+    return torch.where(deviations.isnan().all(0), nan, squared.sqrt())

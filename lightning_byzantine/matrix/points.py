@@ -49,8 +49,8 @@ class LazyPoint(ABC):
         squared = self.exact_squared_distances(view)
         return squared, torch.zeros_like(squared)
 
-    def known_squared_distances(self, view: RowView) -> Tensor | None:
-        """Return the same if neither a pass over the columns nor a collective is needed; None otherwise."""
+    def known_products(self, view: RowView) -> Tensor | None:
+        """Return <x_i - point, x_j - point>, [m, m], if neither a pass nor a collective is needed; None otherwise."""
         return None
 
 
@@ -85,10 +85,10 @@ class Combination(LazyPoint):
         gram = view.products.serving(self.is_affine).exact_gram
         return gram.mixed(view.weights - self.weights).squared_norms()[0]
 
-    def known_squared_distances(self, view: RowView) -> Tensor | None:
-        """Return squared distances, if inner products are known."""
+    def known_products(self, view: RowView) -> Tensor | None:
+        """Return inner products about the point, if those of the rows are known."""
         gram = view.products.serving(self.is_affine).known_gram
-        return None if gram is None else gram.mixed(view.weights - self.weights).squared_norms()[0]
+        return None if gram is None else gram.mixed(view.weights - self.weights).products
 
 
 class Given(LazyPoint):

@@ -91,19 +91,14 @@ class RowDistances:
         steps = self._view.products.gram.mixed(direction[None] @ self._view.weights)
         return steps.squared_norms()[0].sqrt().squeeze(0)
 
-    def known_distances(self, point: Point) -> tuple[Tensor | None, bool]:
-        """Return distances that are known without a pass over the columns or a collective.
+    def known_products_about(self, point: Point) -> Tensor | None:
+        """Return <x_i - point, x_j - point>, [m, m], if inner products are known; needs no pass and no collective."""
+        return as_lazy(point).known_products(self._view)
 
-        Args:
-            point: the rule's result.
-
-        Returns:
-            [m] and True for ||x_i - point||, if inner products are known; [m] and False for distances from the center
-            of the last :meth:`nearest` or :meth:`distances`; None and False if neither is known.
-
-        """
-        squared = as_lazy(point).known_squared_distances(self._view)
-        return (self._distances_from_center, False) if squared is None else (squared.sqrt(), True)
+    @property
+    def distances_from_center(self) -> Tensor | None:
+        """Distances from the center of the last :meth:`nearest` or :meth:`distances`, [m]; None of a combination's."""
+        return self._distances_from_center
 
     def known_norms(self) -> Tensor:
         """Return ||x_i||, [m], of rows that were not mixed, without a separate pass if inner products are needed."""

@@ -30,10 +30,13 @@ class Segmented(LazyPoint):
     def weights(self) -> Tensor | None:
         """The weights of the stored rows, [n], averaged over all columns; None if a point is no combination of rows."""
         known = [point.weights for point in self.points if isinstance(point, Combination)]
-        if len(known) < len(self.points):
-            return None
+        return self.shares @ torch.stack(known) if len(known) == len(self.points) else None
+
+    @property
+    def shares(self) -> Tensor:
+        """The fraction of all columns that each segment has, [s] float64."""
         sizes = torch.tensor([group.size for group in self.made_of.blocks.groups], dtype=torch.float64)
-        return sizes / sizes.sum() @ torch.stack(known)
+        return sizes / sizes.sum()
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the values of all segments; 0 in columns that are in none."""
@@ -54,12 +57,11 @@ class Segmented(LazyPoint):
         squared, errors = map(torch.stack, zip(*pairs, strict=True))
         return squared.sum(0), errors.sum(0)
 
-    def known_squared_distances(self, view: RowView) -> Tensor | None:
-        """Return the sums of the segments' squared distances, if all are known."""
+    def known_products(self, view: RowView) -> Tensor | None:
+        """Return the sums of the segments' inner products about their points, if all are known."""
         pairs = zip(self.points, view.split(with_products=False), strict=True)
-        known = [point.known_squared_distances(of_part) for point, of_part in pairs]
-        squared = [of_part for of_part in known if of_part is not None]
-        return torch.stack(squared).sum(0) if len(squared) == len(known) else None
+        known = [products for point, part in pairs if (products := point.known_products(part)) is not None]
+        return torch.stack(known).sum(0) if len(known) == len(self.points) else None
 
     def _joined(
         self,

@@ -178,7 +178,7 @@ def test_one_sum_over_ranks_serves_all_parts() -> None:
         joined = matrix.join([part.combine(affine(1, 6, seed)[0]) for seed, part in enumerate(parts)])
         for part in parts:
             part.products(), part.squared_distances(), part.known_norms()
-        matrix.known_norms(), matrix.known_distances(joined), matrix.materialize(joined)
+        matrix.known_norms(), matrix.known_products_about(joined), matrix.materialize(joined)
         matrix.squared_distances(), matrix.nearest(joined, 3)
         assert complete.count == 1
         matrix.distances(matrix.join([part.combine(torch.eye(6)[2]) for part in parts]))
@@ -203,7 +203,7 @@ def test_a_point_that_needs_no_products_computes_none() -> None:
     medians = [part.coordinatewise(lambda chunk: chunk.median(0).values) for part in matrix.split(False).values()]
     joined = matrix.join(medians)
     torch.testing.assert_close(torch.cat(matrix.materialize(joined)), rows().median(0).values)
-    assert matrix.known_distances(joined) == (None, False)
+    assert matrix.known_products_about(joined) is None
     assert complete.count == 0
 
 
