@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_byzantine.aggregators.middles import distances_from, middle_of, middle_weights
+from lightning_byzantine.aggregators.middles import distances_from, middle_of, middle_weights, products_about
 
 __all__ = ["explaining_workers"]
 
@@ -13,34 +13,34 @@ _FAR = 3.0
 _STANDARD = 1.4826
 
 
-def explaining_workers(products: Tensor, num_byzantine: int) -> Tensor:
-    """Return up to f workers that explain why some directions are louder than noise, [s, m] bool.
+def explaining_workers(products: Tensor, among: Tensor, num_byzantine: int) -> Tensor:
+    """Return the workers that explain why some directions are louder than noise, [s, m] bool.
 
     Args:
         products: [s, m, m] float64, averages over several steps of inner products of the workers' deviations.
-        num_byzantine: f.
+        among: [s, m] bool, workers to look at; the others are known to be Byzantine.
+        num_byzantine: f. At most as many as are left of them are returned.
 
     Example:
-        >>> rows = torch.tensor([[9.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]])
-        >>> explaining_workers(rows.double() @ rows.double().T[None], num_byzantine=2)
-        tensor([[ True, False, False, False, False]])
+        >>> rows = torch.eye(8, dtype=torch.float64)
+        >>> rows[6:] = 2 * rows[7]
+        >>> explaining_workers(rows @ rows.T[None], torch.ones(1, 8, dtype=torch.bool), num_byzantine=3)
+        tensor([[False, False, False, False, False, False,  True,  True]])
 
     """
-    everyone = torch.ones(products.shape[:2], dtype=torch.bool)
-    usual = middle_of(distances_from(products, middle_weights(products, everyone)), everyone).square()
+    usual = middle_of(distances_from(products, middle_weights(products, among)), among).square()
     threshold = usual * _thresholds(products, usual, num_byzantine)
-    centred = _without_mean(products)
     # Few segments are loud when nobody attacks.
-    loudest = torch.linalg.eigvalsh(centred)[:, -1:]
-    explaining = ~everyone
+    loudest = torch.linalg.eigvalsh(_without_mean(products, among))[:, -1:]
+    explaining = torch.zeros_like(among)
     for index in ((loudest > threshold) & (usual > 0)).flatten().nonzero().flatten().tolist():
-        explaining[index] = _explaining(products[index], float(threshold[index]), num_byzantine)
+        explaining[index] = _explaining(products[index], among[index], float(threshold[index]), num_byzantine)
     return explaining
 
 
-def _explaining(products: Tensor, threshold: float, num_byzantine: int) -> Tensor:
+def _explaining(products: Tensor, among: Tensor, threshold: float, num_byzantine: int) -> Tensor:
     """Return which workers explain the directions above a threshold in one segment, [m] bool."""
-    active = torch.ones(len(products), dtype=torch.bool)
+    active = among.clone()
     explained = torch.zeros(len(products), 0, dtype=torch.float64)
     for _ in range(2 * num_byzantine):
         left = num_byzantine - int((~active).sum())
@@ -56,7 +56,7 @@ def _explaining(products: Tensor, threshold: float, num_byzantine: int) -> Tenso
             continue
         farthest = offsets.masked_fill(~far, 0).argsort(descending=True, stable=True)[: min(left, int(far.sum()))]
         active[active.nonzero().flatten()[farthest]] = False
-    return ~active
+    return among & ~active
 
 
 def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:
@@ -73,7 +73,7 @@ def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:
 
 def _loudest(products: Tensor, active: Tensor, explained: Tensor) -> tuple[float, Tensor]:
     """Return the largest eigenvalue of the active workers' products about their mean, and its vector, [m]."""
-    centred = _without_mean(products[active][:, active])
+    centred = _without_mean(products[None], active[None])[0][active][:, active]
     if explained.shape[1]:
         basis = torch.linalg.qr(explained[active] - explained[active].mean(0)).Q
         without = torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T
@@ -84,7 +84,7 @@ def _loudest(products: Tensor, active: Tensor, explained: Tensor) -> tuple[float
     return float(eigenvalues[-1]), direction
 
 
-def _without_mean(products: Tensor) -> Tensor:
-    """Return inner products [.., m, m] about the mean of the rows."""
-    means = products.mean(-1, keepdim=True)
-    return products - means - means.mT + means.mean(-2, keepdim=True)
+def _without_mean(products: Tensor, among: Tensor) -> Tensor:
+    """Return inner products [s, m, m] about the mean of the chosen rows, and 0 for the others."""
+    weights = among / among.sum(1, keepdim=True, dtype=products.dtype)
+    return products_about(products, weights) * (among[:, None] & among[..., None])

@@ -11,8 +11,8 @@ from lightning_byzantine.matrix import Measurement, Point, WorkerMatrix
 
 __all__ = ["PersistentFilter"]
 
-# Workers whose average squared deviation is over this many usual ones are left out.
-_FAR = 4.0
+# Workers whose average squared deviation is over this many usual ones are left out, before any others and after them.
+_VERY_FAR, _FAR = 25.0, 4.0
 # Rows are clipped to this many times the distance of the (m - f)-th row.
 _SLACK = 1.5
 
@@ -27,8 +27,10 @@ class PersistentFilter(Aggregator):
     1. P and Q are averages of A_ij s_i s_j / med and min(A_ii / med, 100), see
        :class:`~lightning_byzantine.aggregators.histories.Histories`, where med is the median of A_ii and s_i clips row
        i to it.
-    2. The workers that explain loud directions are left out. A direction, an eigenvector p of P about its mean, is loud
-       if its eigenvalue is above r t, where r is the median of the squared distances from P's geometric median, and::
+    2. The workers with the largest Q_i > 25 are left out, up to f.
+    3. Of the others, those that explain loud directions are left out, up to f in all. A direction, an eigenvector p of
+       P about its mean, is loud if its eigenvalue is above r t, where r is the median of the squared distances from P's
+       geometric median, and::
 
            t = min(1.2 + 3 sqrt(m) k, max(1.5, f (m - f) / 2m))
            k = 1.4826 median_{i != j} |P_ij| / sqrt(P_ii P_jj),  P_ii at least r / 4
@@ -36,9 +38,9 @@ class PersistentFilter(Aggregator):
        t is what noise comes to, but no more than two groups half as far apart as the rows would. Workers explain it if
        |p_i - median p| is over 3 times the (n - l)-th smallest of n, where l is how many may still be left out. This
        is repeated without them until no direction is loud or f workers are left out.
-    3. If fewer are, those with the largest Q_i > 4 are left out as well, up to f in all.
-    4. The others' rows are clipped to 1.5 times the (m - f)-th smallest of their distances from their geometric median,
-       and averaged; what is cut off moves to that median.
+    4. If fewer are, those with the largest Q_i > 4 are left out as well, up to f in all.
+    5. The rows that are left are clipped to 1.5 times the (m - f)-th smallest of their distances from their geometric
+       median, and averaged; what is cut off moves to that median.
 
     It is CTMA with slack whose distances are measured only where liars can't hide: along directions that stay. Rows
     are not kept, so the memory is that of m x m numbers for each tensor. Tensors of fewer than 100 elements, such as
@@ -93,11 +95,15 @@ class PersistentFilter(Aggregator):
         everyone = torch.ones(products.shape[:2], dtype=torch.bool)
         deviations = products_about(products, middle_weights(products, everyone))
         averages, sizes = self.histories.updated(names, matrix.workers, deviations, matrix.num_offered)
-        kept = ~explaining_workers(averages, num_byzantine)
-        # Then those that are far away in any direction, as long as no more than f are left out.
-        order = sizes.masked_fill(~kept, torch.inf).argsort(dim=1, descending=True, stable=True)
-        is_among_farthest = order.argsort(dim=1) < num_byzantine
-        return kept & ~(is_among_farthest & (sizes > _FAR))
+        kept = everyone & ~_farthest(sizes, everyone, _VERY_FAR, num_byzantine)
+        kept &= ~explaining_workers(averages, kept, num_byzantine)
+        return kept & ~_farthest(sizes, kept, _FAR, num_byzantine)
+
+
+def _farthest(sizes: Tensor, kept: Tensor, bound: float, num_byzantine: int) -> Tensor:
+    """Return the largest of the sizes above a bound, as long as no more than f rows are left out, [s, n] bool."""
+    order = sizes.masked_fill(~kept, torch.inf).argsort(dim=1, descending=True, stable=True)
+    return kept & (order.argsort(dim=1) < num_byzantine) & (sizes > bound)
 
 
 def _clipped(products: Tensor, kept: Tensor, num_byzantine: int) -> Tensor:
