@@ -9,6 +9,8 @@ __all__ = ["explaining_workers"]
 
 # A worker explains a direction if it is this many times farther from the median than the honest majority.
 _FAR = 3.0
+# Entries of an eigenvector that differ by less than this are equal.
+_ROUNDING = 1e-9
 # 1 / the median of |x| for a normal x of standard deviation 1.
 _STANDARD = 1.4826
 
@@ -50,7 +52,7 @@ def _explaining(products: Tensor, among: Tensor, threshold: float, num_byzantine
         if loudness <= threshold:
             break
         offsets = (direction[active] - direction[active].median()).abs()
-        far = offsets > _FAR * offsets.sort().values[len(offsets) - left - 1]
+        far = offsets > (_FAR * offsets.sort().values[len(offsets) - left - 1]).clamp(min=_ROUNDING)
         if not far.any():
             explained = torch.cat([explained, direction[:, None]], dim=1)
             continue
