@@ -1,9 +1,11 @@
 """The rules' formulas once more, in float64 loops over Python lists of NumPy rows: those that several tests use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
+
+from lightning_byzantine.estimators.estimator import Scale
 
 Rows = list[np.ndarray]
 Oracle = Callable[[Rows, int], np.ndarray]
@@ -211,3 +213,24 @@ def bulyan(rows: Rows, f: int) -> np.ndarray:
     for _ in range(len(rows) - 2 * f):
         chosen.append(left.pop(int(np.argmin(krum_scores(left, f)))))
     return mean_around_median(chosen, len(rows) - 4 * f)
+
+
+def limited(
+    aggregates: Rows, scales: Sequence[Scale | None], beta: float, steps_before: int = 0
+) -> tuple[Rows, Rows, list[float]]:
+    """Undo momentum; return what the optimizer receives, what that adds up to, and how long steps may be."""
+    previous, received, momenta, bounds = np.zeros_like(aggregates[0]), [], [], []
+    for step, (aggregate, scale) in enumerate(zip(aggregates, scales, strict=True)):
+        t = steps_before + step + 1
+        gradient, bound = (aggregate - beta * previous) / (1 - beta), np.inf
+        if scale is not None:
+            noise = scale.noise * ((1 + beta) / (1 - beta) / (1 - beta ** (2 * t))) ** 0.5
+            bound = 1.2 * ((scale.length / (1 - beta**t)) ** 2 + noise**2) ** 0.5
+        length = float(np.linalg.norm(gradient - previous))
+        if length > bound:
+            gradient = previous + (gradient - previous) * (bound / length)
+        received.append(gradient)
+        bounds.append(bound)
+        previous = beta * previous + (1 - beta) * gradient
+        momenta.append(previous)
+    return received, momenta, bounds

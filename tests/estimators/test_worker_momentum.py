@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import limited
 from torch import Tensor
 
 from lightning_byzantine.estimators import WorkerMomentum
@@ -64,28 +65,6 @@ def test_continues_from_a_saved_state() -> None:
 
 
 # How far one step may go.
-
-Limited = tuple[list[np.ndarray], list[np.ndarray], list[float]]
-
-
-def limited(aggregates: list[np.ndarray], scales: list[Scale | None], beta: float, steps_before: int = 0) -> Limited:
-    """The formulas once more: return what the optimizer receives, what that adds up to, and the largest lengths."""
-    previous, received, momenta, bounds = np.zeros_like(aggregates[0]), [], [], []
-    for step, (aggregate, scale) in enumerate(zip(aggregates, scales, strict=True)):
-        t = steps_before + step + 1
-        gradient, bound = (aggregate - beta * previous) / (1 - beta), np.inf
-        if scale is not None:
-            noise = scale.noise * ((1 + beta) / (1 - beta) / (1 - beta ** (2 * t))) ** 0.5
-            bound = scale.length / (1 - beta**t) + noise
-        length = float(np.linalg.norm(gradient - previous))
-        if length > bound:
-            gradient = previous + (gradient - previous) * (bound / length)
-        received.append(gradient)
-        bounds.append(bound)
-        previous = beta * previous + (1 - beta) * gradient
-        momenta.append(previous)
-    return received, momenta, bounds
-
 
 SIZES = {"weight": 5, "bias": 2}
 
