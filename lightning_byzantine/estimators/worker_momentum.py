@@ -1,6 +1,7 @@
 """Momentum of each worker's gradients."""
 
 from collections.abc import Mapping
+from math import hypot
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ __all__ = ["WorkerMomentum", "momentum"]
 
 # The name of the number of steps in the state, which no parameter has.
 _STEPS = ""
+# How many times the usual length an honest step may have.
+_TOLERANCE = 1.2
 # The number of steps in checkpoints from before it was counted.
 _MANY = 1000
 
@@ -35,10 +38,10 @@ class WorkerMomentum(Estimator):
     step from v^_{t-1} to g^_t is no longer than honest gradients explain, and v^_t is what g^_t then adds up to. For
     beta > 0::
 
-        ||g^_t - v^_{t-1}|| <= L_t / (1 - beta^t) + N_t sqrt((1 + beta) / (1 - beta) / (1 - beta^{2t}))
+        ||g^_t - v^_{t-1}||^2 <= 1.44 (L_t^2 / (1 - beta^t)^2 + N_t^2 (1 + beta) / (1 - beta) / (1 - beta^{2t}))
 
     where L_t is the median of ||v_t^i||, N_t the distance of the v_t^i from their aggregate, of the (m - f + 1)-th
-    nearest and at most L_t, times the norm of the weights, and the root turns the noise of momentum into that of
+    nearest and at most L_t, times the norm of the weights, and the factors turn the noise of momentum into that of
     gradients. A gradient much longer than those before it is shortened, too, and what it lacks follows later.
 
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
@@ -136,8 +139,8 @@ class WorkerMomentum(Estimator):
 
     def _longest_step(self, scale: Scale) -> float:
         decay = self.beta**self._num_steps
-        noise_of_gradients: float = ((1 + self.beta) / (1 - self.beta) / (1 - decay * decay)) ** 0.5
-        return scale.length / (1 - decay) + scale.noise * noise_of_gradients
+        signal, noise = scale.length / (1 - decay), scale.noise / (1 - decay * decay) ** 0.5
+        return _TOLERANCE * hypot(signal, noise * ((1 + self.beta) / (1 - self.beta)) ** 0.5)
 
 
 def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor, from_zero: bool = True) -> None:
