@@ -89,10 +89,11 @@ class Report:
 
     @property
     def left_out(self) -> Tensor:
-        """The fraction of the columns to which each row does not contribute, [m] float64; 0 where weights are NaN."""
+        """The fraction of the columns to which each row does not contribute, [m]; 0 where its weight is not known."""
         if not self.parts:
-            return self.share * self.trimmed.double()
-        return torch.stack([part.left_out for part in self.parts]).sum(0)
+            return self.trimmed.double()
+        left_out = torch.stack([part.share * part.left_out for part in self.parts]).sum(0)
+        return torch.where(self.trimmed, 1.0, left_out)  # a sum of all shares may be rounded
 
     @property
     def deviations(self) -> Tensor:

@@ -43,10 +43,17 @@ class ByzantineMonitor(pl.Callback):
     Logs to the Trainer's loggers, for worker i in the last step:
 
     - ``byzantine/distance/worker_i``, ``byzantine/norm/worker_i``: as multiples of the median worker's
-    - ``byzantine/weight/worker_i``: its weight in the aggregate
-    - ``byzantine/trimmed/worker_i``: the fraction of the window's steps in which it did not contribute
+    - ``byzantine/weight/worker_i``: its weight in the aggregate, on average over the columns
+    - ``byzantine/trimmed/worker_i``: the fraction of the window's steps in which it did not contribute; a step in which
+      it was left out in some parameters counts by their fraction of all columns
     - ``byzantine/non_finite/worker_i``: the number of steps of the run in which its row could not be measured
     - ``byzantine/score/worker_i``: the score of suspicion, in units of the threshold
+    - ``byzantine/certificate``: upper bound of the distance between the aggregate and the honest workers' mean, in the
+      unit of the vectors that workers send, if no more than ``num_byzantine`` workers are Byzantine, those in quarantine
+      included; see :meth:`~lightning_byzantine.aggregators.Report.certificate`. Not logged for rules that don't know
+      distances from the aggregate
+    - ``byzantine/certificate_if_suspects_lie``: the same if all suspects are Byzantine as well; logged while there are
+      any
     - ``byzantine/suspects``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many there are
 
     and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, at most once in
@@ -164,6 +171,7 @@ class ByzantineMonitor(pl.Callback):
                 "byzantine/quarantined": len(strategy.quarantined),
                 "byzantine/skipped_steps": strategy.skipped_steps,
             }
+            metrics |= self._certificates(reports[-1])
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
 
@@ -235,6 +243,13 @@ class ByzantineMonitor(pl.Callback):
             else:
                 self._write(trainer, "cleared", suspect)
                 rank_zero_info(f"No longer under suspicion: {suspect}")
+
+    def _certificates(self, report: Report) -> dict[str, float]:
+        """Return what to log by name."""
+        bounds = {"byzantine/certificate": report.certificate()}
+        if self._suspicion.suspected:
+            bounds["byzantine/certificate_if_suspects_lie"] = report.certificate(liars=self._suspicion.suspected)
+        return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def _suspect(self, strategy: ByzantineDDPStrategy, worker: int) -> Suspect:
         rank = worker * strategy.world_size // strategy.num_workers

@@ -24,7 +24,8 @@ class Evidence:
 
     Attributes:
         steps: number of reports in the whole run.
-        trimmed: [m], number of these in which each worker did not contribute to the aggregate.
+        trimmed: [m], number of these in which each worker did not contribute to the aggregate; a step in which it did
+            to some columns only counts by the fraction of the others.
         non_finite: [m], number of these in which its row could not be measured.
 
     Raises:
@@ -42,7 +43,7 @@ class Evidence:
     def __init__(self, num_workers: int, window: int) -> None:
         check_integer_at_least("window", window, 1)
         self.steps = 0
-        self.trimmed = [0] * num_workers
+        self.trimmed = [0.0] * num_workers
         self.non_finite = [0] * num_workers
         self._last: deque[_Step] = deque(maxlen=window)
 
@@ -50,7 +51,9 @@ class Evidence:
         """Add one step's report."""
         step = _Step.of(report)
         self._last.append(step)
-        self.trimmed = [total + (out == 1) for total, out in zip(self.trimmed, step.trimmed, strict=True)]
+        self.trimmed = [
+            total if isnan(out) else total + out for total, out in zip(self.trimmed, step.trimmed, strict=True)
+        ]
         self.non_finite = [total + int(bad) for total, bad in zip(self.non_finite, step.non_finite, strict=True)]
         self.steps += 1
 
@@ -60,22 +63,22 @@ class Evidence:
 
     def trimmed_part(self) -> list[float]:
         """Return the fraction of the last steps in which each worker did not contribute, [m]; NaN where unknown."""
-        counts = [_count(step.trimmed[worker] for step in self._last) for worker in range(len(self.trimmed))]
-        return [trimmed / len(self._last) if known else nan for trimmed, known in counts]
+        sums = [_total(step.trimmed[worker] for step in self._last) for worker in range(len(self.trimmed))]
+        return [trimmed / len(self._last) if known else nan for trimmed, known in sums]
 
     def of(self, worker: int) -> dict[str, Any]:
         """Return the fields of a :class:`~lightning_byzantine.monitoring.Suspect` that are about the last steps."""
-        trimmed, known = _count(step.trimmed[worker] for step in self._last)
-        unlikely, sampled = _count(step.unlikely[worker] for step in self._last)
+        trimmed, known = _total(step.trimmed[worker] for step in self._last)
+        unlikely, sampled = _total(step.unlikely[worker] for step in self._last)
         return {
             "steps": len(self._last),
-            "trimmed": trimmed if known else None,
+            "trimmed": round(trimmed, 1) if known else None,
             "non_finite": int(sum(step.non_finite[worker] for step in self._last)),
             "distance": _none_if_unknown(known_median(step.distances[worker] for step in self._last)),
             "norm": _none_if_unknown(known_median(step.norms[worker] for step in self._last)),
             "opposed": int(sum(step.opposed[worker] for step in self._last)),
             "sampled": sampled,
-            "unlikely": unlikely,
+            "unlikely": int(unlikely),
             "outvoted": int(sum(step.outvoted[worker] for step in self._last)),
         }
 
@@ -127,7 +130,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Step:
-    """Evidence from one report: [m] each, with 1 for yes, 0 for no, and NaN where unknown."""
+    """Evidence from one report: [m] each, with 1 for yes, 0 for no, parts of 1 for parts, and NaN where unknown."""
 
     trimmed: list[float]
     non_finite: list[float]
@@ -139,13 +142,12 @@ class _Step:
 
     @classmethod
     def of(cls, report: Report) -> "_Step":
-        measurable, weights = report.measurable.tolist(), report.weights.tolist()
+        measurable = report.measurable.tolist()
         unknown, no = [nan] * len(measurable), [0.0] * len(measurable)
         # A rule without weights drops rows as well: these have weight 0, and the other weights are unknown.
-        has_weights = any(weight != 0 and not isnan(weight) for weight in weights)
-        trimmed = [float(not measured or weight == 0) for measured, weight in zip(measurable, weights, strict=True)]
+        has_weights = any(weight != 0 and not isnan(weight) for weight in report.weights.tolist())
         return cls(
-            trimmed=trimmed if has_weights else unknown,
+            trimmed=report.left_out.tolist() if has_weights else unknown,
             non_finite=[float(not measured) for measured in measurable],
             distances=multiples(report.distances.tolist()),
             norms=multiples(report.norms.tolist()),
@@ -155,10 +157,10 @@ class _Step:
         )
 
 
-def _count(answers: Iterator[float]) -> tuple[int, int]:
-    """Return the number of answers that are yes, and of those that are known."""
+def _total(answers: Iterator[float]) -> tuple[float, int]:
+    """Return the sum of the answers that are known, and their number."""
     known = [answer for answer in answers if not isnan(answer)]
-    return int(sum(known)), len(known)
+    return sum(known), len(known)
 
 
 def _none_if_unknown(value: float) -> float | None:

@@ -16,7 +16,8 @@ class Suspect:
         host: the process's host.
         device: its device.
         steps: number of steps that the evidence is from.
-        trimmed: number of these in which it did not contribute to the aggregate; None if unknown.
+        trimmed: number of these in which it did not contribute to the aggregate, where a step in which it did to some
+            columns only counts by the fraction of the others; None if unknown.
         non_finite: number of steps in which its row was not finite, or too large to be measured.
         distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
         norm: likewise, of its norm.
@@ -38,7 +39,7 @@ median
     host: str
     device: str
     steps: int
-    trimmed: int | None
+    trimmed: float | None
     non_finite: int
     distance: float | None
     norm: float | None
@@ -53,7 +54,7 @@ median
         of_the_last = f"of the last {self.steps} steps"
         parts = []
         if self.trimmed is not None:
-            parts.append(f"{'would have been ' if self.shadow else ''}trimmed in {self.trimmed} {of_the_last}")
+            parts.append(f"{'would have been ' if self.shadow else ''}trimmed in {self.trimmed:g} {of_the_last}")
         if self.non_finite > 0:
             parts.append(f"non-finite in {self.non_finite} {of_the_last}")
         if self.opposed > 0:

@@ -4,6 +4,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
-from lightning_byzantine.aggregators import Aggregator, Mean
+from lightning_byzantine.aggregators import Aggregator, CoordinateWiseMedian, Mean
 from lightning_byzantine.attacks import Attack, BitFlip, NonFinite, SignFlip, VectorAttack
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
 from lightning_byzantine.monitoring import Suspect
@@ -459,6 +460,37 @@ def test_logs_scalars_a_heat_map_and_the_progress_bar(three_ranks: RankPool, tmp
     assert (image.width, image.height) == (30, 36)
     assert "byzantine/suspects" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert (tmp_path / "board" / "version_0" / "suspects.jsonl").exists()
+
+
+class Keeping(CSVLogger):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.kept: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.kept.append(metrics)
+
+
+def logged_certificates(folder: Path, attack: Attack | None, **strategy: Any) -> list[tuple[float, float]]:
+    """Return both bounds at every tenth step, NaN for those that are not logged."""
+    logger, options = Keeping(folder), {"workers_per_process": 5, **strategy}
+    fit_monitored(folder, attack, [3], options, num_batches=150, monitor={"every_n_steps": 10}, logger=logger)
+    names = ("byzantine/certificate", "byzantine/certificate_if_suspects_lie")
+    return [tuple(row.get(name, torch.nan) for name in names) for row in logger.kept if "byzantine/suspects" in row]
+
+
+@pytest.mark.parametrize("fault", ["none", "x 10", "coordinate-wise"])
+def test_logs_how_far_the_aggregate_can_be_from_the_honest_mean(one_rank: RankPool, tmp_path: Path, fault: str) -> None:
+    attack = None if fault == "none" else Multiplied(10.0)
+    strategy = {"aggregator": CoordinateWiseMedian()} if fault == "coordinate-wise" else {}
+    (logged,) = one_rank.run(logged_certificates, tmp_path, attack, **strategy)
+    bounds, without_suspects = zip(*logged, strict=True)
+    assert len(logged) == 3
+    assert all(map(isnan if fault == "coordinate-wise" else isfinite, bounds))
+    if fault == "x 10":
+        assert all(0 < apart < bound / 2 for bound, apart in logged)
+    else:
+        assert all(map(isnan, without_suspects))
 
 
 @pytest.mark.slow
