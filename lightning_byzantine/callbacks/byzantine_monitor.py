@@ -49,8 +49,8 @@ class ByzantineMonitor(pl.Callback):
     - ``byzantine/non_finite/worker_i``: the number of steps of the run in which its row could not be measured
     - ``byzantine/score/worker_i``: the score of suspicion, in units of the threshold
     - ``byzantine/certificate``: upper bound of the distance between the aggregate and the honest workers' mean, in the
-      unit of the vectors that workers send, if no more than ``num_byzantine`` workers are Byzantine, those in quarantine
-      included; see :meth:`~lightning_byzantine.aggregators.Report.certificate`. Not logged for rules that don't know
+      unit of the vectors that workers send, if no more than ``num_byzantine`` workers are Byzantine, including those in
+      quarantine; see :meth:`~lightning_byzantine.aggregators.Report.certificate`. Not logged for rules that don't know
       distances from the aggregate
     - ``byzantine/certificate_if_suspects_lie``: the same if all suspects are Byzantine as well; logged while there are
       any
