@@ -39,8 +39,8 @@ class PersistentFilter(Aggregator):
        |p_i - median p| is over 3 times the (n - l)-th smallest of n, where l is how many may still be left out. This
        is repeated without them until no direction is loud or f workers are left out.
     4. If fewer are, those with the largest Q_i > 4 are left out as well, up to f in all.
-    5. The rows that are left are clipped to 1.5 times the (m - f)-th smallest of their distances from their geometric
-       median, and averaged; what is cut off moves to that median.
+    5. The rows that are left are clipped to 1.5 times the (m - f)-th smallest of all rows' distances from c, and
+       averaged; what is cut off moves to c. So liars who first made the others leave honest workers out gain little.
 
     It is CTMA with slack whose distances are measured only where liars can't hide: along directions that stay. Rows
     are not kept, so the memory is that of m x m numbers for each tensor. Tensors of fewer than 100 elements, such as
@@ -86,15 +86,15 @@ class PersistentFilter(Aggregator):
             return matrix.mean()
         parts = matrix.split()
         products = torch.stack([part.products() for part in parts.values()])
-        kept = self._kept(list(parts), matrix, products, num_byzantine)
-        weights = _clipped(products, kept, num_byzantine)
+        centers = middle_weights(products, torch.ones(products.shape[:2], dtype=torch.bool))
+        kept = self._kept(list(parts), matrix, products_about(products, centers), num_byzantine)
+        weights = _clipped(products, centers, kept, num_byzantine)
         return matrix.join([part.combine(of_part) for part, of_part in zip(parts.values(), weights, strict=True)])
 
-    def _kept(self, names: list[str], matrix: WorkerMatrix, products: Tensor, num_byzantine: int) -> Tensor:
+    def _kept(self, names: list[str], matrix: WorkerMatrix, deviations: Tensor, num_byzantine: int) -> Tensor:
         """Return which rows deviate no more than noise does, [s, n] bool."""
-        everyone = torch.ones(products.shape[:2], dtype=torch.bool)
-        deviations = products_about(products, middle_weights(products, everyone))
         averages, sizes = self.histories.updated(names, matrix.workers, deviations, matrix.num_offered)
+        everyone = torch.ones_like(sizes, dtype=torch.bool)
         kept = everyone & ~_farthest(sizes, everyone, _VERY_FAR, num_byzantine)
         kept &= ~explaining_workers(averages, kept, num_byzantine)
         return kept & ~_farthest(sizes, kept, _FAR, num_byzantine)
@@ -106,12 +106,12 @@ def _farthest(sizes: Tensor, kept: Tensor, bound: float, num_byzantine: int) -> 
     return kept & (order.argsort(dim=1) < num_byzantine) & (sizes > bound)
 
 
-def _clipped(products: Tensor, kept: Tensor, num_byzantine: int) -> Tensor:
-    """Return the weights of the mean of the kept rows, clipped to a ball around their geometric median, [s, n]."""
-    centers = middle_weights(products, kept)
+def _clipped(products: Tensor, centers: Tensor, kept: Tensor, num_byzantine: int) -> Tensor:
+    """Return the weights of the mean of the kept rows, clipped to a ball around the center of all rows, [s, n]."""
+    # Of all rows: liars who make the others leave honest workers out must not choose the center.
     distances = distances_from(products, centers)
     num_honest = torch.full((len(kept), 1), kept.shape[1] - num_byzantine)
-    radius = _SLACK * smallest(distances, kept, num_honest)
+    radius = _SLACK * smallest(distances, torch.ones_like(kept), num_honest)
     is_far = (distances > radius) & kept
     mean = torch.where(is_far, radius / distances, 1.0) * kept / kept.sum(1, keepdim=True)
     return torch.where(is_far.any(1, keepdim=True), mean + (1 - mean.sum(1, keepdim=True)) * centers, mean)

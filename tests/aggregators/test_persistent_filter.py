@@ -107,12 +107,13 @@ class Loops:
         if f == 0:
             return np.mean(rows, axis=0)
         gram = about_a_row_amid_the_others(rows)
-        self.remember(rows, middle(gram, range(len(rows))) @ np.array(rows), workers)
+        center = middle(gram, range(len(rows))) @ np.array(rows)
+        self.remember(rows, center, workers)
         found = self.with_farthest([], 25, workers, f)
         found = with_explaining(self.average[np.ix_(workers, workers)], found, f)
         found = self.with_farthest(found, 4, workers, f)
         self.left_out = sorted(workers[i] for i in found)
-        return clipped_mean(rows, gram, [i for i in range(len(rows)) if i not in found], len(rows) - f)
+        return clipped_mean(rows, center, [i for i in range(len(rows)) if i not in found], len(rows) - f)
 
     def remember(self, rows: Rows, center: np.ndarray, workers: Sequence[int]) -> None:
         memory = min(0.98, self.num_steps / (self.num_steps + 1))
@@ -133,11 +134,10 @@ class Loops:
         return found + [i for i in far[: f - len(found)] if self.sizes[workers[i]] > bound]
 
 
-def clipped_mean(rows: Rows, gram: np.ndarray, kept: list[int], num_honest: int) -> np.ndarray:
-    center = middle(gram, kept) @ np.array(rows)
-    distances = [float(np.linalg.norm(rows[i] - center)) for i in kept]
+def clipped_mean(rows: Rows, center: np.ndarray, kept: list[int], num_honest: int) -> np.ndarray:
+    distances = [float(np.linalg.norm(row - center)) for row in rows]
     radius = 1.5 * sorted(distances)[num_honest - 1]
-    shares = [radius / distance if distance > radius else 1.0 for distance in distances]
+    shares = [radius / distances[i] if distances[i] > radius else 1.0 for i in kept]
     return np.mean([center + share * (rows[i] - center) for i, share in zip(kept, shares, strict=True)], axis=0)
 
 
@@ -357,3 +357,16 @@ def test_nobody_is_left_out_where_all_are_honest() -> None:
     rule = PersistentFilter()
     means = [float((rule(rows, num_byzantine=2) - rows.mean(0)).norm()) for rows in map(vectors, range(60))]
     assert np.mean(np.array(means[20:]) > 1e-6) < 0.1
+
+
+@pytest.mark.parametrize(("m", "f"), [(3, 1), (5, 2), (9, 4)])
+def test_liars_who_had_others_left_out_gain_a_bounded_step(m: int, f: int) -> None:
+    rule, generator, harm = PersistentFilter(), torch.Generator().manual_seed(0), []
+    for step in range(60):
+        rows = torch.randn(m, 500, generator=generator, dtype=torch.float64)
+        # They crowd around one worker, so that the others seem to be the odd ones, and then attack.
+        rows[1 : f + 1] = rows[0] + 0.2 * rows[1 : f + 1] if step < 50 else 1e4 * rows[1 : f + 1]
+        honest = rows[[0, *range(f + 1, m)]]
+        distance = (rule(rows, num_byzantine=f) - honest.mean(0)).norm()
+        harm.append(float(distance / (honest - honest.mean(0)).norm(dim=1).median()))
+    assert max(harm[50:]) < 2
