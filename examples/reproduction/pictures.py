@@ -23,6 +23,8 @@ from reproduction.results import final_accuracies
 Result = Mapping[str, Any]
 
 _WORST = "worst case"
+# Attacks up to which the heat maps of two methods stand side by side.
+_MOST_BESIDE = 8
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -32,13 +34,13 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     def write(figure: Figure, name: str, title: str) -> None:
         seeds = ", ".join(str(seed) for (seed,) in _values(results, "seed"))
         figure.suptitle(f"{title}, seeds {seeds}", fontsize=13)
-        paths.append(folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.png")
+        paths.append(folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.png")
         save(figure, paths[-1])
 
     for name in dict.fromkeys(map(scenario, results)):
         of_scenario = [result for result in results if scenario(result) == name]
-        write(curves(of_scenario), f"curves {name}", f"{name}: Byzantine workers")
-        write(heat_map(of_scenario), f"heatmap {name}", f"{name}: Byzantine workers")
+        write(curves(of_scenario), f"curves {name}", f"Byzantine workers: {name}")
+        write(heat_map(of_scenario), f"heatmap {name}", f"Byzantine workers: {name}")
     write(ranking_map(ranking(results)), "ranking", "Worst of all attacks")
     return paths
 
@@ -72,9 +74,10 @@ def heat_map(results: Sequence[Result]) -> Figure:
     """Draw the final accuracy of each rule under each attack, and its worst: one panel for each method."""
     attacks, columns, rules = _values(results, "attack"), _columns(results), _values(results, "rule")
     final = final_accuracies(results, "method", "learning_rate", "rule", "attack")
-    size = (1.1 * (len(attacks) + 1) * len(columns) + 3.5, 0.55 * len(rules) + 2)
-    figure, panels = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for column, panel in zip(columns, panels[0], strict=True):
+    beside, below = (len(columns), 1) if len(attacks) <= _MOST_BESIDE else (1, len(columns))
+    size = (1.1 * (len(attacks) + 1) * beside + 3.5, (0.55 * len(rules) + 2) * below)
+    figure, panels = plt.subplots(below, beside, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for column, panel in zip(columns, panels.flat, strict=True):
         table = np.array([[mean(final[*column, rule, attack]) for (attack,) in attacks] for (rule,) in rules])
         table = np.column_stack([table, table.min(axis=1)])
         names = [*(attack for (attack,) in attacks), _WORST]

@@ -85,7 +85,8 @@ def write_ranking(entries: Sequence[Entry], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*_AXES, "worst_case_scenario", "worst_case_attack", *_numbers(entries[0])])
         for entry in entries:
-            writer.writerow([*entry.name, *entry.worst_case, *_numbers(entry).values()])
+            numbers = [round(number, 4) for number in _numbers(entry).values()]
+            writer.writerow([*entry.name, *entry.worst_case, *numbers])
     os.replace(unfinished, path)
 
 

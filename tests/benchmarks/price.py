@@ -110,9 +110,7 @@ class Replay(pl.LightningModule):
         self.received: list[Tensor] = []
 
     def training_step(self, gradient: Tensor, batch_idx: int) -> Tensor:
-        parameters = [parameter.flatten() for parameter in self.parameters()]
-        parts = gradient.split([len(parameter) for parameter in parameters])
-        return torch.stack([torch.dot(*pair) for pair in zip(parameters, parts, strict=True)]).sum()
+        return torch.dot(torch.cat([parameter.flatten() for parameter in self.parameters()]), gradient)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.received.append(gradient_of(self))
