@@ -1,18 +1,21 @@
 """Distances from inner products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = [
     "ROUNDING",
     "Gram",
     "are_sharp",
+    "blunt_and_central",
     "centred_gram",
     "differences",
     "lost_digits",
     "most_central_row",
+    "most_central_rows",
     "sums_of_squares",
 ]
 
@@ -29,8 +32,8 @@ class Gram:
     """Inner products of rows relative to some origin, with bounds of their rounding errors.
 
     Args:
-        products: [m, m] float64.
-        errors: [m, m] float64, 0 where products are accurate to float64.
+        products: [m, m] float64, or [s, m, m] of several matrices for distances alone.
+        errors: the same shape, 0 where products are accurate to float64.
 
     Example:
         >>> import torch
@@ -81,7 +84,8 @@ class Gram:
         A squared distance below 1e-13 of the squared norms, relative to the origin, counts as 0.
         """
         errors = sums_of_squares(self.errors) + 2 * self.errors
-        return _squared_distances(self.products), errors.fill_diagonal_(0)
+        errors.diagonal(dim1=-2, dim2=-1).zero_()
+        return _squared_distances(self.products), errors
 
     def is_sharp(self) -> bool:
         """Return whether all distances between rows are known to six digits."""
@@ -95,6 +99,15 @@ class Gram:
 def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
     """Return whether all squared distances are known to six digits."""
     return bool((errors <= _SHARP * squared_distances).all())
+
+
+def blunt_and_central(grams: Sequence[Gram]) -> tuple[list[bool], list[int]]:
+    """Return of several Gram matrices whether they lost too many digits, and a row of each amid the others."""
+    together = Gram(torch.stack([gram.products for gram in grams]), torch.stack([gram.errors for gram in grams]))
+    squared, errors = together.squared_distances()
+    are_rounded = errors.flatten(1).any(1)
+    are_blunt = torch.where(are_rounded, (errors > _SHARP * squared).flatten(1).any(1), lost_digits(together.products))
+    return are_blunt.tolist(), most_central_rows(squared).tolist()
 
 
 def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
@@ -136,8 +149,8 @@ def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
 
 def sums_of_squares(products: Tensor) -> Tensor:
     """Return ||x_i||^2 + ||x_j||^2, [m, m], from inner products [m, m]."""
-    squares = products.diagonal()
-    return squares + squares[:, None]
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    return squares[..., None, :] + squares[..., None]
 
 
 def differences(products: Tensor) -> Tensor:
@@ -149,13 +162,15 @@ def _squared_distances(gram: Tensor) -> Tensor:
     sums, squared = sums_of_squares(gram), differences(gram)
     # Identical rows, such as colluders', must tie exactly.
     squared[squared <= ROUNDING * sums] = 0
-    return squared.fill_diagonal_(0)
+    squared.diagonal(dim1=-2, dim2=-1).zero_()
+    return squared
 
 
-def lost_digits(gram: Tensor) -> bool:
-    """Return whether some squared distances have lost too many digits, given inner products about 0, [m, m]."""
+def lost_digits(gram: Tensor) -> Tensor:
+    """Return whether some squared distances have lost too many digits, [..] bool, given inner products [.., m, m]."""
     close = differences(gram) < _LOST * sums_of_squares(gram)
-    return bool(close.fill_diagonal_(False).any())
+    close.diagonal(dim1=-2, dim2=-1).fill_(False)
+    return close.flatten(-2).any(-1)
 
 
 def most_central_row(distances: Tensor) -> int:
@@ -170,5 +185,10 @@ def most_central_row(distances: Tensor) -> int:
         1
 
     """
-    majority = distances.shape[0] // 2
-    return int(distances.kthvalue(majority + 1, dim=1).values.argmin())
+    return int(most_central_rows(distances))
+
+
+def most_central_rows(distances: Tensor) -> Tensor:
+    """Return the same of several matrices, [..], from [.., m, m]."""
+    majority = distances.shape[-1] // 2
+    return distances.kthvalue(majority + 1, dim=-1).values.argmin(-1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.matrix.anchored_gram import AnchoredGram
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64, in_chunks
-from lightning_byzantine.matrix.gram import Gram, centred_gram, lost_digits, most_central_row
+from lightning_byzantine.matrix.gram import Gram, blunt_and_central, centred_gram
 from lightning_byzantine.matrix.quick_products import quick_gram, quick_products
 
 __all__ = ["Products", "StoredProducts"]
@@ -195,12 +195,6 @@ class Products:
         else:
             self._rough = Gram(sums[0], torch.zeros_like(sums[0]))
 
-    def row_amid_others(self) -> int | None:
-        """Return a row to take for the origin if the rough products lost too many digits; None if they did not."""
-        gram = self.rough_gram
-        is_blunt = not gram.is_sharp() if gram.errors.any() else lost_digits(gram.products)
-        return most_central_row(gram.squared_distances()[0]) if is_blunt else None
-
     def about_row(self, row: int) -> Tensor:
         """Return this rank's part of the products about one of the rows, [2, n, n], with what bounds their errors."""
         blocks, is_quick = self.blocks, self._is_quick_about_row
@@ -246,9 +240,9 @@ def _sharpen(products: Sequence[Products]) -> None:
     origins: dict[Products, int | None] = dict.fromkeys(products)
     for part in products:
         part.know_about_zero()
-    for _ in range(2):
-        rows = {part: part.row_amid_others() for part in products}
-        moves = {part: row for part, row in rows.items() if row is not None and row != origins[part]}
+    for _ in range(2 if products else 0):
+        found = zip(products, *blunt_and_central([part.rough_gram for part in products]), strict=True)
+        moves = {part: row for part, is_blunt, row in found if is_blunt and row != origins[part]}
         if not moves:
             break
         sums = torch.stack([part.about_row(row) for part, row in moves.items()])

@@ -37,9 +37,12 @@ def quick_products(rows: Tensor) -> Tensor:
 
     """
     whole = rows.shape[1] // _PIECE * _PIECE
-    pieces = [rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1), rows[None, :, whole:]]
+    rest = rows[None, :, whole:]
     with all_digits():
-        products = torch.cat([_products(piece) for piece in pieces])
+        products = _products(rest)
+        if whole:
+            pieces = rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1)
+            products = torch.cat([_products(pieces), products])
     norms = products.diagonal(dim1=1, dim2=2).double()
     return torch.stack([products.sum(0, dtype=torch.float64), norms.T @ norms])
 
