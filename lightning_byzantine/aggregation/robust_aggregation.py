@@ -65,7 +65,7 @@ class RobustAggregation(Aggregation):
         self._observers.tell(lambda: self._report(decision, bits, matrix.num_workers), self._quarantine.workers)
         # The rule has not looked at the workers in quarantine.
         unusable = None if self._quarantine.workers else frozenset(decision.dropped)
-        return Aggregated(decision.values(), unusable, decision.scale() if num_byzantine > 0 else None)
+        return Aggregated(decision.values(), unusable, decision.scale() if self._num_byzantine > 0 else None)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean of the rows that are not in quarantine."""

@@ -22,7 +22,7 @@ class Histories(nn.Module):
 
         P <- b P + (1 - b) A_ij s_i s_j / med,    s_i = min(1, sqrt(med / A_ii))
         Q <- b Q + (1 - b) min(A_ii / med, 100)
-        b = min(0.98, n / (n + 1)) after n steps
+        b = min(0.98, n / (n + 1)) after n steps, of the worker with fewer in P
 
     so that no worker counts for more than usual in P, and large deviations show in Q.
 
@@ -39,7 +39,7 @@ class Histories(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # [m + 2, m] each: P, Q, and n in every column.
+        # [m + 2, m] each: P, Q, and the number of each worker's steps.
         self._by_name: dict[str, Tensor] = {}
 
     def clear(self) -> None:
@@ -62,7 +62,7 @@ class Histories(nn.Module):
 
         """
         states = torch.stack([self._of(name, num_workers) for name in names])
-        averages, sizes, num_steps = states[:, :-2], states[:, -2], states[:, -1, :1]
+        averages, sizes, num_steps = states[:, :-2], states[:, -2], states[:, -1, workers]
         pairs = (slice(None), workers[:, None], workers)
         squares = products.diagonal(dim1=1, dim2=2).clamp(min=0)
         usual = middle_of(squares, torch.ones_like(squares, dtype=torch.bool))
@@ -70,10 +70,11 @@ class Histories(nn.Module):
         # Where most workers agree, the others' direction says nothing.
         seen = (products * shares[:, None] * shares[..., None] / usual[..., None]).nan_to_num(0, 0, 0)
         multiples = torch.where(squares > 0, (squares / usual).clamp(max=_MOST), 0.0)
+        # That of each worker alone: the first steps of one whose rows could not be used so far count in full.
         memory = (num_steps / (num_steps + 1)).clamp(max=_LONGEST_MEMORY)
-        averages[pairs] = torch.lerp(seen, averages[pairs], memory[..., None])
+        averages[pairs] = torch.lerp(seen, averages[pairs], memory[:, None].minimum(memory[..., None]))
         sizes[:, workers] = torch.lerp(multiples, sizes[:, workers], memory)
-        num_steps += 1
+        states[:, -1, workers] += 1
         self._by_name.update(zip(names, states, strict=True))
         return averages[pairs], sizes[:, workers]
 

@@ -51,7 +51,7 @@ def _explaining(products: Tensor, among: Tensor, threshold: float, num_byzantine
         loudness, direction = _loudest(products, active, explained)
         if loudness <= threshold:
             break
-        offsets = (direction[active] - direction[active].median()).abs()
+        offsets = (direction[active] - _median(direction[active])).abs()
         far = offsets > (_FAR * offsets.sort().values[len(offsets) - left - 1]).clamp(min=_ROUNDING)
         if not far.any():
             explained = torch.cat([explained, direction[:, None]], dim=1)
@@ -59,6 +59,11 @@ def _explaining(products: Tensor, among: Tensor, threshold: float, num_byzantine
         farthest = offsets.masked_fill(~far, 0).argsort(descending=True, stable=True)[: min(left, int(far.sum()))]
         active[active.nonzero().flatten()[farthest]] = False
     return among & ~active
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return the mean of the middle two of an even number: the sign of an eigenvector must make no difference."""
+    return (values.median() - (-values).median()) / 2
 
 
 def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["distances_from", "middle_of", "middle_weights", "products_about"]
+__all__ = ["distances_from", "middle_of", "middle_weights", "products_about", "smallest"]
 
 # Iterations of Weiszfeld's: the point only has to be amid the rows.
 _ITERATIONS = 8

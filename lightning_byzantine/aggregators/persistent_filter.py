@@ -78,13 +78,16 @@ class PersistentFilter(Aggregator):
 
     def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
         """Return which rows can be used."""
-        return matrix.measure(from_products=True, split=True)
+        return matrix.measure(from_products=num_byzantine > 0, split=num_byzantine > 0)
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the mean of the rows that are left, each segment with its own weights."""
-        if num_byzantine == 0:
+        if num_byzantine == 0 and matrix.num_workers == matrix.num_offered:
             return matrix.mean()
         parts = matrix.split()
+        if num_byzantine == 0:
+            # All liars have been dropped, but the step from what they did before is still limited by distances.
+            return matrix.join([part.mean() for part in parts.values()])
         products = torch.stack([part.products() for part in parts.values()])
         centers = middle_weights(products, torch.ones(products.shape[:2], dtype=torch.bool))
         kept = self._kept(list(parts), matrix, products_about(products, centers), num_byzantine)

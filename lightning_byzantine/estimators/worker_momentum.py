@@ -1,6 +1,6 @@
 """Momentum of each worker's gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import hypot
 
 import torch
@@ -12,7 +12,7 @@ from lightning_byzantine.utilities.copying import copy_into
 
 __all__ = ["WorkerMomentum", "momentum"]
 
-# The name of the number of steps in the state, which no parameter has.
+# The name of the numbers of steps in the state, which no parameter has.
 _STEPS = ""
 # How many times the usual length an honest step may have.
 _TOLERANCE = 1.2
@@ -44,6 +44,9 @@ class WorkerMomentum(Estimator):
     nearest and at most L_t, times the norm of the weights, and the factors turn the noise of momentum into that of
     gradients. A gradient much longer than those before it is shortened, too, and what it lacks follows later.
 
+    Noise that is common to all workers, such as that of dropout with one seed on all ranks, is in neither: where it
+    prevails, steps are shorter and follow later, too, as if momentum were larger.
+
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
     with an optimizer without momentum.
 
@@ -73,7 +76,7 @@ class WorkerMomentum(Estimator):
         self.beta = beta
         self.transparent = transparent
         self._aggregate: dict[str, Tensor] = {}
-        self._num_steps = 0
+        self._num_steps: dict[str, int] = {}
         self._share: Tensor | None = None  # of the step that is taken; None for all of it
 
     def __repr__(self) -> str:
@@ -89,7 +92,7 @@ class WorkerMomentum(Estimator):
         """Clear all momentum."""
         super().reset()
         self._aggregate.clear()
-        self._num_steps = 0
+        self._num_steps.clear()
         self._share = None
 
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
@@ -100,13 +103,14 @@ class WorkerMomentum(Estimator):
         """Choose how much of the step to take, with the longest that honest gradients explain."""
         if not self.transparent:
             return
-        self._num_steps += 1
+        for name in aggregates:
+            self._num_steps[name] = self._num_steps.get(name, 0) + 1
         self._share = None
         # Without momentum, nothing is multiplied.
         if scale is not None and aggregates and self.beta > 0:
             # Sorted by name, so that the last digit does not depend on DDP's buckets.
             lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
-            length, longest = torch.stack(lengths).norm() / (1 - self.beta), self._longest_step(scale)
+            length, longest = torch.stack(lengths).norm() / (1 - self.beta), self._longest_step(scale, aggregates)
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
 
@@ -123,13 +127,16 @@ class WorkerMomentum(Estimator):
         copy_into(self._aggregate, {name: aggregate})
 
     def shared_state(self) -> dict[str, Tensor]:
-        """Return v^_t, and t, which has no name; empty when not transparent."""
-        return self._aggregate | ({_STEPS: torch.tensor(self._num_steps)} if self._aggregate else {})
+        """Return v^_t, and t of the same parameters, sorted by name; empty when not transparent."""
+        num_steps = [self._num_steps.get(name, 0) for name in sorted(self._aggregate)]
+        return self._aggregate | ({_STEPS: torch.tensor(num_steps)} if self._aggregate else {})
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore v^_t and t."""
-        self._num_steps = int(state.get(_STEPS, _MANY)) if state else 0
         copy_into(self._aggregate, {name: value for name, value in state.items() if name != _STEPS})
+        names = sorted(self._aggregate)
+        num_steps = state[_STEPS].tolist() if _STEPS in state else [_MANY] * len(names)
+        self._num_steps = dict(zip(names, num_steps, strict=True))
 
     def _step_length(self, name: str, aggregate: Tensor) -> Tensor:
         previous = self._aggregate.get(name)
@@ -137,8 +144,9 @@ class WorkerMomentum(Estimator):
         length: Tensor = torch.linalg.vector_norm(step, dtype=torch.float64)
         return length
 
-    def _longest_step(self, scale: Scale) -> float:
-        decay = self.beta**self._num_steps
+    def _longest_step(self, scale: Scale, names: Iterable[str]) -> float:
+        # Those that have begun last have the shortest momentum.
+        decay = self.beta ** min(self._num_steps[name] for name in names)
         signal, noise = scale.length / (1 - decay), scale.noise / (1 - decay * decay) ** 0.5
         return _TOLERANCE * hypot(signal, noise * ((1 + self.beta) / (1 - self.beta)) ** 0.5)
 

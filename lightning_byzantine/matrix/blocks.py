@@ -71,7 +71,7 @@ class Blocks:
     def groups(self) -> tuple[Group, ...]:
         """The segments that are large enough to be looked at on their own: small ones belong to their neighbours'.
 
-        None where there are no segments, or no parameter takes part in this step.
+        Empty where there are no segments, or no parameter takes part in this step.
         """
         return () if self.segments is None else self.segments.grouped(_LEAST)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Segments:
             raise ValueError(f"sizes must add up to the number of columns, {sum(widths)}, got {sum(sizes)}")
         names = [str(index) for index in range(len(sizes))]
         whole = cls.of_blocks(dict(zip(names, sizes, strict=True)), [(tuple(names), sizes)]).columns[0]
-        stops = [sum(widths[: index + 1]) for index in range(len(widths))]
+        stops = list(accumulate(widths))
         columns = [_cut(whole, stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
         return cls(tuple(names), tuple(sizes), tuple(columns), tuple(range(len(sizes))))
 
@@ -73,7 +74,7 @@ class Segments:
         indices = {name: index for index, name in enumerate(parameters)}
         columns = []
         for names, sizes in blocks:
-            stops = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+            stops = list(accumulate(sizes))
             places = zip(names, sizes, stops, strict=True)
             columns.append(tuple((indices[n], slice(stop - size, stop)) for n, size, stop in places if n is not None))
         used = tuple(sorted({index for block in columns for index, _ in block}))

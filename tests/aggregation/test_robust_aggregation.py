@@ -15,6 +15,7 @@ from lightning_byzantine.aggregators import (
     Mean,
     MultiKrum,
     PerLayer,
+    PersistentFilter,
 )
 from lightning_byzantine.estimators.estimator import Scale
 from lightning_byzantine.matrix import Segments, WorkerMatrix
@@ -86,6 +87,10 @@ def test_where_nobody_lies_or_the_rule_knows_no_distances_there_is_no_scale(rule
     assert scale_of(rule, rows(), f) is None
 
 
-def test_where_all_liars_are_in_quarantine_there_is_no_scale() -> None:
-    assert scale_of(Krum(), rows(), 2, quarantined=(0, 3)) is None
-    assert scale_of(Krum(), rows(), 2, quarantined=(0,)) is not None
+@pytest.mark.parametrize("rule", [Krum(), PersistentFilter()], ids=repr)
+def test_the_step_back_from_what_liars_did_is_limited_as_well(rule: Aggregator) -> None:
+    assert scale_of(rule, rows(), 2, quarantined=(0,)) is not None
+    assert scale_of(rule, rows(), 2, quarantined=(0, 3)) is not None
+    dropped = rows()
+    dropped[[0, 3]] = torch.nan
+    assert scale_of(rule, dropped, 2) is not None

@@ -78,7 +78,7 @@ def with_explaining(average: np.ndarray, found: list[int], f: int) -> list[int]:
         if loudness[-1] <= loud:
             break
         direction = dict(zip(others, vectors[:, -1], strict=True))
-        center = lower_median(list(direction.values()))
+        center = np.median(list(direction.values()))
         offsets = {i: abs(value - center) for i, value in direction.items()}
         limit = 3 * sorted(offsets.values())[len(others) - left - 1]
         far = sorted((i for i in others if offsets[i] > limit), key=lambda i: -offsets[i])
@@ -94,13 +94,14 @@ class Loops:
     """The rule once more, for one tensor, with a memory of its own."""
 
     num_workers: int
-    num_steps: int = 0
     average: np.ndarray = field(init=False)
     sizes: np.ndarray = field(init=False)
+    num_steps: np.ndarray = field(init=False)
     left_out: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.average, self.sizes = np.zeros((self.num_workers, self.num_workers)), np.zeros(self.num_workers)
+        self.num_steps = np.zeros(self.num_workers)
 
     def __call__(self, rows: Rows, f: int, workers: Sequence[int] | None = None) -> np.ndarray:
         workers = range(self.num_workers) if workers is None else workers
@@ -116,18 +117,19 @@ class Loops:
         return clipped_mean(rows, center, [i for i in range(len(rows)) if i not in found], len(rows) - f)
 
     def remember(self, rows: Rows, center: np.ndarray, workers: Sequence[int]) -> None:
-        memory = min(0.98, self.num_steps / (self.num_steps + 1))
+        memories = np.minimum(0.98, self.num_steps / (self.num_steps + 1))
         deviations = [row - center for row in rows]
         usual = lower_median([float(deviation @ deviation) for deviation in deviations])
         for i, own in zip(workers, deviations, strict=True):
             size = float(own @ own)
             multiple = min(100.0, size / usual) if usual else 100.0 * (size > 0)
-            self.sizes[i] = memory * self.sizes[i] + (1 - memory) * multiple
+            self.sizes[i] = memories[i] * self.sizes[i] + (1 - memories[i]) * multiple
+            self.num_steps[i] += 1
             for j, other in zip(workers, deviations, strict=True):
                 short = [min(1.0, usual**0.5 / max(np.linalg.norm(each), 1e-300)) * each for each in (own, other)]
                 product = float(short[0] @ short[1]) / usual if usual else 0.0
+                memory = min(memories[i], memories[j])
                 self.average[i, j] = memory * self.average[i, j] + (1 - memory) * product
-        self.num_steps += 1
 
     def with_farthest(self, found: list[int], bound: float, workers: Sequence[int], f: int) -> list[int]:
         far = sorted((i for i in range(len(workers)) if i not in found), key=lambda i: -self.sizes[workers[i]])
@@ -370,3 +372,32 @@ def test_liars_who_had_others_left_out_gain_a_bounded_step(m: int, f: int) -> No
         distance = (rule(rows, num_byzantine=f) - honest.mean(0)).norm()
         harm.append(float(distance / (honest - honest.mean(0)).norm(dim=1).median()))
     assert max(harm[50:]) < 2
+
+
+def test_the_sign_of_an_eigenvector_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided = torch.linalg.eigh
+
+    def negated(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        eigenvalues, vectors = decided(matrix)
+        return eigenvalues, -vectors
+
+    rule, other = PersistentFilter(), PersistentFilter()
+    for step in range(20):
+        rows = ATTACKS["one way"](vectors(step), 3, step)
+        expected = rule(rows, num_byzantine=3)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.linalg, "eigh", negated)
+            assert torch.equal(other(rows, num_byzantine=3), expected)
+
+
+def test_who_could_not_be_looked_at_before_is_not_trusted_for_it() -> None:
+    rule, generator = PersistentFilter(), torch.Generator().manual_seed(0)
+    for step in range(80):
+        rows = torch.randn(5, 500, generator=generator, dtype=torch.float64)
+        if step < 60:
+            rows[3] = torch.nan
+        else:
+            rows[3:] += 2
+        result = rule(rows, num_byzantine=2)
+        if step >= 70:
+            assert abs(float(result.mean())) < 0.2
