@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, isnan, nan, sqrt
+from math import inf, nan
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ __all__ = ["Report"]
 
 # Cosines up to this one can be a rounded 1; larger ones are nothing but rounding error.
 _ROUNDED_ONE = 1.001
+# A row without which less than this weight is left is the aggregate.
+_ALONE = 1e-9
 # From this median alignment on, noise alone does not reverse an honest worker's direction.
 _COMMON = 0.5
 # A worker is opposed if its alignment is below minus this fraction of the median.
@@ -103,13 +105,13 @@ class Report:
         towards itself, so that rows with a weight would seem nearer than equal ones without. NaN for a row that is the
         aggregate; if it is so in some :attr:`parts` only, it counts as the median row of these.
         """
-        if self.parts:
-            return _joined(torch.stack([part.deviations for part in self.parts]))
         if not self.from_aggregate:
             return self.distances
-        pairs = zip(self.distances.tolist(), self.weights.tolist(), strict=True)
-        apart = [distance / (1 - weight) if 1 - weight > 1e-9 else nan for distance, weight in pairs]
-        return torch.tensor(apart, dtype=torch.float64)
+        _, distances, weights = self._of_parts()
+        apart = torch.where(1 - weights > _ALONE, distances / (1 - weights), nan)
+        usual = apart.nanmedian(1, keepdim=True).values.nan_to_num(0)
+        squared = torch.where(apart.isnan(), usual, apart).square().sum(0)
+        return torch.where(apart.isnan().all(0), nan, squared.sqrt())
 
     def certificate(self, liars: Collection[int] = ()) -> float | None:
         """Return an upper bound of the distance between the aggregate and the mean of all honest rows.
@@ -152,29 +154,21 @@ class Report:
         """
         if not self.from_aggregate:
             return torch.full_like(self.norms, torch.nan)
-        of_parts = [part._others() for part in self.parts or (self,)]
-        cosines = []
-        for worker, norm in enumerate(self.norms.tolist()):
-            product = sum(products[worker] for products, _ in of_parts)
-            squared_others = sum(squares[worker] for _, squares in of_parts)
-            # Not the root of one product, which could leave float64's range.
-            lengths = norm * sqrt(squared_others) if squared_others > 0 else 0.0
-            cosine = product / lengths if lengths > 0 else nan
-            cosines.append(cosine if abs(cosine) <= _ROUNDED_ONE else nan)
-        return torch.tensor(cosines, dtype=torch.float64)
+        norms, distances, weights = self._of_parts()
+        excess = norms.square() - distances.square()
+        known = ~(weights * excess).isnan()
+        squared_length = (weights * excess).nansum(1, keepdim=True) / (2 - (weights * known).nansum(1, keepdim=True))
+        product, own = (squared_length + excess) / 2, weights * norms.square()
+        squared_others = (squared_length - weights * (2 * product - own)).sum(0).clamp(min=0)
+        # Not the root of one product, which could leave float64's range.
+        cosines = (product - own).sum(0) / (self.norms * squared_others.sqrt())
+        return torch.where(cosines.abs() <= _ROUNDED_ONE, cosines, nan)
 
-    def _others(self) -> tuple[list[float], list[float]]:
-        """Return <x_i, a_i (1 - w_i)> and ||a_i (1 - w_i)||^2 of the weighted means a_i of the other rows."""
-        norms, distances, weights = self.norms.tolist(), self.distances.tolist(), self.weights.tolist()
-        excess = [norm * norm - distance * distance for norm, distance in zip(norms, distances, strict=True)]
-        known = [(weight, e) for weight, e in zip(weights, excess, strict=True) if not isnan(weight * e)]
-        squared_length = sum(weight * e for weight, e in known) / (2 - sum(weight for weight, _ in known))
-        products, squares = [], []
-        for norm, weight, e in zip(norms, weights, excess, strict=True):
-            product, own = (squared_length + e) / 2, weight * norm * norm
-            products.append(product - own)
-            squares.append(squared_length - weight * (2 * product - own))
-        return products, squares
+    def _of_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return norms, distances and weights of all parts, [s, m] each; of the whole if there are none."""
+        reports = self.parts or (self,)
+        norms, distances, weights = zip(*((one.norms, one.distances, one.weights) for one in reports), strict=True)
+        return torch.stack(norms), torch.stack(distances), torch.stack(weights)
 
     @cached_property
     def opposed(self) -> Tensor:
@@ -215,10 +209,3 @@ class Report:
             products=None if self.products is None else spread(spread(self.products, nan).T, nan),
             num_honest=self.num_honest,
         )
-
-
-def _joined(deviations: Tensor) -> Tensor:
-    """Return the roots of the sums over all parts of squared deviations [s, m], [m]; NaN of rows unknown in all."""
-    usual = deviations.nanmedian(1, keepdim=True).values.nan_to_num(0)
-    squared = torch.where(deviations.isnan(), usual, deviations).square().sum(0)
-    return torch.where(deviations.isnan().all(0), nan, squared.sqrt())
