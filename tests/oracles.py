@@ -216,7 +216,11 @@ def bulyan(rows: Rows, f: int) -> np.ndarray:
 
 
 def limited(
-    aggregates: Rows, scales: Sequence[Scale | None], beta: float, steps_before: int = 0
+    aggregates: Rows,
+    scales: Sequence[Scale | None],
+    beta: float,
+    steps_before: int = 0,
+    moved: Callable[[int, np.ndarray], float] = lambda step, previous: 0.0,
 ) -> tuple[Rows, Rows, list[float]]:
     """Undo momentum; return what the optimizer receives, what that adds up to, and how long steps may be."""
     previous, received, momenta, bounds = np.zeros_like(aggregates[0]), [], [], []
@@ -226,6 +230,7 @@ def limited(
         if scale is not None:
             noise = scale.noise * ((1 + beta) / (1 - beta) / (1 - beta ** (2 * t))) ** 0.5
             bound = 1.2 * ((scale.length / (1 - beta**t)) ** 2 + noise**2) ** 0.5
+            bound = max(bound, moved(step, previous) / (1 - beta))
         length = float(np.linalg.norm(gradient - previous))
         if length > bound:
             gradient = previous + (gradient - previous) * (bound / length)

@@ -40,13 +40,17 @@ class Aggregation:
     takes_estimates = False
     last_aggregate: LastAggregate | None = None
 
-    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
+    def aggregate(
+        self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None, since: Sequence[Tensor] | None = None
+    ) -> Aggregated:
         """Return the aggregate of the rows, the same on every rank.
 
         Args:
             matrix: all workers' vectors.
             unused: for each block, the columns of parameters that take no part in this step, [c_b] bool, which are 0 in
                 all rows; None if all parameters take part.
+            since: for each block, where the step to the aggregate starts, [c_b]; None if nobody needs to know how far
+                the workers went the same way.
 
         """
         return self.mean(matrix)
@@ -59,6 +63,8 @@ class Aggregation:
 class SingleWorker(Aggregation):
     """The identity, for a single worker."""
 
-    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
+    def aggregate(
+        self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None, since: Sequence[Tensor] | None = None
+    ) -> Aggregated:
         """Return the only row."""
         return Aggregated([block[0] for block in matrix.blocks])

@@ -1,6 +1,6 @@
 """The aggregation of the workers' gradients in one step, for any training loop."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
 from lightning_byzantine.aggregation.gradients import clipping_factor, flat_size, unscaled
 from lightning_byzantine.aggregation.local_gradients import LocalGradients
-from lightning_byzantine.aggregators.last_aggregate import LastAggregate
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
@@ -122,7 +121,7 @@ class AggregationEngine:
             for block in blocks:
                 self._send(block, factors)
         unused = self._unused_columns(blocks)
-        aggregated = self._aggregated(self._matrix(blocks, unused), unused)
+        aggregated = self._aggregated(self._matrix(blocks, unused), unused, self._since(blocks))
         if aggregated is None:
             for block in blocks:
                 for _, part in block.parts(block.buffer):
@@ -193,15 +192,23 @@ class AggregationEngine:
         matrix = self.exchange.finish(layout, unused, segments)
         last = self._aggregation.last_aggregate
         if last is not None and last.parts:
-            matrix = matrix.with_previous(self.exchange.own_columns([_last_values(block, last) for block in blocks]))
+            matrix = matrix.with_previous(
+                self.exchange.own_columns([_values_of(block, last.parts) for block in blocks])
+            )
         for attack in self._attacks:
             matrix = attack(matrix)
         return matrix
 
-    def _aggregated(self, matrix: WorkerMatrix, unused: list[Tensor] | None) -> Aggregated | None:
+    def _since(self, blocks: list[GradientBlock]) -> list[Tensor] | None:
+        starts = None if self._sends is None else self._sends.starts
+        return None if starts is None else self.exchange.own_columns([_values_of(block, starts) for block in blocks])
+
+    def _aggregated(
+        self, matrix: WorkerMatrix, unused: list[Tensor] | None, since: list[Tensor] | None
+    ) -> Aggregated | None:
         """Return the result; None if there is none, and the run continues without this step."""
         try:
-            aggregated = self._aggregation.aggregate(matrix, unused)
+            aggregated = self._aggregation.aggregate(matrix, unused, since)
         except ByzantineBreakdownError as error:
             # If most workers overflow, the scaler finds NaN, skips the step and lowers the scale.
             if self._scale is not None:
@@ -243,10 +250,10 @@ class AggregationEngine:
                 target.mul_(self._scale)
 
 
-def _last_values(block: GradientBlock, last: LastAggregate) -> Tensor:
-    """Return the previous aggregate for the parameters of a block, [c]; 0 where there is none."""
+def _values_of(block: GradientBlock, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return the values for the parameters of a block, [c]; 0 where there are none."""
     whole = block.sent.new_zeros(block.sent.shape[1])
     for name, part in block.by_name(whole).items():
-        if name in last.parts:
-            part.copy_(last.parts[name])
+        if name in parts:
+            part.copy_(parts[name])
     return whole

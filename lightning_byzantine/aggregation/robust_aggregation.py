@@ -1,6 +1,7 @@
 """Aggregation by a robust rule."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -47,7 +48,9 @@ class RobustAggregation(Aggregation):
         self._quarantine = quarantine
         self._observers = observers
 
-    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
+    def aggregate(
+        self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None, since: Sequence[Tensor] | None = None
+    ) -> Aggregated:
         """Return the rule's result.
 
         Raises:
@@ -65,7 +68,14 @@ class RobustAggregation(Aggregation):
         self._observers.tell(lambda: self._report(decision, bits, matrix.num_workers), self._quarantine.workers)
         # The rule has not looked at the workers in quarantine.
         unusable = None if self._quarantine.workers else frozenset(decision.dropped)
-        return Aggregated(decision.values(), unusable, decision.scale() if self._num_byzantine > 0 else None)
+        values, scale = decision.values(), decision.scale() if self._num_byzantine > 0 else None
+        if scale is not None and since is not None:
+            moved = decision.seen.moved(values, since)
+            # The median of the honest workers if the others have gone farther. In few digits, which don't depend on how
+            # DDP cuts its buckets.
+            middle = max(1, (len(moved) - decision.num_byzantine + 1) // 2)
+            scale = replace(scale, moved=moved.kthvalue(middle).values.bfloat16())
+        return Aggregated(values, unusable, scale)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean of the rows that are not in quarantine."""

@@ -53,7 +53,9 @@ class ShadowAggregation(Aggregation):
         self._next: list[Tensor] = []
         self._previous: list[Tensor] | None = None
 
-    def aggregate(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None) -> Aggregated:
+    def aggregate(
+        self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None, since: Sequence[Tensor] | None = None
+    ) -> Aggregated:
         """Return the mean, and call observers with the rule's report."""
         self._observers.tell(lambda: self._report(matrix, unused))
         return self.mean(matrix)

@@ -20,11 +20,13 @@ class Scale:
     Args:
         length: the usual norm of a worker's vector.
         noise: the usual norm of what noise adds to the aggregate.
+        moved: [], how far the usual worker's vector is from where the step of the aggregate starts, along that step.
 
     """
 
     length: float
     noise: float
+    moved: float | Tensor = 0.0
 
 
 class Estimator(ABC):
@@ -69,6 +71,11 @@ class Estimator(ABC):
             worker: which of this process's workers.
 
         """
+
+    @property
+    def starts(self) -> Mapping[str, Tensor] | None:
+        """Where the step to the next aggregate starts, [n] by parameter name, 0 for others; None without a limit."""
+        return None
 
     def limit(self, aggregates: Mapping[str, Tensor], scale: Scale | None) -> None:  # noqa: B027  (most have no limit)
         """Prepare :meth:`gradient` for this step, in which Byzantine workers may have moved the aggregate.

@@ -35,17 +35,16 @@ class WorkerMomentum(Estimator):
 
     Undoing the momentum multiplies what changes from one aggregate to the next by 1 / (1 - beta), which Byzantine
     workers use who change sides in every step. So where some may be, and the rule knows distances from its result, the
-    step from v^_{t-1} to g^_t is no longer than honest gradients explain, and v^_t is what g^_t then adds up to. For
-    beta > 0::
+    step s_t = v^_t - v^_{t-1} is cut to what honest gradients explain before it is multiplied, and v^_t is what g^_t
+    then adds up to. For beta > 0, it may be as long as the larger one of two lengths::
 
-        ||g^_t - v^_{t-1}||^2 <= 1.44 (L_t^2 / (1 - beta^t)^2 + N_t^2 (1 + beta) / (1 - beta) / (1 - beta^{2t}))
+        1.2 sqrt(L_t^2 / (1 - beta^t)^2 + N_t^2 (1 + beta) / (1 - beta) / (1 - beta^{2t})) (1 - beta)
+        the ((m - f + 1) // 2)-th smallest <v_t^i - v^_{t-1}, s_t> / ||s_t||
 
-    where L_t is the median of ||v_t^i||, N_t the distance of the v_t^i from their aggregate, of the (m - f + 1)-th
-    nearest and at most L_t, times the norm of the weights, and the factors turn the noise of momentum into that of
-    gradients. A gradient much longer than those before it is shortened, too, and what it lacks follows later.
-
-    Noise that is common to all workers, such as that of dropout with one seed on all ranks, is in neither: where it
-    prevails, steps are shorter and follow later, too, as if momentum were larger.
+    The first is that of noise: L_t is the median of ||v_t^i||, N_t the distance of the v_t^i from their aggregate, of
+    the (m - f + 1)-th nearest and at most L_t, times the norm of the weights, and the factors turn the noise of
+    momentum into that of gradients. The second is how far workers have gone the same way, the median of the honest ones
+    if liars have gone farther: when the gradient changes, all go. What is cut off follows in the next steps.
 
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
     with an optimizer without momentum.
@@ -99,6 +98,11 @@ class WorkerMomentum(Estimator):
         """Write v_t into ``out``."""
         momentum(self._estimates[worker].get(name), gradient, self.beta, out, from_zero=self.transparent)
 
+    @property
+    def starts(self) -> Mapping[str, Tensor] | None:
+        """Return v^_{t-1}; None if nothing is multiplied."""
+        return self._aggregate if self.transparent and self.beta > 0 else None
+
     def limit(self, aggregates: Mapping[str, Tensor], scale: Scale | None) -> None:
         """Choose how much of the step to take, with the longest that honest gradients explain."""
         if not self.transparent:
@@ -110,7 +114,9 @@ class WorkerMomentum(Estimator):
         if scale is not None and aggregates and self.beta > 0:
             # Sorted by name, so that the last digit does not depend on DDP's buckets.
             lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
-            length, longest = torch.stack(lengths).norm() / (1 - self.beta), self._longest_step(scale, aggregates)
+            length = torch.stack(lengths).norm() / (1 - self.beta)
+            moved = torch.as_tensor(scale.moved / (1 - self.beta)).to(length)
+            longest = moved.clamp(min=self._longest_step(scale, aggregates))
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
 

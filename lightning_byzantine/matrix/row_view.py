@@ -1,6 +1,6 @@
 """Lazy selections and combinations of the stored rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -154,6 +154,18 @@ class RowView:
 
                 total += statistic(self.mixed(chunk, scratch), at)
         return self.blocks.complete(total).cpu()
+
+    def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> Tensor:
+        """Return <x_i - s, a - s> / ||a - s||, [m], for a = ``values`` and s = ``since``; 0 if they are equal."""
+        total = torch.zeros(self.num_rows + 1, dtype=torch.float64, device=self.blocks.device)
+        for index, (point, start) in enumerate(zip(values, since, strict=True)):
+            for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
+                origin = start[columns].to(chunk.dtype)
+                step = point[columns].to(chunk.dtype) - origin
+                total[0] += step.dot(step)
+                total[1:] += chunk @ step - origin.dot(step)
+        total = self.blocks.complete(total)
+        return total[1:] / total[0].sqrt().clamp(min=torch.finfo(torch.float64).tiny)
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass."""

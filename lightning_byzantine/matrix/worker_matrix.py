@@ -168,6 +168,19 @@ class WorkerMatrix(RowDistances):
         blocks = self._view.blocks
         return self._seen_by(self._view.of(blocks.like(complete=wrap(blocks.complete))))
 
+    def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> Tensor:
+        """Return how far each row is from a point s, along the step from s to another point a, in one pass.
+
+        Args:
+            values: a, one [c_b] tensor for each block.
+            since: s, likewise.
+
+        Returns:
+            [m] float64 on the device of the rows: <x_i - s, a - s> / ||a - s||; 0 if a = s. The rows must be unmixed.
+
+        """
+        return self._view.moved(values, since)
+
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.
 

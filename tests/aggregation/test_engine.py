@@ -128,13 +128,19 @@ def test_a_worker_that_sends_nan_is_dropped_and_keeps_its_momentum(three_ranks: 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 def test_steps_of_momentum_are_no_longer_than_honest_gradients_explain(three_ranks: RankPool, exchange: str) -> None:
-    momentum, aggregates, scales = torch.zeros(3, 10, dtype=torch.float64), [], []
+    momentum, sent, aggregates, scales = torch.zeros(3, 10, dtype=torch.float64), [], [], []
     for workers in gradients(seed=0, steps=20):
         momentum = 0.9 * momentum + 0.1 * workers
+        sent.append(momentum.numpy())
         aggregates.append(krum(list(momentum.numpy()), f=1))
         distances, length = (momentum - torch.from_numpy(aggregates[-1])).norm(dim=1), momentum.norm(dim=1).median()
         scales.append(Scale(float(length), float(min(distances.max(), length))))
-    expected, *_ = limited(aggregates, scales, beta=0.9)
+
+    def moved(step: int, previous: np.ndarray) -> float:
+        way = aggregates[step] - previous
+        return float(torch.tensor(min((sent[step] - previous) @ way / np.linalg.norm(way))).bfloat16())
+
+    expected, *_ = limited(aggregates, scales, beta=0.9, moved=moved)
     unlimited, *_ = limited(aggregates, [None] * 20, beta=0.9)
     assert not np.allclose(expected, unlimited)
     for received, *_ in three_ranks.run(drive, Krum(), exchange, WorkerMomentum(), steps=20):
