@@ -162,8 +162,9 @@ class RowView:
             for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                 origin = start[columns].to(chunk.dtype)
                 step = point[columns].to(chunk.dtype) - origin
-                total[0] += step.dot(step)
-                total[1:] += chunk @ step - origin.dot(step)
+                with all_digits():
+                    total[0] += step.dot(step)
+                    total[1:] += chunk @ step - origin.dot(step)
         total = self.blocks.complete(total)
         return total[1:] / total[0].sqrt().clamp(min=torch.finfo(torch.float64).tiny)
 

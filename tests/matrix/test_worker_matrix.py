@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shards import in_shards
 from torch import Tensor
 
 from lightning_byzantine.matrix import WorkerMatrix
@@ -58,6 +59,30 @@ def test_a_scaled_matrix_is_the_matrix_of_the_scaled_rows(dtype: torch.dtype) ->
     for matrix, dense in ((scaled, expected), (stored, vectors.double())):
         torch.testing.assert_close(matrix.distances(center), (dense - weights @ expected).norm(dim=1), **near)
     torch.testing.assert_close(scaled.length(weights - 0.2), ((weights - 0.2) @ expected).norm(), **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_how_far_rows_have_moved_along_a_step(dtype: torch.dtype) -> None:
+    vectors, start, end = (3 + rows(seed=seed).to(dtype) for seed in range(3))
+    start, end = start[0], end[0]
+    vectors[1] = torch.nan
+    kept = torch.tensor([0, 2, 5])
+    step = end.double() - start.double()
+    expected = (vectors[kept].double() - start.double()) @ step / step.norm()
+    matrix = WorkerMatrix(blocks(vectors)).select(kept)
+    points = [list(point.split([7, 1, 22])) for point in (end, start)]
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(matrix.moved(*points), expected, **near)
+    assert matrix.moved(points[0], points[0]).tolist() == [0.0] * 3
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(matrix.moved(*points), expected, **near)
+
+    def moved(shard: WorkerMatrix) -> Tensor:
+        columns = slice(10 * shard.shard, 10 * shard.shard + 10)
+        return shard.select(kept).moved([end[columns]], [start[columns]])
+
+    for found in in_shards(moved, list(vectors.split(10, dim=1))):
+        torch.testing.assert_close(found, expected, **near)
 
 
 def test_what_was_aggregated_before_is_known_to_all_views() -> None:
