@@ -12,7 +12,9 @@ from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.aggregators.decision import Decision
 from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.estimators.estimator import Scale
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.utilities.few_digits import in_few_digits
 
 __all__ = ["RobustAggregation"]
 
@@ -69,10 +71,12 @@ class RobustAggregation(Aggregation):
         # The rule has not looked at the workers in quarantine.
         unusable = None if self._quarantine.workers else frozenset(decision.dropped)
         values, scale = decision.values(), decision.scale() if self._num_byzantine > 0 else None
+        if scale is not None:
+            # As all of the scale in few digits: what workers train would else depend on how DDP cuts its buckets.
+            scale = Scale(in_few_digits(scale.length), in_few_digits(scale.noise))
         if scale is not None and since is not None:
             moved = decision.seen.moved(values, since)
-            # The median of the honest workers if the others have gone farther. In few digits, which don't depend on how
-            # DDP cuts its buckets.
+            # The median of the honest workers if the others have gone farther.
             middle = max(1, (len(moved) - decision.num_byzantine + 1) // 2)
             scale = replace(scale, moved=moved.kthvalue(middle).values.bfloat16())
         return Aggregated(values, unusable, scale)

@@ -134,7 +134,7 @@ def test_steps_of_momentum_are_no_longer_than_honest_gradients_explain(three_ran
         sent.append(momentum.numpy())
         aggregates.append(krum(list(momentum.numpy()), f=1))
         distances, length = (momentum - torch.from_numpy(aggregates[-1])).norm(dim=1), momentum.norm(dim=1).median()
-        scales.append(Scale(float(length), float(min(distances.max(), length))))
+        scales.append(Scale(float(length.bfloat16()), float(min(distances.max(), length).bfloat16())))
 
     def moved(step: int, previous: np.ndarray) -> float:
         way = aggregates[step] - previous
