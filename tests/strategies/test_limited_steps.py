@@ -89,7 +89,7 @@ def fit_watched(**arguments: Any) -> int:
     return estimator.num_limited
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", ["SGD", pytest.param("Adam", marks=pytest.mark.slow)])
 def test_steps_are_as_long_as_ever_where_nobody_attacks(one_rank: RankPool, optimizer: str) -> None:
     assert one_rank.run(fit_watched, num_workers=16, optimizer=optimizer) == [0]
 
