@@ -163,11 +163,6 @@ def check_holds(rule: Aggregator, attack: Attack, kind: str) -> None:
             assert bound is not None and float(error.norm()) <= bound * ROUNDING + 1e-9
 
 
-def test_every_attack_on_vectors_is_here() -> None:
-    kinds = {name for name in attacks.__all__ if getattr(attacks, name).on_vectors} - {"VectorAttack"}
-    assert kinds <= {type(attack).__name__ for attack in ATTACKS}
-
-
 @pytest.mark.parametrize("attack", ATTACKS, ids=name_of)
 def test_holds_under_every_attack(attack: Attack) -> None:
     check_holds(PersistentFilter(), attack, "sizes")
