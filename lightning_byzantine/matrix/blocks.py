@@ -106,7 +106,7 @@ class Blocks:
         return self.memory[0].device
 
     def chunks(
-        self, index: int, rows: Tensor, dtype: Callable[[torch.dtype], torch.dtype]
+        self, index: int, rows: Tensor, dtype: Callable[[torch.dtype], torch.dtype], row_by_row: bool = False
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield (columns, the given rows of these columns) of one block, in chunks that fit the cache.
 
@@ -114,11 +114,15 @@ class Blocks:
             index: which block.
             rows: [n], indices of stored rows; others are not read.
             dtype: maps the block's dtype to that of the chunks.
+            row_by_row: whether the caller adds up one row after the other, so that only the sum and one product have to
+                fit the cache.
 
         """
         block = self.arriving[index]
         every_row = torch.equal(rows, torch.arange(block.shape[0]))
-        for columns, chunk in in_chunks(block, len(rows), dtype(block.dtype)):
+        is_copied = not every_row or dtype(block.dtype) != block.dtype
+        num_cached = 2 if row_by_row and not is_copied else len(rows)
+        for columns, chunk in in_chunks(block, num_cached, dtype(block.dtype)):
             yield columns, (chunk if every_row else chunk[rows.to(block.device)]).to(dtype(block.dtype))
 
 

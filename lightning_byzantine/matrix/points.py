@@ -69,11 +69,13 @@ class Combination(LazyPoint):
 
     def values(self, view: RowView) -> list[Tensor]:
         """Return the weighted sum of the rows, in one pass."""
-        return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out))
+        return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out), row_by_row=True)
 
     def exact_values(self, view: RowView) -> list[Tensor]:
         """Return the weighted sum of the rows in float64, in one pass."""
-        return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out), float64, float64)
+        return view.compute(
+            lambda chunk, out: weighted_sum(chunk, self.weights, out), float64, float64, row_by_row=True
+        )
 
     def squared_distances(self, view: RowView) -> tuple[Tensor, Tensor]:
         """Return squared distances and their errors, from inner products."""

@@ -121,6 +121,7 @@ class RowView:
         fill: Callable[[Tensor, Tensor], object],
         chunks_in: Callable[[torch.dtype], torch.dtype] = at_least_float32,
         result_in: Callable[[torch.dtype], torch.dtype] = at_least_float32,
+        row_by_row: bool = False,
     ) -> list[Tensor]:
         """Return a vector, one [c_b] tensor for each block, computed in one pass.
 
@@ -128,12 +129,13 @@ class RowView:
             fill: takes a chunk [n, c] of the rows that these are made of, and writes the vector's part [c].
             chunks_in: maps the dtype of a block to that of its chunks.
             result_in: maps it to that of the vector.
+            row_by_row: whether ``fill`` goes through the rows one after the other.
 
         """
         vector = []
         for index, block in enumerate(self.blocks.arriving):
             vector.append(block.new_empty(block.shape[1], dtype=result_in(block.dtype)))
-            for columns, chunk in self.blocks.chunks(index, self.rows, chunks_in):
+            for columns, chunk in self.blocks.chunks(index, self.rows, chunks_in, row_by_row):
                 fill(chunk, vector[-1][columns])
         return vector
 

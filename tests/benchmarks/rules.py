@@ -9,6 +9,7 @@ Rules with a coordinate-wise part are measured with `compile=True` as well, afte
 """
 
 import argparse
+import copy
 import math
 from collections.abc import Callable
 from itertools import product
@@ -19,6 +20,7 @@ from harness import Table, by_turns
 from torch import Tensor
 
 from lightning_byzantine.aggregators import (
+    CAF,
     CTMA,
     NNM,
     Aggregator,
@@ -28,6 +30,7 @@ from lightning_byzantine.aggregators import (
     Krum,
     Mean,
     MultiKrum,
+    PersistentFilter,
 )
 
 Rule = Callable[[Tensor, int], Tensor]
@@ -76,13 +79,16 @@ def plain_median(vectors: Tensor, f: int) -> Tensor:
     return vectors.median(0).values
 
 
-RULES: dict[str, tuple[Aggregator, Rule]] = {
+# Those without a straightforward version are compared with one in the tests.
+RULES: dict[str, tuple[Aggregator, Rule | None]] = {
+    "PersistentFilter": (PersistentFilter(), None),
     "Mean": (Mean(), lambda vectors, f: vectors.mean(0)),
     "CoordinateWiseMedian": (CoordinateWiseMedian(), plain_median),
     "CoordinateWiseTrimmedMean": (CoordinateWiseTrimmedMean(), plain_trimmed_mean),
     "GeometricMedian": (GeometricMedian(), plain_geometric_median),
     "Krum": (Krum(), lambda vectors, f: vectors[plain_krum_order(vectors, f)[0]]),
     "MultiKrum": (MultiKrum(), lambda vectors, f: vectors[plain_krum_order(vectors, f)[: len(vectors) - f]].mean(0)),
+    "CAF": (CAF(), None),
     "CTMA(GeometricMedian)": (CTMA(GeometricMedian()), plain_ctma(plain_geometric_median)),
     "CTMA(NNM(GeometricMedian))": (CTMA(NNM(GeometricMedian())), plain_ctma(plain_nnm(plain_geometric_median))),
     "CTMA(CoordinateWiseMedian)": (CTMA(CoordinateWiseMedian()), plain_ctma(plain_median)),
@@ -107,10 +113,12 @@ def measure(
     contenders: dict[tuple[str, str], Callable[[], object]] = {("read", ""): lambda: vectors.norm(dim=1)}
     for name in names:
         rule, straightforward = RULES[name]
-        contenders[name, "rule"] = lambda rule=rule: rule(vectors, f)
+        # A copy, since a rule may remember how many workers there were.
+        fresh = copy.deepcopy(rule)
+        contenders[name, "rule"] = lambda rule=fresh: rule(vectors, f)
         if name in COMPILED:
             contenders[name, "compiled"] = lambda rule=COMPILED[name]: rule(vectors, f)
-        if plain:
+        if plain and straightforward is not None:
             contenders[name, "straightforward"] = lambda rule=straightforward: rule(vectors, f)
     return by_turns(contenders, turns)
 
@@ -122,6 +130,7 @@ def worst_error(num_workers: int, dimension: int, name: str) -> float:
     # Byzantine rows that are nearer to one another than the others, for no choice to be a matter of luck.
     vectors[:f] = vectors[:f] * 0.5 + 0.5
     rule, straightforward = RULES[name]
+    assert straightforward is not None
     expected = straightforward(vectors.double(), f)
     scale = vectors.norm(dim=1).median()
     rules = [rule, COMPILED[name]] if name in COMPILED else [rule]
@@ -170,5 +179,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     table = Table({"rule": "`{}`", "workers": "{}", "dimension": "{}", "error": "{:.1e}"}, arguments.csv)
-    for dimension, num_workers, name in product(arguments.dimensions, arguments.workers, arguments.rules):
+    names = [name for name in arguments.rules if RULES[name][1] is not None]
+    for dimension, num_workers, name in product(arguments.dimensions, arguments.workers, names):
         table.add(name, num_workers, dimension, worst_error(num_workers, dimension, name))
