@@ -1,9 +1,11 @@
 """The aggregation of the workers' gradients in one step, for any training loop."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
 from lightning_byzantine.aggregation.breakdown import Breakdown
@@ -82,11 +84,26 @@ class AggregationEngine:
         self.num_aggregated = 0
         self._scale: float | None = None
         self._attacks: list[Callable[[WorkerMatrix], WorkerMatrix]] = []
+        self._row_observers: dict[int, Callable[[Sequence[GradientBlock], WorkerMatrix], None]] = OrderedDict()
         self._blocks: list[GradientBlock] = []
 
     def add_attack(self, attack: Callable[[WorkerMatrix], WorkerMatrix]) -> None:
         """Let a simulated attack rewrite the rows of every step from now on, the same on all ranks."""
         self._attacks.append(attack)
+
+    def observe_rows(self, observer: Callable[[Sequence[GradientBlock], WorkerMatrix], None]) -> RemovableHandle:
+        """Call a function with what all workers have sent in each step that has a result.
+
+        Args:
+            observer: takes the step's blocks and the matrix of their rows, which it must copy to keep.
+
+        Returns:
+            A handle, whose ``remove()`` ends the calls.
+
+        """
+        handle = RemovableHandle(self._row_observers)
+        self._row_observers[handle.id] = observer
+        return handle
 
     @torch.no_grad()
     def send(self, block: GradientBlock) -> None:
@@ -121,22 +138,28 @@ class AggregationEngine:
             for block in blocks:
                 self._send(block, factors)
         unused = self._unused_columns(blocks)
-        aggregated = self._aggregated(self._matrix(blocks, unused), unused, self._since(blocks))
+        matrix = self._matrix(blocks, unused)
+        aggregated = self._aggregated(matrix, unused, self._since(blocks))
         if aggregated is None:
             for block in blocks:
                 for _, part in block.parts(block.buffer):
                     part.fill_(torch.nan)
         else:
-            wholes = self.exchange.collect(aggregated.parts)
-            self._commit(blocks, aggregated.unusable)
-            if self._sends is not None:
-                together = zip(blocks, wholes, strict=True)
-                estimates = {name: part for block, whole in together for name, part in block.by_name(whole).items()}
-                self._sends.limit(estimates, aggregated.scale)
-            for block, whole in zip(blocks, wholes, strict=True):
-                self._write_gradient(block, whole)
+            self._finish(blocks, matrix, aggregated)
         self.local.clear()
         self.num_aggregated += 1
+
+    def _finish(self, blocks: list[GradientBlock], matrix: WorkerMatrix, aggregated: Aggregated) -> None:
+        for observer in self._row_observers.values():
+            observer(blocks, matrix)
+        wholes = self.exchange.collect(aggregated.parts)
+        self._commit(blocks, aggregated.unusable)
+        if self._sends is not None:
+            together = zip(blocks, wholes, strict=True)
+            estimates = {name: part for block, whole in together for name, part in block.by_name(whole).items()}
+            self._sends.limit(estimates, aggregated.scale)
+        for block, whole in zip(blocks, wholes, strict=True):
+            self._write_gradient(block, whole)
 
     def _leave_out_unused(self, blocks: list[GradientBlock], used: Collection[str]) -> None:
         names = [name for block in blocks for name in block.names]

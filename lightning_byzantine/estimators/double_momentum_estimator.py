@@ -114,7 +114,11 @@ class DoubleMomentumEstimator(Estimator):
                 " `Trainer(strategy='byzantine_ddp')`, which computes it, or give `DoubleMomentum.step` a closure."
             )
         previous = self._previous[worker].get(name) if self._previous else None
-        _correct(self._estimates[worker].get(name), gradient, previous, self.schedule.beta_at(self.step), out)
+        self.follow(self._estimates[worker].get(name), gradient, previous, out)
+
+    def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
+        """Write d_t into ``out``, given d_{t-1}."""
+        _correct(last, gradient, previous, self.schedule.beta_at(self.step), out)
 
     def commit(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
         """Hold d_t until :meth:`advance`."""

@@ -96,7 +96,11 @@ class WorkerMomentum(Estimator):
 
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write v_t into ``out``."""
-        momentum(self._estimates[worker].get(name), gradient, self.beta, out, from_zero=self.transparent)
+        self.follow(self._estimates[worker].get(name), gradient, None, out)
+
+    def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
+        """Write v_t into ``out``, given v_{t-1}."""
+        momentum(last, gradient, self.beta, out, from_zero=self.transparent)
 
     @property
     def starts(self) -> Mapping[str, Tensor] | None:
