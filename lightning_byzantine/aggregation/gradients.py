@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.utilities.torch_internals import is_non_overlapping_and_dense_or_false
 
-__all__ = ["clipping_factor", "flat_size", "flattened", "unscaled"]
+__all__ = ["clipped", "clipping_factor", "flat_size", "flattened", "unscaled"]
 
 
 def flat_size(parameter: Tensor) -> int:
@@ -79,3 +79,16 @@ def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
     """
     norm = nn.utils.get_total_norm(gradients)
     return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
+
+
+def clipped(gradients: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
+    """Return one worker's gradients, [n] by parameter name, clipped together by :func:`clipping_factor`.
+
+    Example:
+        >>> clipped({"weight": torch.tensor([3.0, 4.0])}, max_norm=10.0)
+        {'weight': tensor([3., 4.])}
+
+    """
+    # Sorted by name, so that the last digit does not depend on the order.
+    factor = clipping_factor([gradients[name] for name in sorted(gradients)], max_norm)
+    return {name: gradient * factor for name, gradient in gradients.items()}

@@ -22,7 +22,7 @@ __all__ = ["isolated"]
 
 
 @contextmanager
-def isolated(module: pl.LightningModule, batch: Any) -> Iterator[None]:
+def isolated(module: pl.LightningModule, batch: Any, gather: Callable[..., Any] | None = None) -> Iterator[Snapshot]:
     """Undo at the end everything that a training step does besides computing its loss.
 
     That is: random numbers, the state of the module and its submodules (buffers, metrics, attributes), and containers
@@ -31,6 +31,10 @@ def isolated(module: pl.LightningModule, batch: Any) -> Iterator[None]:
     Args:
         module: the module that runs the step.
         batch: the arguments of the step; their tensors must not be written to.
+        gather: what ``self.all_gather`` calls within the block; None to gather as always, with a warning.
+
+    Yields:
+        The state of the module before the step.
 
     Raises:
         MisconfigurationException: if the step writes to a tensor of its batch, or to a trainable parameter, by one of
@@ -39,11 +43,6 @@ def isolated(module: pl.LightningModule, batch: Any) -> Iterator[None]:
     """
     trainer = module.trainer
     own, handed_in = Snapshot(module), Snapshot(batch, copy_tensors=False)
-    if own.iterators:
-        rank_zero_warn(
-            f"The module holds an iterator, a {type(own.iterators[0]).__name__}. Double momentum runs `training_step`"
-            " twice a batch, and an iterator does not return the same item twice. Use it in `on_train_batch_start`."
-        )
     with ExitStack() as stack:
         stack.enter_context(replayed_rng(module.device))
         stack.callback(own.restore)
@@ -55,11 +54,11 @@ def isolated(module: pl.LightningModule, batch: Any) -> Iterator[None]:
             stack.enter_context(replaced(results, log=_nothing))
         for part in own.modules:
             if isinstance(part, pl.LightningModule):
-                all_gather = partial(_warn_and_gather, part.all_gather)
+                all_gather = partial(_warn_and_gather, part.all_gather) if gather is None else gather
                 stack.enter_context(replaced(part, log=_nothing, print=_nothing, all_gather=all_gather))
             elif isinstance(part, Metric):
                 stack.enter_context(replaced(part, distributed_available_fn=lambda: False))
-        yield
+        yield own
         if handed_in.changed:
             raise MisconfigurationException(
                 "Double momentum runs `training_step` twice on each batch, but this one writes to a tensor of its batch"

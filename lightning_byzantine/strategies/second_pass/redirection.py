@@ -1,21 +1,21 @@
 """The training step at the previous query point, before each ordinary one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_byzantine.aggregation.gradients import clipping_factor, flattened, unscaled
+from lightning_byzantine.aggregation.gradients import clipped
 from lightning_byzantine.optim import DoubleMomentum
 from lightning_byzantine.strategies.accumulation_window import AccumulationWindow
 from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedirection, skips_backward
+from lightning_byzantine.strategies.second_pass.gradients import gradients_of
 from lightning_byzantine.strategies.second_pass.isolation import isolated
 from lightning_byzantine.utilities.replacing import replaced
 
@@ -71,61 +71,18 @@ class PreviousPointRedirection(_DDPForwardRedirection):
             self._sums = [{} for _ in range(self.window.num_local_workers)]
         # In the same steps on all ranks, because a training step may contain collectives.
         if self.optimizer.estimator.step > 1:
-            with isolated(module, (args, kwargs)), self.optimizer.swapped_to_previous_point():
-                gradients = self._gradients(module, training_step(*args, **kwargs))
+            with isolated(module, (args, kwargs)) as state, self.optimizer.swapped_to_previous_point():
+                if state.iterators:
+                    rank_zero_warn(
+                        f"The module holds an iterator, a {type(state.iterators[0]).__name__}. Double momentum runs"
+                        " `training_step` twice a batch, and an iterator does not return the same item twice. Use it"
+                        " in `on_train_batch_start`."
+                    )
+                output = training_step(*args, **kwargs)
+                gradients = gradients_of(module, output, self.window.batches_of_a_worker, self.loss_scale())
             total = self._sums[self.window.worker]
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient
 
     def _clipped(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.max_norm is None:
-            return gradients
-        factor = clipping_factor(list(gradients.values()), self.max_norm)
-        return {name: gradient * factor for name, gradient in gradients.items()}
-
-    def _gradients(self, module: LightningModule, output: Any) -> dict[str, Tensor]:
-        """Return the gradients of the training step's loss, flat and without the loss scale."""
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if loss is None:
-            return {}  # Lightning warns of it, or raises, after the ordinary pass
-        scale = self.loss_scale()
-        parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        # As in the ordinary pass, where backward runs outside of autocast.
-        with torch.autocast(module.device.type, enabled=False):
-            loss = loss / self.window.batches_of_a_worker * (1.0 if scale is None else scale)
-            gradients = _gradients_of(loss, list(parameters.values()))
-        return {
-            name: unscaled(flattened(gradient, parameters[name]), scale)
-            for name, gradient in zip(parameters, gradients, strict=True)
-            if gradient is not None
-        }
-
-
-def _gradients_of(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
-    reason: Exception | None = None
-    try:
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        reason = error
-    # torch raises only if an input of the checkpoint needs a gradient; otherwise it returns None.
-    if reason is not None or (any(gradient is None for gradient in gradients) and _has_reentrant_checkpoint(loss)):
-        raise MisconfigurationException(
-            "Double momentum can't compute gradients through `torch.utils.checkpoint` with use_reentrant=True. Use"
-            " use_reentrant=False."
-        ) from reason
-    return gradients
-
-
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+        return gradients if self.max_norm is None else clipped(gradients, self.max_norm)

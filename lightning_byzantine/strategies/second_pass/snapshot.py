@@ -1,5 +1,6 @@
 """The state of all objects that code can reach from one of them, and how to restore it."""
 
+import pickle
 import random
 import sys
 from collections import deque
@@ -66,6 +67,7 @@ class Snapshot:
         self._undo: list[Callable[[], Any]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._arrays: list[tuple[np.ndarray, bytes]] = []
+        self._generators: list[tuple[Callable[[], Any], bytes]] = []
         self._seen: dict[int, Any] = {}  # holds references, because the id of a deleted object can be used again
         pending = [root]
         while pending:
@@ -76,6 +78,11 @@ class Snapshot:
         """Tensors and parameters that were written to since then; without ``copy_tensors`` arrays as well."""
         tensors = [tensor for tensor, version in self._versions if version_of(tensor) != version]
         return [*tensors, *(array for array, content in self._arrays if array.tobytes() != content)]
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether random numbers were drawn since then from one of the generators that were found."""
+        return any(_pickled(state()) != before for state, before in self._generators)
 
     def restore(self) -> None:
         """Restore everything that was remembered."""
@@ -144,10 +151,14 @@ class Snapshot:
         elif isinstance(value, torch.Generator | np.random.RandomState):
             state: Any = value.get_state()
             self._undo.append(partial(value.set_state, state))
+            self._generators.append((value.get_state, _pickled(state)))
         elif isinstance(value, np.random.Generator):
-            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+            bits = value.bit_generator
+            self._undo.append(partial(setattr, bits, "state", bits.state))
+            self._generators.append((lambda: bits.state, _pickled(bits.state)))
         elif isinstance(value, random.Random):
             self._undo.append(partial(value.setstate, value.getstate()))
+            self._generators.append((value.getstate, _pickled(value.getstate())))
         elif isinstance(value, Iterator):
             self.iterators.append(value)
         else:
@@ -160,6 +171,11 @@ def _has_own_state(value: Any) -> bool:
         return False
     package = type(value).__module__.partition(".")[0]
     return package not in _FRAMEWORK or isinstance(value, SimpleNamespace)
+
+
+def _pickled(state: Any) -> bytes:
+    # To compare: some states are nested, with tensors or arrays at different places.
+    return pickle.dumps(state)
 
 
 def _is_expanded(tensor: Tensor) -> bool:
