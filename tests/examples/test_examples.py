@@ -17,13 +17,18 @@ from lightning_byzantine import attacks
 from lightning_byzantine.callbacks import ByzantineSimulation
 
 # Seeds and epochs.
+ONE_SEED, THREE_SEEDS = ((3,), 12), ((1, 2, 3), 12)
 RUNS = [
-    pytest.param(((3,), 12), id="one seed"),
-    pytest.param(((1, 2, 3), 16), id="three seeds", marks=pytest.mark.slow),
+    pytest.param(ONE_SEED, id="one seed"),
+    pytest.param(THREE_SEEDS, id="three seeds", marks=pytest.mark.slow),
 ]
-# By default, the one that stock ddp falls to and that looks least like a fault.
-SURVIVED = [name if name == "LabelFlip" else pytest.param(name, marks=pytest.mark.slow) for name in ATTACKS]
-FATAL = ["LabelFlip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GaussianNoise", "NonFinite"))]
+
+
+def under(*attacks: str) -> pytest.MarkDecorator:
+    """Run with three seeds under every attack; by default, with one under that which looks least like a fault."""
+    cases = [pytest.param(name, THREE_SEEDS, id=f"{name}-three seeds", marks=pytest.mark.slow) for name in attacks]
+    cases.append(pytest.param("LabelFlip", ONE_SEED, id="LabelFlip-one seed"))
+    return pytest.mark.parametrize(("attack", "run"), cases)
 
 
 def accuracy_on_digits(strategy: str, run: tuple[tuple[int, ...], int], attack: str | None = None) -> float:
@@ -52,15 +57,13 @@ def test_trains_without_an_attack(five_ranks: RankPool, run: tuple[tuple[int, ..
     assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", run)[0] > clean - 0.04
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("attack", SURVIVED)
+@under(*ATTACKS)
 def test_byzantine_ddp_survives(five_ranks: RankPool, attack: str, run: tuple[tuple[int, ...], int]) -> None:
     clean = clean_accuracy(five_ranks, run)
     assert five_ranks.run(accuracy_on_digits, "byzantine_ddp", run, attack)[0] > clean - 0.04
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("attack", FATAL)
+@under("LabelFlip", "GaussianNoise", "NonFinite")
 def test_stock_ddp_does_not(five_ranks: RankPool, attack: str, run: tuple[tuple[int, ...], int]) -> None:
     clean = clean_accuracy(five_ranks, run)
     assert five_ranks.run(accuracy_on_digits, "ddp", run, attack)[0] < clean - 0.2
