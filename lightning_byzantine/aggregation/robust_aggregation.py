@@ -24,7 +24,7 @@ class RobustAggregation(Aggregation):
 
     Args:
         aggregator: the rule.
-        num_byzantine: f; reduced by one for each worker in quarantine.
+        num_byzantine: f; reduced by the quarantine.
         quarantine: workers whose rows are always dropped.
         observers: called with the reports.
 
@@ -60,7 +60,7 @@ class RobustAggregation(Aggregation):
 
         """
         bits = BitCount(matrix, wanted=self._observers.want_bits_of(matrix))
-        num_byzantine = max(0, self._num_byzantine - len(self._quarantine.workers))
+        num_byzantine = self._quarantine.remaining_byzantine(matrix.num_workers, self._num_byzantine)
         try:
             decision = self._aggregator.decide(self._quarantine.without(bits.counted_with(matrix)), num_byzantine)
         except ByzantineBreakdownError as error:

@@ -143,13 +143,17 @@ class ByzantineDDPStrategy(AggregatingDDP):
         """
         return self._observers.add(observer)
 
-    def quarantine(self, workers: Iterable[int]) -> None:
+    def quarantine(self, workers: Iterable[int], *, proved: bool = False) -> None:
         """Drop the rows of these workers, in addition to those in quarantine, from the next step on.
 
-        ``num_byzantine`` is reduced by one for each. Must be called on all ranks; the list is saved in checkpoints.
+        Must be called on all ranks. Which workers are in quarantine, and for which there is proof, is saved in
+        checkpoints. In those of earlier versions, there is proof for none.
 
         Args:
             workers: indices.
+            proved: whether there is proof that all of them are faulty, so that f is reduced by one for each. Otherwise
+                an honest worker may be among them, so that f stays as it is, or becomes the largest that is under half
+                of the remaining workers; see :class:`~lightning_byzantine.aggregation.quarantine.Quarantine`.
 
         Raises:
             MisconfigurationException: in shadow mode.
@@ -158,7 +162,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         """
         if self.shadow:
             raise MisconfigurationException("Shadow mode trains as stock DDP does, and so can't quarantine workers.")
-        self._quarantine.add(workers, self.aggregator, self.num_workers, self.num_byzantine)
+        self._quarantine.add(workers, self.aggregator, self.num_workers, self.num_byzantine, proved=proved)
 
     @override
     def set_world_ranks(self) -> None:
@@ -217,7 +221,11 @@ class ByzantineDDPStrategy(AggregatingDDP):
             if not alone:
                 save = self._watched(save, "the gathering of states for a checkpoint")
             state = save(alone=alone)
-            state |= {"quarantined": sorted(self.quarantined), "skipped": self._breakdown.skipped}
+            state |= {
+                "quarantined": sorted(self.quarantined),
+                "quarantined_by_proof": sorted(self._quarantine.proved),
+                "skipped": self._breakdown.skipped,
+            }
             checkpoint[_CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -285,6 +293,9 @@ class ByzantineDDPStrategy(AggregatingDDP):
         elif quarantined and self.shadow:
             rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, which shadow mode ignores.")
         elif quarantined:
+            by_proof = state.get("quarantined_by_proof", [])
+            if by_proof:
+                self.quarantine(by_proof, proved=True)
             self.quarantine(quarantined)
 
     def _states(self) -> WorkerStates:
