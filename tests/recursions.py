@@ -57,10 +57,9 @@ def loader(rank: int, accumulate: int) -> DataLoader:
     return DataLoader(TensorDataset(*map(torch.cat, zip(*batches(rank, accumulate), strict=True))), batch_size=8)
 
 
-def clipped(vector: Tensor, max_norm: float | None) -> Tensor:
-    if max_norm is None:
-        return vector
-    return vector * min(1.0, max_norm / (float(vector.norm()) + 1e-6))
+def clipped(vector: Tensor, max_norm: float | None, tiny: float = 1e-6) -> Tensor:
+    length = float(vector.norm()) + tiny
+    return vector if max_norm is None or length == 0 else vector * min(1.0, max_norm / length)
 
 
 def recursion(
@@ -72,6 +71,9 @@ def recursion(
     beta: float | None = None,
     gamma: float | None = None,
     weighted: bool = True,
+    radius: float = torch.inf,
+    center: str = "origin",
+    per_tensor: bool = True,
 ) -> dict[str, Tensor]:
     """Train by the formulas with SGD; return x, w, and this rank's d of every step."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -85,13 +87,19 @@ def recursion(
         losses = [model.training_step(batch, 0) / accumulate for batch in micro_batches]
         return nn.utils.parameters_to_vector(torch.autograd.grad(sum(losses), parameters)).detach()
 
+    start = nn.utils.parameters_to_vector(parameters).detach() * (center == "start")
+    sizes = [parameter.numel() for parameter in parameters] if per_tensor else [len(start)]
+
+    def projected(point: Tensor) -> Tensor:
+        return start + torch.cat([clipped(part, radius, 0.0) for part in (point - start).split(sizes)])
+
     def everyones(vector: Tensor) -> Tensor:
         rows = [torch.empty_like(vector) for _ in range(world_size)]
         dist.all_gather(rows, vector)
         return torch.stack(rows)
 
     torch.manual_seed(100 + rank)
-    x = nn.utils.parameters_to_vector(parameters).detach().clone()
+    x = projected(nn.utils.parameters_to_vector(parameters).detach())
     w, previous, d = x.clone(), None, None
     history: dict[str, list[Tensor]] = {"x": [], "w": [], "d": []}
     data = batches(rank, accumulate)
@@ -113,6 +121,7 @@ def recursion(
         aggregate = clipped(aggregate, clip)
         decay = 0.5 ** ((t - 1) // 3) if model.step_lr else 1.0
         w = w - learning_rates * decay * (t if weighted else 1) * aggregate
+        w = projected(w)
         weight = 2 / (t + 2) if gamma is None else gamma
         previous, x = x, (1 - weight) * x + weight * w
         history["x"].append(x)

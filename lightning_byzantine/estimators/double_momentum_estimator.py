@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_byzantine.estimators.ball import ball_of
 from lightning_byzantine.estimators.estimator import Estimator
 from lightning_byzantine.estimators.schedule import Schedule
 
@@ -39,9 +40,14 @@ class DoubleMomentumEstimator(Estimator):
         min_gamma: floor of the scheduled gamma_t, in [0, 1].
         weighted: whether the gradient is multiplied by alpha_t = t.
         schedule: "paper" as above; "code" for round(1 / t, 3) and round(2 / (t + 1), 3), as in the paper's public code.
+        radius: of the balls that the optimizer's iterates are projected onto; None for no projection.
+        center: of the balls, "origin" or "start", the parameters' values before the first step.
+        per_tensor: whether each parameter tensor has a ball of its own; otherwise, there is one for the vector of all.
 
     Attributes:
         step: the next t, which also counts steps that excluded this worker's estimate.
+        schedule: the factors.
+        ball: what iterates are projected onto; None for no projection.
         aggregated: whether there was an aggregate since the last step.
 
     Source: Levy, "mu^2-SGD: Stable Stochastic Optimization via a Double Momentum Mechanism" (arXiv 2304.04172); Dahan &
@@ -71,16 +77,25 @@ class DoubleMomentumEstimator(Estimator):
         min_gamma: float = 0.0,
         weighted: bool = True,
         schedule: Literal["paper", "code"] = "paper",
+        radius: float | None = None,
+        center: Literal["origin", "start"] = "origin",
+        per_tensor: bool = True,
     ) -> None:
         super().__init__()
         self.schedule = Schedule(beta, gamma, min_beta, min_gamma, weighted, schedule)
+        self.ball = ball_of(radius, center, per_tensor)
         self.reset()
 
     def __repr__(self) -> str:
         """Show the arguments that are not at their defaults."""
-        pairs = [(field.name, getattr(self.schedule, field.name), field.default) for field in fields(Schedule)]
-        given = ", ".join(f"{name}={value!r}" for name, value, default in pairs if value != default)
+        given = ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
         return f"{type(self).__name__}({given})"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that are not at their defaults, for another estimator like this one."""
+        parts = [part for part in (self.schedule, self.ball) if part is not None]
+        pairs = [(field, getattr(part, field.name)) for part in parts for field in fields(part)]
+        return {field.name: value for field, value in pairs if value != field.default}
 
     @property
     def memory(self) -> float:

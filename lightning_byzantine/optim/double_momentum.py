@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -25,15 +24,19 @@ class DoubleMomentum(Optimizer):
     ::
 
         d_t     = g_t + (1 - beta_t) (d_{t-1} - g~_t)       g_t = grad f(x_t; z_t),  g~_t = grad f(x_{t-1}; z_t)
-        w_{t+1} = the base optimizer's step from w_t with the gradient alpha_t d_t
+        w_{t+1} = the base optimizer's step from w_t with the gradient alpha_t d_t, then projected if there is a radius
         x_{t+1} = (1 - gamma_t) x_t + gamma_t w_{t+1}
 
     Outside of :meth:`step`, parameters hold x: in training, validation and checkpoints. Under
     :class:`~lightning_byzantine.ByzantineDDPStrategy`, every worker sends its d_t, and w moves by the aggregate of all
     of them; elsewhere, :meth:`step` needs a closure, which it calls at both points with the same random numbers.
 
-    Keeps two copies of the parameters, w and x_{t-1}, besides d and the base optimizer's own state. A parameter without
-    a gradient does not move. ``SGD(weight_decay=...)`` pulls w to 0; to pull x, add the penalty to the loss.
+    With a radius, w and so x, an average of points of a convex set, stay in a ball, for learning rates that would be
+    too large without it. Parameters are moved into it at once.
+
+    Keeps two copies of the parameters, w and x_{t-1}, besides d and the base optimizer's own state, and with
+    ``center="start"`` a third. A parameter without a gradient does not move. ``SGD(weight_decay=...)`` pulls w to 0; to
+    pull x, add the penalty to the loss.
 
     Args:
         base: an optimizer whose ``step()`` takes one gradient, not LBFGS. Its parameters must be float32 or float64, or
@@ -45,6 +48,10 @@ class DoubleMomentum(Optimizer):
         weighted: whether the gradient is multiplied by alpha_t = t.
         schedule: "paper" as above; "code" for round(1 / t, 3) and round(2 / (t + 1), 3), as in the paper's public code,
             which also has ``min_beta=0.01, min_gamma=0.01, weighted=False``.
+        radius: of the ball that iterates are projected onto after every step; None for no projection.
+        center: of the ball, "origin" or "start", the parameters' values before the first step.
+        per_tensor: whether each parameter tensor has a ball of its own; otherwise, there is one for the vector of all
+            parameters that have had a gradient.
 
     Attributes:
         base: the wrapped optimizer; both have the same ``param_groups``.
@@ -82,6 +89,9 @@ class DoubleMomentum(Optimizer):
         min_gamma: float = 0.0,
         weighted: bool = True,
         schedule: Literal["paper", "code"] = "paper",
+        radius: float | None = None,
+        center: Literal["origin", "start"] = "origin",
+        per_tensor: bool = True,
     ) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, such as SGD(model.parameters()), got {base!r}")
@@ -89,17 +99,20 @@ class DoubleMomentum(Optimizer):
             raise TypeError(f"base must take one dense gradient a step, which {type(base).__name__} does not")
         _check_dtypes(base.param_groups)
         self.base = base
-        self.estimator = DoubleMomentumEstimator(beta, gamma, min_beta, min_gamma, weighted, schedule)
+        self.estimator = DoubleMomentumEstimator(
+            beta, gamma, min_beta, min_gamma, weighted, schedule, radius, center, per_tensor
+        )
         self.receives_estimates = False
         # Not the estimator's step, which can restart at 1 while w and x continue.
         self._step = 1
         super().__init__(base.param_groups, base.defaults)
         self.param_groups = base.param_groups
+        self._move_inside()
 
     @classmethod
     def around(cls, base: Optimizer, estimator: DoubleMomentumEstimator) -> "DoubleMomentum":
         """Wrap ``base`` with an existing estimator."""
-        optimizer = cls(base)
+        optimizer = cls(base, **estimator.arguments())
         optimizer.estimator = estimator
         return optimizer
 
@@ -117,6 +130,7 @@ class DoubleMomentum(Optimizer):
             param_group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
             _check_dtypes([param_group])
             self.base.add_param_group(param_group)
+            self._move_inside()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -151,7 +165,7 @@ class DoubleMomentum(Optimizer):
     def take_back(self) -> None:
         """Undo :attr:`receives_estimates`: evaluate both points again, with a new estimator at t = 1."""
         self.receives_estimates = False
-        self.estimator = DoubleMomentumEstimator(**asdict(self.estimator.schedule))
+        self.estimator = DoubleMomentumEstimator(**self.estimator.arguments())
 
     @contextmanager
     def swapped_to_previous_point(self) -> Iterator[None]:
@@ -166,10 +180,10 @@ class DoubleMomentum(Optimizer):
             torch.clear_autocast_cache()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state, and in one more entry t, w, x_{t-1}, and d unless a strategy keeps it."""
+        """Return the base's state, and in one more entry t, w, x_{t-1}, the start, and d unless a strategy keeps it."""
         moved = {name: self.state[parameter] for name, parameter in self._named() if self.state.get(parameter)}
         own: dict[str, Any] = {"step": self._step}
-        own |= {key: {name: state[key] for name, state in moved.items()} for key in ("iterate", "previous")}
+        own |= {key: {name: state[key] for name, state in moved.items()} for key in self._kept}
         if not self.receives_estimates:
             own["estimator"] = {"workers": [self.estimator.worker_state()], "shared": self.estimator.shared_state()}
         return self.base.state_dict() | {_KEY: own}
@@ -178,7 +192,8 @@ class DoubleMomentum(Optimizer):
         """Restore what :meth:`state_dict` returned.
 
         Warns where something is missing and starts without it: all but the base optimizer's state if ``state_dict`` is
-        of an optimizer that was not wrapped; d if it was saved under a strategy, which keeps one for each worker.
+        of an optimizer that was not wrapped; d if it was saved under a strategy, which keeps one for each worker; the
+        start, for which x is taken, if the ball was not around it.
         """
         self.base.load_state_dict(state_dict)
         self.param_groups = self.base.param_groups
@@ -187,12 +202,17 @@ class DoubleMomentum(Optimizer):
         self.state.clear()
         for name, parameter in self._named():
             if name in own["iterate"]:
-                values = {key: own[key][name] for key in ("iterate", "previous")}
+                values = {key: own[key][name] if key in own else parameter.detach() for key in self._kept}
                 self.state[parameter] = {key: value.to(parameter, copy=True) for key, value in values.items()}
         if _KEY not in state_dict:
             warnings.warn(
                 f"The state is one of {type(self.base).__name__} that was not wrapped in DoubleMomentum, so double"
                 " momentum starts at t = 1 from the current parameters.",
+                stacklevel=2,
+            )
+        if own["iterate"] and not own.keys() >= set(self._kept):
+            warnings.warn(
+                "The state was saved without center='start', so the ball is around the current parameters.",
                 stacklevel=2,
             )
         if self.receives_estimates:
@@ -236,17 +256,40 @@ class DoubleMomentum(Optimizer):
         parameters = [parameter for parameter, _ in estimates]
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter] = {"iterate": parameter.clone(), "previous": parameter.clone()}
+                self.state[parameter] = {key: parameter.clone() for key in self._kept}
         iterates = [self.state[parameter]["iterate"] for parameter in parameters]
         gradients = [estimate if alpha == 1 else estimate * alpha for _, estimate in estimates]
         with swapped(parameters, "data", iterates), swapped(parameters, "grad", gradients):
             self.base.step()
+        self._project(parameters)
         # Also for parameters that do not move in this step.
         for parameter, state in self.state.items():
             state["previous"].copy_(parameter)
         for parameter, iterate in zip(parameters, iterates, strict=True):
             parameter.data.lerp_(iterate, gamma)
         self._step += 1
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        """Names of what the state of each parameter consists of."""
+        ball = self.estimator.ball
+        return (
+            ("iterate", "previous", "start") if ball is not None and ball.center == "start" else ("iterate", "previous")
+        )
+
+    def _project(self, moved: list[Tensor]) -> None:
+        ball = self.estimator.ball
+        if ball is not None:
+            states = [self.state[parameter] for parameter in moved] if ball.per_tensor else list(self.state.values())
+            iterates = [state["iterate"] for state in states]
+            ball.project(iterates, [state["start"] for state in states] if "start" in self._kept else iterates)
+
+    def _move_inside(self) -> None:
+        """Project the parameters: the convex combinations x begin with them."""
+        ball = self.estimator.ball
+        if ball is not None and ball.center == "origin":
+            points = [parameter.data for parameter in self._parameters()]
+            ball.project(points, points)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.param_groups for parameter in group["params"])

@@ -49,11 +49,15 @@ def train(model: nn.Module, optimizer: Optimizer, batches: list[tuple[Tensor, Te
 
 
 def recursion(
-    model: nn.Module, schedule: Schedule, make_base: Callable[[list[nn.Parameter]], Optimizer]
+    model: nn.Module,
+    schedule: Schedule,
+    make_base: Callable[[list[nn.Parameter]], Optimizer],
+    project: Callable[[Tensor], Tensor] = lambda point: point,
+    batches: list[tuple[Tensor, Tensor]] = BATCHES,
 ) -> list[Tensor]:
     """The formulas, with a base optimizer that steps a parameter of its own."""
     parameters = list(model.parameters())
-    iterate = nn.Parameter(vector(parameters).clone())
+    iterate = nn.Parameter(project(vector(parameters).clone()))
     base = make_base([iterate])
 
     def gradient(point: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -61,8 +65,8 @@ def recursion(
         return vector(torch.autograd.grad(nn.functional.mse_loss(model(batch[0]), batch[1]), parameters))
 
     torch.manual_seed(9)
-    history, x, previous, d = [], vector(parameters).clone(), None, None
-    for t, batch in enumerate(BATCHES, 1):
+    history, x, previous, d = [], iterate.detach().clone(), None, None
+    for t, batch in enumerate(batches, 1):
         state = torch.get_rng_state()
         g = gradient(x, batch)
         if d is None:
@@ -72,6 +76,7 @@ def recursion(
             d = g + (1 - schedule.beta_at(t)) * (d - gradient(previous, batch))
         iterate.grad = schedule.alpha_at(t) * d
         base.step()
+        iterate.data = project(iterate.data)
         gamma = schedule.gamma_at(t)
         previous, x = x, (1 - gamma) * x + gamma * iterate.detach()
         history.append(x)
@@ -101,6 +106,64 @@ def test_follows_the_formulas(base: str, settings: dict[str, Any]) -> None:
     actual = train(model, DoubleMomentum(BASES[base](model.parameters()), **settings))
     for point, formula in zip(actual, expected, strict=True):
         torch.testing.assert_close(point, formula, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", ["SGD", "Adam"])
+@pytest.mark.parametrize("center", ["origin", "start"])
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_iterates_are_projected_onto_balls(base: str, center: str, per_tensor: bool) -> None:
+    model, radius = network(), 0.8
+    start = vector(model.parameters()) * (center == "start")
+    sizes = [parameter.numel() for parameter in model.parameters()] if per_tensor else [len(start)]
+    projected = []
+
+    def project(point: Tensor) -> Tensor:
+        offsets = (point - start).split(sizes)
+        factors = [min(1.0, radius / float(offset.norm())) if offset.norm() > 0 else 1.0 for offset in offsets]
+        projected.append(min(factors) < 1)
+        return start + torch.cat([factor * offset for factor, offset in zip(factors, offsets, strict=True)])
+
+    many = [BATCHES[index % len(BATCHES)] for index in range(200)]
+    expected = recursion(deepcopy(model), Schedule(), BASES[base], project, many)
+    ball = {"radius": radius, "center": center, "per_tensor": per_tensor}
+    actual = train(model, DoubleMomentum(BASES[base](model.parameters()), **ball), many)
+    assert sum(projected) > 10
+    for point, formula in zip(actual, expected, strict=True):
+        torch.testing.assert_close(point, formula, rtol=0, atol=1e-12)
+        assert all(offset.norm() <= radius + 1e-12 for offset in (point - start).split(sizes))
+
+
+def test_a_radius_that_is_never_reached_changes_no_bit() -> None:
+    model = network()
+    other = deepcopy(model)
+    free = train(model, DoubleMomentum(SGD(model.parameters(), lr=0.05)))
+    assert torch.equal(train(other, DoubleMomentum(SGD(other.parameters(), lr=0.05), radius=1e3))[-1], free[-1])
+
+
+def test_a_large_learning_rate_is_harmless_in_a_ball() -> None:
+    model = network()
+    train(model, DoubleMomentum(SGD(model.parameters(), lr=1e6), radius=1.0))
+    assert all(parameter.norm() <= 1 + 1e-12 for parameter in model.parameters())
+
+
+def test_projects_complex_parameters_and_new_ones() -> None:
+    first, second = nn.Parameter(torch.tensor([3 + 4j])), nn.Parameter(torch.tensor([0.0, 7.0]))
+    optimizer = DoubleMomentum(SGD([first], lr=1.0), radius=2.0)
+    optimizer.add_param_group({"params": [second]})
+    torch.testing.assert_close(first.data, torch.tensor([1.2 + 1.6j]))
+    torch.testing.assert_close(second.data, torch.tensor([0.0, 2.0]))
+
+
+def test_a_ball_around_the_start_needs_the_start() -> None:
+    model = network()
+    optimizer = DoubleMomentum(SGD(model.parameters(), lr=0.05))
+    train(model, optimizer, BATCHES[:3])
+    around = DoubleMomentum(SGD(model.parameters(), lr=0.05), radius=0.1, center="start")
+    with pytest.warns(UserWarning, match="saved without center='start', so the ball is around the current parameters"):
+        around.load_state_dict(deepcopy(optimizer.state_dict()))
+    point = vector(model.parameters())
+    last = train(model, around, BATCHES[3:])[-1]
+    assert 0 < (last - point).abs().max() <= 0.1
 
 
 def test_returns_the_loss_at_the_query_point_and_leaves_the_gradient() -> None:
@@ -140,14 +203,15 @@ def test_schedules_bind_to_the_wrapper_or_to_the_base() -> None:
 @pytest.mark.parametrize("copy", ["state_dict", "saved", "pickle", "deepcopy"])
 def test_continues_from_a_copy(base: str, copy: str, tmp_path: Any) -> None:
     model = network().eval()
-    optimizer = DoubleMomentum(BASES[base](model.parameters()), min_beta=0.1)
+    settings: dict[str, Any] = {"min_beta": 0.1, "radius": 0.3, "center": "start"}
+    optimizer = DoubleMomentum(BASES[base](model.parameters()), **settings)
     train(model, optimizer, BATCHES[:5])
     if copy in ("pickle", "deepcopy"):
         pair = (model, optimizer)
         other, resumed = pickle.loads(pickle.dumps(pair)) if copy == "pickle" else deepcopy(pair)
     else:
         other = deepcopy(model)
-        resumed = DoubleMomentum(BASES[base](other.parameters()), min_beta=0.1)
+        resumed = DoubleMomentum(BASES[base](other.parameters()), **settings)
         scheduler = StepLR(resumed, 100)
         state = optimizer.state_dict()
         if copy == "saved":
@@ -282,6 +346,11 @@ def test_refuses_a_base(base: Any, message: str) -> None:
         ({"gamma": "high"}, TypeError, "gamma must be a number, got 'high'"),
         ({"weighted": 1}, TypeError, "weighted must be a bool, got 1"),
         ({"schedule": "public"}, ValueError, "schedule must be 'paper' or 'code', got 'public'"),
+        ({"radius": 0}, ValueError, "radius must be finite and above 0, got 0"),
+        ({"radius": "1"}, TypeError, "radius must be a number, got '1'"),
+        ({"radius": 1.0, "center": "zero"}, ValueError, "center must be 'origin' or 'start', got 'zero'"),
+        ({"radius": 1.0, "per_tensor": 0}, TypeError, "per_tensor must be a bool, got 0"),
+        ({"center": "start"}, ValueError, "center and per_tensor need a radius, got center='start'"),
     ],
 )
 def test_refuses_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -301,3 +370,4 @@ def test_shows_what_was_set() -> None:
     assert repr(DoubleMomentumEstimator()) == "DoubleMomentumEstimator()"
     shown = "DoubleMomentumEstimator(min_beta=0.01, weighted=False, schedule='code')"
     assert repr(DoubleMomentumEstimator(min_beta=0.01, weighted=False, schedule="code")) == shown
+    assert repr(DoubleMomentumEstimator(radius=2.0)) == "DoubleMomentumEstimator(radius=2.0)"

@@ -77,6 +77,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"clip": 0.1},
     {"step_lr": True},
     {"settings": {"beta": 0.3, "gamma": 0.4, "weighted": False}},
+    {"settings": {"radius": 0.9}},
+    {"settings": {"radius": 0.3, "center": "start", "per_tensor": False}},
 ]
 
 
