@@ -1,17 +1,19 @@
 """Random numbers that are the same on every rank, after a resume, or in a second run of the same code."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from typing import Any
 
 import numpy as np  # comes with torchmetrics
 import torch
+from torch import Tensor
 
 from lightning_byzantine.utilities.checks import check_integer_at_least
 from lightning_byzantine.utilities.showing_arguments import ShowsArguments
 
-__all__ = ["StepSeed", "replayed_rng"]
+__all__ = ["StepSeed", "random_state", "replayed_rng", "set_random_state"]
 
 
 class StepSeed(ShowsArguments):
@@ -83,3 +85,57 @@ def replayed_rng(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Return the random state of torch, Python and numpy as tensors on the CPU, for :func:`set_random_state`.
+
+    Args:
+        device: if it is not the CPU, the state of its generator is the last tensor.
+
+    Raises:
+        ValueError: if numpy's global generator was replaced by one of another kind.
+
+    """
+    version, words, gauss = random.getstate()
+    numpy: Any = np.random.get_state(legacy=False)
+    if numpy["bit_generator"] != "MT19937":
+        raise ValueError(f"numpy's global generator must be a MT19937, got {numpy['bit_generator']}")
+    normals = [gauss is not None, gauss or 0.0, numpy["has_gauss"], numpy["gauss"]]
+    states = [
+        torch.get_rng_state(),
+        torch.tensor([version, *words]),
+        torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"]]),
+        torch.tensor(normals, dtype=torch.float64),
+    ]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
+def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Set what :func:`random_state` has returned, perhaps in another process.
+
+    Args:
+        device: as for :func:`random_state`.
+        states: the tensors. Their shapes and dtypes must be right; values that no generator has raise an error.
+
+    Raises:
+        ValueError: if Python or numpy refuse the state; OverflowError likewise.
+        RuntimeError: if torch does.
+
+    Example:
+        >>> states = random_state(torch.device("cpu"))
+        >>> first = torch.rand(1), random.gauss(), np.random.rand()
+        >>> set_random_state(torch.device("cpu"), states)
+        >>> first == (torch.rand(1), random.gauss(), np.random.rand())
+        True
+
+    """
+    own, (version, *words), (*key, position), normals = (state.tolist() for state in states[:4])
+    if not 0 <= position <= len(key):  # numpy does not check, and would read past its state
+        raise ValueError(f"numpy's position must be in [0, {len(key)}], got {position}")
+    torch.set_rng_state(torch.tensor(own, dtype=torch.uint8))
+    random.setstate((version, tuple(words), normals[1] if normals[0] else None))
+    numpy = {"key": np.array(key, dtype=np.uint32), "pos": position}
+    np.random.set_state({"bit_generator": "MT19937", "state": numpy, "has_gauss": int(normals[2]), "gauss": normals[3]})
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[4].cpu(), device)

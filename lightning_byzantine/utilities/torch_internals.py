@@ -11,11 +11,17 @@ from torch._dynamo.exc import BackendCompilerFailed
 # Whether a tensor fills its memory without gaps or overlap: DDP then keeps the memory order of a parameter.
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
+# Takes batches apart and puts them together again, named tuples included; there is no public function for it.
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
 __all__ = [
     "BackendCompilerFailed",
+    "TreeSpec",
     "is_non_overlapping_and_dense_or_false",
     "is_view",
     "separate_symbols",
+    "tree_flatten",
+    "tree_unflatten",
     "version_of",
 ]
 
