@@ -16,11 +16,17 @@ from typing_extensions import override
 
 from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorker
 from lightning_byzantine.aggregation.breakdown import Breakdown
+from lightning_byzantine.aggregation.defaults import (
+    aggregator_or_default,
+    estimator_or_default,
+    num_byzantine_or_default,
+)
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
-from lightning_byzantine.aggregators import Aggregator, PersistentFilter, Report
+from lightning_byzantine.aggregation.worker_states import WorkerStates
+from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
 from lightning_byzantine.exchange import EXCHANGES, make_exchange
 from lightning_byzantine.optim import DoubleMomentum
@@ -30,7 +36,6 @@ from lightning_byzantine.strategies.audits.verdict import Verdict
 from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedirection, _optimizer_to_device
 from lightning_byzantine.strategies.second_pass.redirection import PreviousPointRedirection
 from lightning_byzantine.strategies.second_pass.wrapping import find_or_wrap
-from lightning_byzantine.strategies.worker_states import WorkerStates
 from lightning_byzantine.utilities.checks import check_choice, check_positive, check_worker_indices
 
 __all__ = ["ByzantineDDPStrategy"]
@@ -108,12 +113,8 @@ class ByzantineDDPStrategy(AggregatingDDP):
         **kwargs: Any,
     ) -> None:
         super().__init__(workers_per_process, Breakdown(on_breakdown, max_skips), **kwargs)
-        self.aggregator = PersistentFilter() if aggregator is None else aggregator
-        if not isinstance(self.aggregator, Aggregator):
-            raise TypeError(f"aggregator must be an Aggregator, such as Krum(), got {aggregator!r}")
-        if estimator != "auto" and not isinstance(estimator, Estimator | None):
-            raise TypeError(f"estimator must be an Estimator, 'auto' or None, got {estimator!r}")
-        self.estimator = WorkerMomentum() if estimator == "auto" else estimator
+        self.aggregator = aggregator_or_default(aggregator)
+        self.estimator = estimator_or_default(estimator)
         if max_worker_grad_norm is not None:
             check_positive("max_worker_grad_norm", max_worker_grad_norm)
         self.exchange = check_choice("exchange", exchange, EXCHANGES)
@@ -130,7 +131,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
     @property
     def num_byzantine(self) -> int:
         """Number of workers that may be Byzantine, f."""
-        return (self.num_workers - 1) // 2 if self._num_byzantine is None else self._num_byzantine
+        return num_byzantine_or_default(self._num_byzantine, self.num_workers)
 
     @property
     def quarantined(self) -> frozenset[int]:
@@ -322,7 +323,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
     def _set_up_estimator(self, trainer: Trainer) -> None:
         """Use double momentum in both the estimator and the optimizer, or in neither."""
         asked_for = self._asked_for_estimator
-        self.estimator = WorkerMomentum() if asked_for == "auto" else asked_for
+        self.estimator = estimator_or_default(asked_for)
         optimizer = find_or_wrap(trainer.lightning_module, self.optimizers, asked_for, self.precision_plugin)
         if optimizer is None:
             return
@@ -395,4 +396,10 @@ class ByzantineDDPStrategy(AggregatingDDP):
         first = self.global_rank * self.workers_per_process
         own = range(first, first + self.workers_per_process)
         parameters = dict(self._module.named_parameters())
-        return WorkerStates(parameters, self.aggregator, self.estimator, own, self.num_workers, self.root_device)
+        remedy = (
+            "reset the estimators and the aggregator with `restart_estimator=True` among the strategy's arguments, here"
+            f" `ByzantineDDPStrategy(..., estimator={self.estimator!r}, restart_estimator=True)`."
+        )
+        return WorkerStates(
+            parameters, self.aggregator, self.estimator, own, self.num_workers, self.root_device, remedy
+        )

@@ -1,11 +1,11 @@
 """The workers' states, which differ between ranks, gathered into one checkpoint."""
 
+import warnings
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_byzantine.aggregation.gradients import flat_size
@@ -27,6 +27,7 @@ class WorkerStates:
         own_workers: the workers that this rank acts as.
         num_workers: number of all ranks' workers, m.
         device: where this rank trains.
+        remedy: a sentence on how to go on without the saved state.
 
     """
 
@@ -36,6 +37,7 @@ class WorkerStates:
     own_workers: range
     num_workers: int
     device: torch.device
+    remedy: str
 
     def save(self, *, alone: bool) -> dict[str, Any]:
         """Return the state for the checkpoint; complete on rank 0, which writes it.
@@ -75,10 +77,13 @@ class WorkerStates:
             return
         if len(state["workers"]) != self.num_workers:
             self.estimator.reset()
-            rank_zero_warn(
-                "The checkpoint was written while its run was being interrupted: it holds"
-                f" {len(state['workers'])} of {self.num_workers} workers' states, so all estimators start from zero."
-            )
+            if self.own_workers.start == 0:
+                warnings.warn(
+                    "The checkpoint was written while its run was being interrupted: it holds"
+                    f" {len(state['workers'])} of {self.num_workers} workers' states, so all estimators start from"
+                    " zero.",
+                    stacklevel=3,
+                )
             return
         own = [self._to_device(state["workers"][worker]) for worker in self.own_workers]
         self.estimator.load_state(own, self._to_device(state["shared"]))
@@ -87,9 +92,7 @@ class WorkerStates:
         if saved != current:
             raise ValueError(
                 f"The checkpoint and this run differ in the {what}: {saved} in the checkpoint, {current} now. Resume"
-                " with what the checkpoint has, or reset the estimators and the aggregator with"
-                " `restart_estimator=True` among the strategy's arguments, here"
-                f" `ByzantineDDPStrategy(..., estimator={self.estimator!r}, restart_estimator=True)`."
+                f" with what the checkpoint has, or {self.remedy}"
             )
 
     def _gather(self, own: list[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
