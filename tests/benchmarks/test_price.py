@@ -58,13 +58,13 @@ def test_gradients_are_those_of_the_batches() -> None:
 
 def steps(rule: str, loss: float) -> float:
     be_quiet()
-    return steps_to_loss(Training(rule, 0.01, 1, 3, 4, loss, most_steps=40), training_images(None))
+    return steps_to_loss(Training(rule, 0.01, 1, 3, 4, loss, most_steps=20), training_images(None))
 
 
 def test_the_mean_takes_as_many_steps_as_stock_ddp(one_rank: RankPool) -> None:
-    needed = [one_rank.run(steps, rule, 1.8)[0] for rule in (STOCK, "Mean")]
+    needed = [one_rank.run(steps, rule, 2.1)[0] for rule in (STOCK, "Mean")]
     assert needed[0] == needed[1]
-    assert 10 <= needed[0] <= 40
+    assert 10 <= needed[0] <= 20
     assert one_rank.run(steps, "Mean", 0.0) == [math.inf]
 
 
