@@ -7,6 +7,7 @@ __all__ = [
     "ByzantineBreakdownError",
     "ByzantineSuspectError",
     "DesynchronizedRanksError",
+    "EquivocationError",
     "InconsistentRanksError",
     "ReferenceLostError",
     "WorkerLostError",
@@ -71,7 +72,9 @@ class ReferenceLostError(ByzantineBreakdownError):
 
 
 class ByzantineSuspectError(_PicklableError):
-    """A worker is under suspicion, and ``ByzantineMonitor(on_suspect="raise")`` ends the run.
+    """A worker is proved to be faulty, and ``ByzantineMonitor(on_suspect="raise")`` ends the run.
+
+    With ``punish_without_proof=True``, also when it is under suspicion only.
 
     Args:
         worker: its index.
@@ -144,6 +147,26 @@ with sync_dist=True in the same steps?
             f"Ranks are in different collectives: {where}. Do all ranks have the same number of batches, and"
             " log with sync_dist=True in the same steps?"
         )
+
+
+class EquivocationError(_PicklableError):
+    """Ranks told others different things, or computed different things from the same, and can't just be left out.
+
+    Args:
+        ranks: those of which it is known.
+        problem: what they did, and why it ends the run.
+
+    Example:
+        >>> raise EquivocationError(ranks=[1], problem="sent another public key to each rank")
+        Traceback (most recent call last):
+        ...
+        lightning_byzantine.errors.EquivocationError: rank 1 sent another public key to each rank
+
+    """
+
+    def __init__(self, ranks: Sequence[int], problem: str) -> None:
+        self.ranks = list(ranks)
+        super().__init__(f"{ranks_in_words(self.ranks)} {problem}")
 
 
 class InconsistentRanksError(_PicklableError):

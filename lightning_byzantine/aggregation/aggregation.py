@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -54,6 +55,20 @@ class Aggregation:
 
         """
         return self.mean(matrix)
+
+    def announce(self) -> None:
+        """Tell observers about the last aggregate, on which all ranks agree now."""
+
+    def fingerprint(self) -> bytes:
+        """Return a digest of what the last call of :meth:`aggregate` found out about the rows besides its result."""
+        return b""
+
+    def memory(self) -> dict[str, Any]:
+        """Return what :meth:`aggregate` starts from, besides the last aggregate."""
+        return {}
+
+    def restore(self, memory: dict[str, Any]) -> None:
+        """Forget what happened since :meth:`memory` was called."""
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean of all rows, including non-finite ones, which the rule ``Mean`` would drop."""

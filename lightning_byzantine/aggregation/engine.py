@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.gradient_block import GradientBlock
 from lightning_byzantine.aggregation.gradients import clipping_factor, flat_size, unscaled
 from lightning_byzantine.aggregation.local_gradients import LocalGradients
+from lightning_byzantine.aggregation.outcome import Outcome
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
@@ -126,6 +128,7 @@ class AggregationEngine:
             RuntimeError: if nothing was sent.
             ByzantineBreakdownError: if more workers send unusable vectors than may be Byzantine, and the policy is not
                 to continue. Under a gradient scaler, gradients are NaN instead.
+            EquivocationError: if more ranks have sent others different vectors than may be faulty.
 
         """
         blocks, self._blocks = self._blocks, []
@@ -137,15 +140,15 @@ class AggregationEngine:
             factors = self._clipping_factors(blocks, self._max_norm)
             for block in blocks:
                 self._send(block, factors)
-        unused = self._unused_columns(blocks)
-        matrix = self._matrix(blocks, unused)
-        aggregated = self._aggregated(matrix, unused, self._since(blocks))
+        outcome = self._outcome(blocks)
+        self._aggregation.announce()
+        aggregated = self._result_of(outcome)
         if aggregated is None:
             for block in blocks:
                 for _, part in block.parts(block.buffer):
                     part.fill_(torch.nan)
         else:
-            self._finish(blocks, matrix, aggregated)
+            self._finish(blocks, outcome.matrix, aggregated)
         self.local.clear()
         self.num_aggregated += 1
 
@@ -209,15 +212,34 @@ class AggregationEngine:
             return None
         return self.exchange.own_columns([block.unused_columns for block in blocks])
 
-    def _matrix(self, blocks: list[GradientBlock], unused: list[Tensor] | None) -> WorkerMatrix:
+    def _outcome(self, blocks: list[GradientBlock]) -> Outcome:
+        """Return what follows from the rows of all workers, the same on all ranks."""
+        unused = self._unused_columns(blocks)
         layout = tuple(block.layout for block in blocks)
         segments = Segments.of_blocks(self._sizes, [(block.layout, block.sizes) for block in blocks])
-        matrix = self.exchange.finish(layout, unused, segments)
+        since = self._since(blocks)
+
+        def attempt(received: WorkerMatrix) -> Outcome:
+            matrix = self._attacked(self._with_previous(received, blocks))
+            try:
+                return Outcome(matrix, self._aggregation.aggregate(matrix, unused, since), None, fingerprint)
+            except ByzantineBreakdownError as error:
+                return Outcome(matrix, None, error, fingerprint)
+
+        fingerprint = self._aggregation.fingerprint
+        return self.exchange.agreed(
+            self.exchange.finish(layout, unused, segments),
+            attempt,
+            lambda: partial(self._aggregation.restore, self._aggregation.memory()),
+        )
+
+    def _with_previous(self, matrix: WorkerMatrix, blocks: list[GradientBlock]) -> WorkerMatrix:
         last = self._aggregation.last_aggregate
-        if last is not None and last.parts:
-            matrix = matrix.with_previous(
-                self.exchange.own_columns([_values_of(block, last.parts) for block in blocks])
-            )
+        if last is None or not last.parts:
+            return matrix
+        return matrix.with_previous(self.exchange.own_columns([_values_of(block, last.parts) for block in blocks]))
+
+    def _attacked(self, matrix: WorkerMatrix) -> WorkerMatrix:
         for attack in self._attacks:
             matrix = attack(matrix)
         return matrix
@@ -226,24 +248,20 @@ class AggregationEngine:
         starts = None if self._sends is None else self._sends.starts
         return None if starts is None else self.exchange.own_columns([_values_of(block, starts) for block in blocks])
 
-    def _aggregated(
-        self, matrix: WorkerMatrix, unused: list[Tensor] | None, since: list[Tensor] | None
-    ) -> Aggregated | None:
-        """Return the result; None if there is none, and the run continues without this step."""
-        try:
-            aggregated = self._aggregation.aggregate(matrix, unused, since)
-        except ByzantineBreakdownError as error:
-            # If most workers overflow, the scaler finds NaN, skips the step and lowers the scale.
-            if self._scale is not None:
-                return None
-            if self._breakdown.propagates:
-                return self._aggregation.mean(matrix)
-            if not self._breakdown.skips():
-                raise
-            self._on_skip(error)
+    def _result_of(self, outcome: Outcome) -> Aggregated | None:
+        """Return the aggregate; None if there is none, and the run continues without this step."""
+        if outcome.error is None:
+            self._breakdown.succeeded()
+            return outcome.aggregated
+        # If most workers overflow, the scaler finds NaN, skips the step and lowers the scale.
+        if self._scale is not None:
             return None
-        self._breakdown.succeeded()
-        return aggregated
+        if self._breakdown.propagates:
+            return self._aggregation.mean(outcome.matrix)
+        if not self._breakdown.skips():
+            raise outcome.error
+        self._on_skip(outcome.error)
+        return None
 
     def _commit(self, blocks: list[GradientBlock], unusable: frozenset[int] | None) -> None:
         if self._sends is None:

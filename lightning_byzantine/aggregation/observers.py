@@ -1,10 +1,11 @@
 """Observers of each aggregation's report on the workers."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import chain
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -34,6 +35,7 @@ class Observers:
         self._functions: dict[int, Callable[[Report], None]] = OrderedDict()
         self._aggregations: Counter[frozenset[str | None]] = Counter()
         self._outvoted: Tensor | None = None
+        self._equivocated: frozenset[int] = frozenset()
 
     def add(self, observer: Callable[[Report], None]) -> RemovableHandle:
         """Call a function with every report, until ``remove()`` of the returned handle."""
@@ -46,9 +48,13 @@ class Observers:
         # On their device until needed, so as not to synchronize a GPU.
         self._outvoted = outvoted if self._outvoted is None else self._outvoted | outvoted.to(self._outvoted.device)
 
-    def forget_outvoted(self) -> None:
-        """Clear outvoted ranks, at the end of the run."""
-        self._outvoted = None
+    def note_equivocated(self, workers: Iterable[int]) -> None:
+        """Add to the next report which workers are proved to have told others different things."""
+        self._equivocated |= frozenset(workers)
+
+    def forget_notes(self) -> None:
+        """Clear what was noted for the next report, at the end of the run."""
+        self._outvoted, self._equivocated = None, frozenset()
 
     def want_bits_of(self, matrix: WorkerMatrix) -> bool:
         """Count an aggregation, and return whether to count bits in it."""
@@ -69,7 +75,12 @@ class Observers:
         """
         if not self._functions:
             return
-        made, self._outvoted, outvoted = report(), None, self._outvoted
+        made, outvoted, equivocated = report(), self._outvoted, self._equivocated
+        self.forget_notes()
+        if equivocated:
+            named = torch.zeros_like(made.measurable)
+            named[list(equivocated)] = True
+            made = replace(made, equivocated=named)
         if outvoted is not None and outvoted.any():
             workers = outvoted.cpu().repeat_interleave(len(made.measurable) // len(outvoted))
             workers[list(cleared)] = False

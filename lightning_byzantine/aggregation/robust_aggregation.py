@@ -1,7 +1,8 @@
 """Aggregation by a robust rule."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.aggregators.decision import Decision
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators.estimator import Scale
+from lightning_byzantine.exchange.fingerprint import fingerprints
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.few_digits import in_few_digits
 
@@ -20,7 +22,7 @@ __all__ = ["RobustAggregation"]
 
 
 class RobustAggregation(Aggregation):
-    """Applies a rule to the rows of all workers that are not in quarantine, and calls observers with the report.
+    """Applies a rule to the rows of all workers that are not in quarantine; :meth:`announce` then tells observers.
 
     Args:
         aggregator: the rule.
@@ -49,6 +51,8 @@ class RobustAggregation(Aggregation):
         self._num_byzantine = num_byzantine
         self._quarantine = quarantine
         self._observers = observers
+        self._report: Callable[[], Report] | None = None
+        self._found: dict[str, Any] = {}
 
     def aggregate(
         self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None = None, since: Sequence[Tensor] | None = None
@@ -65,9 +69,9 @@ class RobustAggregation(Aggregation):
             decision = self._aggregator.decide(self._quarantine.without(bits.counted_with(matrix)), num_byzantine)
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
-            self._observers.tell(lambda: report, cleared=self._quarantine.workers)
+            self._report, self._found = lambda: report, {"unusable": error.workers}
             raise
-        self._observers.tell(lambda: self._report(decision, bits, matrix.num_workers), self._quarantine.workers)
+        self._report = lambda: self._report_of(decision, bits, matrix.num_workers)
         # The rule has not looked at the workers in quarantine.
         unusable = None if self._quarantine.workers else frozenset(decision.dropped)
         values, scale = decision.values(), decision.scale() if self._num_byzantine > 0 else None
@@ -79,14 +83,45 @@ class RobustAggregation(Aggregation):
             # The median of the honest workers if the others have gone farther.
             middle = max(1, (len(moved) - decision.num_byzantine + 1) // 2)
             scale = replace(scale, moved=moved.kthvalue(middle).values.bfloat16())
+        self._found = {"decision": decision, "scale": scale}
         return Aggregated(values, unusable, scale)
+
+    def announce(self) -> None:
+        """Call observers with the report on the last aggregate."""
+        report, self._report, self._found = self._report, None, {}
+        if report is not None:
+            self._observers.tell(report, self._quarantine.workers)
+
+    def fingerprint(self) -> bytes:
+        """Return a digest of the report, of the scale and of what the rule will remember."""
+        found = {name: _plain(what) for name, what in self._found.items()}
+        # The last aggregate is not changed yet.
+        rule = {name: state for name, state in self.memory().items() if "last_aggregate" not in name}
+        return b"".join(fingerprints({"found": found, "rule": rule}))
+
+    def memory(self) -> dict[str, Any]:
+        """Return the state of the rule."""
+        return self._aggregator.state_dict()
+
+    def restore(self, memory: dict[str, Any]) -> None:
+        """Restore the state of the rule."""
+        self._aggregator.load_state_dict(memory)
 
     def mean(self, matrix: WorkerMatrix) -> Aggregated:
         """Return the mean of the rows that are not in quarantine."""
         return super().mean(self._quarantine.without(matrix))
 
-    def _report(self, decision: Decision, bits: BitCount, num_workers: int) -> Report:
+    def _report_of(self, decision: Decision, bits: BitCount, num_workers: int) -> Report:
         report = decision.report()
         if self._quarantine.workers:
             report = report.among(decision.offered.workers, num_workers, measurable=True)
         return bits.added_to(report, decision.seen.workers)
+
+
+def _plain(found: Any) -> Any:
+    """Return what was found as nested dicts and lists of tensors and numbers."""
+    if isinstance(found, Decision):
+        return [found.dropped, _plain(found.report())]
+    if isinstance(found, Report | Scale):
+        return {field.name: _plain(getattr(found, field.name)) for field in fields(found)}
+    return [_plain(part) for part in found] if isinstance(found, tuple) else found

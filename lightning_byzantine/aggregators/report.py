@@ -49,6 +49,9 @@ class Report:
         from_aggregate: whether distances are from the aggregate.
         outvoted: [m] bool: workers whose process reported a non-finite buffer or metric where the majority reported
             finite ones; None if there were none.
+        equivocated: [m] bool: workers whose process was proved, since the report before, to have told others different
+            things in one exchange, or to have computed another result from what all received. From this step on, their
+            rows are dropped. None if there were none.
         unlikely: [m] bool: rows whose bits are unlike the others', see
             :func:`~lightning_byzantine.aggregation.mantissas.unlikely_bits`; None if they were not checked.
         parts: reports on each parameter, of a rule that decides in each; then weights are averages over all columns.
@@ -72,6 +75,7 @@ class Report:
     distances: Tensor
     from_aggregate: bool
     outvoted: Tensor | None = None
+    equivocated: Tensor | None = None
     unlikely: Tensor | None = None
     parts: tuple["Report", ...] = ()
     share: float = 1.0

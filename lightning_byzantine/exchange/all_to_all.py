@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.exchange.collectives import start_gather
 from lightning_byzantine.exchange.exchange import Exchange, KeptMemory, Wait
+from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 
@@ -24,11 +25,13 @@ class AllToAll(Exchange):
 
     Args:
         num_ranks: number of processes, m / k.
+        witnesses: compare what ranks tell each other about :meth:`on_any_rank`; None for ranks that trust each other in
+            this.
 
     """
 
-    def __init__(self, num_ranks: int) -> None:
-        super().__init__()
+    def __init__(self, num_ranks: int, witnesses: Witnesses | None = None) -> None:
+        super().__init__(witnesses)
         self._num_ranks = num_ranks
         self._lengths: list[int] = []
         self._unsharded = KeptMemory()

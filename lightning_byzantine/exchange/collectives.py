@@ -1,17 +1,25 @@
 """Collectives on plain tensors only: unpickling objects from other ranks would let them run code here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "gather_rows", "gather_to_first", "is_failed_collective", "start_gather"]
+__all__ = [
+    "gather",
+    "gather_rows",
+    "gather_to_first",
+    "is_direct",
+    "is_failed_collective",
+    "start_gather",
+    "start_transfers",
+]
 
 
 def start_gather(received: Tensor, own: Tensor) -> list[Callable[[], object]]:
     """Start gathering every rank's flat tensor into ``received``, in the order of ranks; return what to wait for."""
-    if dist.get_backend() != "gloo" or own.device.type != "cpu":
+    if not is_direct(own.device):
         return [_all_gather(received, own, async_op=True).wait]
     # gloo's own all-gather uses twice the memory, at a third of the speed. Its sends support CPU tensors only.
     rank, parts = dist.get_rank(), received.chunk(dist.get_world_size())
@@ -20,6 +28,26 @@ def start_gather(received: Tensor, own: Tensor) -> list[Callable[[], object]]:
         sender, receiver = (rank - distance) % len(parts), (rank + distance) % len(parts)
         works += [dist.irecv(parts[sender], sender), dist.isend(own, receiver)]
     parts[rank].copy_(own)
+    return [work.wait for work in works if work is not None]
+
+
+def is_direct(device: torch.device) -> bool:
+    """Return whether :func:`start_gather` sends tensors on this device directly, and not by way of other ranks."""
+    return dist.get_backend() == "gloo" and device.type == "cpu"
+
+
+def start_transfers(
+    sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]
+) -> list[Callable[[], object]]:
+    """Start sending contiguous tensors to ranks, and receiving others from ranks; return what to wait for."""
+    if dist.get_backend() == "gloo":
+        works: list[dist.Work | None] = [dist.irecv(tensor, rank) for tensor, rank in received]
+        works += [dist.isend(tensor, rank) for tensor, rank in sent]
+    else:
+        # NCCL's would wait for each other.
+        operations = [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in received]
+        operations += [dist.P2POp(dist.isend, tensor, rank) for tensor, rank in sent]
+        works = [*dist.batch_isend_irecv(operations)] if operations else []
     return [work.wait for work in works if work is not None]
 
 

@@ -3,18 +3,31 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_byzantine.exchange.agreed_gather import agreed_gather
 from lightning_byzantine.exchange.collectives import gather_rows
+from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 
-__all__ = ["Exchange", "KeptMemory", "Wait"]
+__all__ = ["Exchange", "KeptMemory", "Outcome", "Wait"]
 
 # Returns when what was started has been done.
 Wait = Callable[[], object]
+
+
+class Outcome(Protocol):
+    """What follows from the rows of one step."""
+
+    def digest(self, key: bytes | None) -> bytes:
+        """Return a digest of all of it, 32 bytes: a fast one with a key, or a slower one without."""
+
+
+AnyOutcome = TypeVar("AnyOutcome", bound=Outcome)
 
 
 class KeptMemory:
@@ -44,9 +57,14 @@ class Exchange(ABC):
     """Sends blocks of vectors between ranks: call :meth:`start` for every block, :meth:`finish`, then :meth:`collect`.
 
     Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned.
+
+    Args:
+        witnesses: compare what ranks tell each other; None for ranks that trust each other in this.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, witnesses: Witnesses | None = None) -> None:
+        self._witnesses = witnesses
         self._started: list[tuple[Tensor, list[Wait]]] = []
         self._arriving = Arriving([])
         self._sent, self._received = KeptMemory(), KeptMemory()
@@ -119,11 +137,28 @@ class Exchange(ABC):
             flags: [n] bool.
 
         """
-        return gather_rows(flags.byte()).any(dim=0).cpu()
+        rows = gather_rows(flags.byte()) if self._witnesses is None else agreed_gather(flags.byte(), self._witnesses)
+        return rows.any(dim=0).cpu()
 
     def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None, segments: Segments | None) -> WorkerMatrix:
         """Return the matrix of the blocks."""
         return WorkerMatrix(blocks, layout=layout, segments=segments)
+
+    def agreed(
+        self,
+        matrix: WorkerMatrix,
+        attempt: Callable[[WorkerMatrix], AnyOutcome],
+        save: Callable[[], Callable[[], object]],
+    ) -> AnyOutcome:
+        """Return what follows from the matrix; from another one if ranks were sent different rows.
+
+        Args:
+            matrix: what :meth:`finish` returned.
+            attempt: computes what follows from a matrix.
+            save: called before the first attempt; what it returns is called before each other one.
+
+        """
+        return attempt(matrix)
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
         """Return the columns of whole blocks [c] that this rank's matrix has: all of them."""

@@ -1,6 +1,6 @@
 """A vote of all ranks on buffers, such as BatchNorm statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -28,16 +28,22 @@ class RobustBuffers:
 
     Args:
         model: the module wrapped in DDP.
-        gather: returns the flat tensors of all ranks as [m, n].
-        notice: called with the ranks whose values are not finite where the majority is, [m] bool.
+        gather: returns the flat tensors of all voters as [v, n].
+        voters: returns which v ranks these are.
+        notice: called with the voters whose values are not finite where the majority is, [v] bool.
 
     """
 
     def __init__(
-        self, model: DistributedDataParallel, gather: Callable[[Tensor], Tensor], notice: Callable[[Tensor], None]
+        self,
+        model: DistributedDataParallel,
+        gather: Callable[[Tensor], Tensor],
+        voters: Callable[[], Sequence[int]],
+        notice: Callable[[Tensor], None],
     ) -> None:
         self._model = model
         self._gather = gather
+        self._voters = voters
         self._notice = notice
         # What all ranks had in the last vote, so that what they send next is of the same length on all.
         self._agreed = Signature({})
@@ -86,12 +92,12 @@ class RobustBuffers:
         return self._agreed if self._agreed.is_of(buffers) else Signature(buffers)
 
     def _gather_alike(self, own: Signature, content: Tensor) -> Tensor:
-        """Return the bytes of all ranks, [m, n], after a check that they are of the same buffers."""
+        """Return the bytes of all voters, [v, n], after a check that they are of the same buffers."""
         cut = nn.functional.pad(content, (0, self._num_bytes - content.numel()))
         received = self._gather(torch.cat([own.digest.to(content.device), cut]))
         digests, contents = torch.split(received, [own.digest.numel(), cut.numel()], dim=1)
         if bool((digests != digests[0]).any()):
-            own.check_same(self._gather, content.device)
+            own.check_same(self._gather, content.device, self._voters)
         if torch.equal(own.digest, self._agreed.digest):
             return contents
         self._agreed, self._num_bytes = own, content.numel()

@@ -138,6 +138,11 @@ class ByzantineDDPStrategy(AggregatingDDP):
         """Indices of the workers whose rows are dropped in every step; see :meth:`quarantine`."""
         return self._quarantine.workers
 
+    @property
+    def quarantined_by_proof(self) -> frozenset[int]:
+        """Indices of those of them for which there is proof that they are faulty."""
+        return self._quarantine.proved
+
     def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
         """Call a function with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
 
@@ -172,6 +177,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
         if self.shadow:
             raise MisconfigurationException("Shadow mode trains as stock DDP does, and so can't quarantine workers.")
         self._quarantine.add(workers, self.aggregator, self.num_workers, self.num_byzantine, proved=proved)
+        self._take_votes_away()
 
     def audit(self, worker: int) -> None:
         """Let all other ranks compute a worker's step once more, in one of the next steps, and compare.
@@ -231,6 +237,23 @@ class ByzantineDDPStrategy(AggregatingDDP):
         return super().optimizer_step(optimizer, audited, *args, **kwargs)
 
     @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._take_votes_away()
+
+    @override
+    def _exclude(self, ranks: Iterable[int]) -> None:
+        super()._exclude(ranks)
+        if not self.shadow:
+            self.quarantine(self._workers_of(ranks), proved=True)
+
+    def _take_votes_away(self) -> None:
+        """Listen no more to ranks of which all workers are proved to be faulty."""
+        if self._witnesses is not None:
+            faulty = [r for r in range(self.world_size) if self._quarantine.proved.issuperset(self._workers_of([r]))]
+            self._witnesses.exclude(faulty)
+
+    @override
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
         # The number of workers is known from here on, while the Trainer is created.
@@ -250,7 +273,9 @@ class ByzantineDDPStrategy(AggregatingDDP):
         if self.estimator is not None:
             self.estimator.reset()
         self.aggregator.reset()
-        exchange, aggregation = make_exchange(self.exchange, self.world_size), self._aggregation()
+        # In shadow mode, gradients are averaged as by stock DDP, whatever they are.
+        witnesses = None if self.shadow else self._witnesses
+        exchange, aggregation = make_exchange(self.exchange, self.world_size, witnesses), self._aggregation()
         self.aggregate_by(aggregation, exchange, self.estimator, self._max_worker_grad_norm)
         self._set_up_audits(self.estimator if aggregation.takes_estimates else None)
 

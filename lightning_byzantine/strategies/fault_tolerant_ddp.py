@@ -2,7 +2,7 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -18,9 +18,11 @@ from typing_extensions import override
 
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.errors import ByzantineBreakdownError
+from lightning_byzantine.exchange.agreed_gather import agreed_gather
 from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
+from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.strategies.checkpoint_io import AtomicCheckpointIO
 from lightning_byzantine.strategies.consistency import ConsistencyCheck
 from lightning_byzantine.strategies.last_good_checkpoint import LastGoodCheckpoint
@@ -76,6 +78,7 @@ class FaultTolerantDDP(DDPStrategy):
         self._consistency: ConsistencyCheck | None = None
         self._last_good: LastGoodCheckpoint | None = None
         self._watch: RankWatch | None = None
+        self._witnesses: Witnesses | None = None
         self._stop_signal: StopSignal | None = None
 
     @property
@@ -122,6 +125,11 @@ class FaultTolerantDDP(DDPStrategy):
         super().setup_environment()
         if self.world_size > 1:
             self._watch = RankWatch(self.root_device, lambda: position_of(self._module.trainer))
+            # A process that lies does so as all of its workers.
+            max_faulty = self.num_byzantine // (self.num_workers // self.world_size)
+            if max_faulty > 0:
+                meet = self._watched(Witnesses, "the exchange of keys", meets=False)
+                self._witnesses = meet(max_faulty, self.root_device, self._exclude)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -143,8 +151,8 @@ class FaultTolerantDDP(DDPStrategy):
         super().configure_ddp()
         if self._robust_buffers and self.world_size > 1:
             assert isinstance(self.model, DistributedDataParallel)
-            gather = self._watched(gather_rows, "the vote on buffers", meets=False)
-            self._buffers = RobustBuffers(self.model, gather, self._observers.note_outvoted)
+            gather = self._watched(self._gather_votes, "the vote on buffers", meets=False)
+            self._buffers = RobustBuffers(self.model, gather, self._voters, self._note_outvoted)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -196,7 +204,7 @@ class FaultTolerantDDP(DDPStrategy):
             # Ranks may be fewer than workers.
             most = min(self.num_byzantine, (self.world_size - 1) // 2)
             reduced = self._watched(robust_reduce, f"a reduction{_of(tensor)}")
-            return reduced(tensor, reduce_op, most, self._observers.note_outvoted)
+            return reduced(tensor, reduce_op, most, self._gather_votes, self._note_outvoted)
         return self._watched(super().reduce, f"a reduction{_of(tensor)}")(tensor, group, reduce_op)
 
     @override
@@ -257,9 +265,31 @@ class FaultTolerantDDP(DDPStrategy):
         finally:
             if self._stop_signal is not None:
                 self._stop_signal.restore()
-            self._watch = self._stop_signal = self._buffers = self._consistency = None
-            self._observers.forget_outvoted()
+            self._watch = self._witnesses = self._stop_signal = self._buffers = self._consistency = None
+            self._observers.forget_notes()
             super().teardown()
+
+    def _gather_votes(self, tensor: Tensor) -> Tensor:
+        """Return the flat tensor [n] of each voter, [v, n]."""
+        return gather_rows(tensor) if self._witnesses is None else agreed_gather(tensor, self._witnesses)
+
+    def _voters(self) -> Sequence[int]:
+        """Return the ranks that are not proved to be faulty."""
+        return range(self.world_size) if self._witnesses is None else self._witnesses.voters
+
+    def _note_outvoted(self, outvoted: Tensor) -> None:
+        """Add to the next report which voters were outvoted, [v] bool."""
+        of_all = outvoted.new_zeros(self.world_size)
+        of_all[list(self._voters())] = outvoted
+        self._observers.note_outvoted(of_all)
+
+    def _exclude(self, ranks: Iterable[int]) -> None:
+        """Add to the next report which ranks are proved to have told others different things."""
+        self._observers.note_equivocated(self._workers_of(ranks))
+
+    def _workers_of(self, ranks: Iterable[int]) -> list[int]:
+        per_rank = self.num_workers // self.world_size
+        return [rank * per_rank + worker for rank in ranks for worker in range(per_rank)]
 
     @property
     def _module(self) -> LightningModule:

@@ -81,7 +81,9 @@ def report_of(rule: Aggregator, matrix: WorkerMatrix, num_byzantine: int, quaran
     reports: list[Report] = []
     observers = Observers()
     observers.add(reports.append)
-    RobustAggregation(rule, num_byzantine, quarantine, observers).aggregate(matrix)
+    robust = RobustAggregation(rule, num_byzantine, quarantine, observers)
+    robust.aggregate(matrix)
+    robust.announce()
     return reports[0]
 
 
