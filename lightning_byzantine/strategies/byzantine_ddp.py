@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -379,8 +380,13 @@ class ByzantineDDPStrategy(AggregatingDDP):
             optimizer=double[0] if double else None,
             max_norm=self._max_worker_grad_norm,
             loss_scale=self._loss_scale,
+            gather=self._agreed_rows,
             tell=self._tell_verdict,
         )
+
+    def _agreed_rows(self, tensor: Tensor) -> dict[int, Tensor]:
+        rows = self._gather_votes(tensor.to(self.root_device)).cpu()
+        return dict(zip(self._voters(), rows, strict=True))
 
     def _tell_verdict(self, verdict: Verdict) -> None:
         for observer in list(self._verdict_observers.values()):  # one of them may remove itself

@@ -1,7 +1,7 @@
 """Audits: a worker's step, computed once more by all other ranks."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from inspect import signature
@@ -23,7 +23,7 @@ from lightning_byzantine.strategies.audits import parcel
 from lightning_byzantine.strategies.audits.captured_step import CapturedBatch, UnsupportedBatchError, captured
 from lightning_byzantine.strategies.audits.replay import Gradients, NotReplayableError, Replay
 from lightning_byzantine.strategies.audits.residual import Residual
-from lightning_byzantine.strategies.audits.sent_rows import SentRow, SentRows, gathered
+from lightning_byzantine.strategies.audits.sent_rows import SentRow, SentRows
 from lightning_byzantine.strategies.audits.statement import Finding, Statement, digest, judged, sketched
 from lightning_byzantine.strategies.audits.verdict import Outcome, Verdict
 from lightning_byzantine.strategies.audits.window import AuditWindow, draw_nonce
@@ -77,6 +77,7 @@ class Audits:
         optimizer: the one with the previous query point, under double momentum; None otherwise.
         max_norm: of a worker's gradient; None for no clipping.
         loss_scale: returns the factor on the loss; None without a gradient scaler.
+        gather: returns the tensors of all ranks, the same on all honest ones, without those proved to be faulty.
         tell: called with every verdict.
 
     """
@@ -92,6 +93,7 @@ class Audits:
         optimizer: DoubleMomentum | None,
         max_norm: float | None,
         loss_scale: Callable[[], float | None],
+        gather: Callable[[Tensor], dict[int, Tensor]],
         tell: Callable[[Verdict], None],
     ) -> None:
         self._module = module
@@ -103,6 +105,7 @@ class Audits:
         self._optimizer = optimizer
         self._max_norm = max_norm
         self._loss_scale = loss_scale
+        self._gather = gather
         self._tell = tell
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._num_local = window.num_local_workers
@@ -149,17 +152,21 @@ class Audits:
         assert window is not None
         assert rows is not None
         self._has_arrived = False
-        nonces = gathered(draw_nonce().to(self._device)).view(-1).tolist()
-        if window.is_drawn(nonces):
+        nonces = {rank: int(nonce) for rank, nonce in self._gather(draw_nonce()).items()}
+        auditors = self._auditors(window.worker, nonces)
+        if window.is_drawn([nonces[rank] for rank in auditors]):
             self._audit(window.worker, rows, nonces)
             self._window = self._rows = None
             self._batches.clear()
 
     def _open(self, worker: int) -> None:
-        others = [rank for rank in range(self._num_ranks) if rank != self._rank_of(worker)] or [0]
-        self._window = AuditWindow(worker, decides=others[self._num_windows % len(others)])
+        self._window = AuditWindow(worker, self._num_windows)
         self._rows = SentRows(worker, self._is_sharded)
         self._num_windows += 1
+
+    def _auditors(self, worker: int, ranks: Iterable[int]) -> list[int]:
+        # A single process is its own auditor.
+        return [rank for rank in ranks if rank != self._rank_of(worker)] or [self._rank]
 
     def _rank_of(self, worker: int) -> int:
         return worker // self._num_local
@@ -170,17 +177,16 @@ class Audits:
             self._rows.add(blocks, matrix, estimator.step if isinstance(estimator, DoubleMomentumEstimator) else step)
             self._has_arrived = True
 
-    def _audit(self, worker: int, rows: SentRows, nonces: list[int]) -> None:
+    def _audit(self, worker: int, rows: SentRows, nonces: dict[int, int]) -> None:
         assert rows.current is not None
         sent = rows.current.completed()
         last = None if rows.last is None else rows.last.completed()
         own = self._statement(worker, sent, last, _seed(nonces)).packed()
-        digests = gathered(digest(own).to(self._device)).cpu()
-        packed = gathered(own.to(self._device)).cpu()
-        auditors = [rank for rank in range(self._num_ranks) if rank != self._rank_of(worker)] or [0]
+        digests = self._gather(digest(own))
+        packed = {rank: row for rank, row in self._gather(own).items() if rank in digests}
         statements = {
             rank: Statement.unpacked(packed[rank]) if digest(packed[rank]).equal(digests[rank]) else Statement()
-            for rank in auditors
+            for rank in self._auditors(worker, packed)
         }
         judgement = judged(statements, self._num_byzantine)
         # An honest rank that was audited knows what the auditors have found.
@@ -279,6 +285,6 @@ def _unpacked(own: list[CapturedBatch], content: list[Tensor]) -> list[CapturedB
     return batches
 
 
-def _seed(nonces: list[int]) -> int:
+def _seed(nonces: dict[int, int]) -> int:
     # Of all ranks: nobody knows it before the last one has revealed its own, after all rows have arrived.
-    return int.from_bytes(sha256(str(nonces).encode()).digest()[:4], "big")
+    return int.from_bytes(sha256(str(sorted(nonces.items())).encode()).digest()[:4], "big")

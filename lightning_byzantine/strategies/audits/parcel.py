@@ -108,6 +108,8 @@ def _checked(header: list[int], own: list[Tensor] | None, fixed: Collection[int]
         raise OtherStructureError("this rank's batch can't be sent as tensors")
     if header[0] != _HAS_CONTENT:
         raise MalformedParcelError("it has sent no batch")
+    if not 0 <= header[1] < _HEADER:
+        raise MalformedParcelError(f"its batch has {header[1]} tensors")
     if header[1] != len(own):
         raise OtherStructureError(f"its batch has {header[1]} tensors, this rank's {len(own)}")
     shapes, position = [], 2

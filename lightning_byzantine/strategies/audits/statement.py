@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum, auto
 from hashlib import sha256
 
 import torch
@@ -38,6 +38,7 @@ _REASONS = {
     Finding.NOT_REPLAYABLE: "`training_step` can't be repeated: it keeps an iterator or a random generator, or gathers",
     Finding.OUT_OF_MEMORY: "the memory of the other ranks' devices does not suffice",
 }
+_SCATTERED = "what the other ranks compute differs too much, so `training_step` may depend on the rank or on chance"
 _UNREPRODUCED = "no worker's step could be recomputed so far, so `training_step` may depend on the rank"
 
 
@@ -113,6 +114,16 @@ def sketched(parts: Sequence[Tensor], seed: int) -> Tensor:
     return sketch
 
 
+class _Vote(Enum):
+    NONE = auto()
+    RIGHT = auto()
+    WRONG = auto()
+    UNPROVED = auto()
+    """Would say "wrong", but knows of no step that was reproduced so far."""
+    UNSURE = auto()
+    """The auditors' own computations differ too much."""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What follows from all statements.
@@ -145,37 +156,47 @@ def judged(statements: Mapping[int, Statement], num_byzantine: int) -> Judgement
         max(sqrt(eps) ||g_q|| + rounding, 3 e_q)        e_q: the f-th smallest ||r_q - r_p|| of the other auditors p
 
     eps is the precision of the training step. r_q - r_p is how far the two auditors' own gradients differ. If the
-    worker lies, f - 1 other auditors do at most, so that they can't enlarge e_q. Above 1/4 of the gradient, nothing
-    can be said.
+    worker lies, f - 1 other auditors do at most, so that they can't enlarge e_q. A residual above the first of the two
+    says nothing if the second is above 1/4 of the gradient.
 
     Args:
         statements: of the auditors, by rank.
         num_byzantine: number of ranks that may be Byzantine, f.
 
     """
-    wrong, unproved, says_right = 0, 0, set()
-    residuals, tolerances = [], []
+    votes: dict[_Vote, set[int]] = {vote: set() for vote in _Vote}
+    tolerances = {}
     for rank, own in statements.items():
         others = [other for other_rank, other in statements.items() if other_rank != rank]
-        tolerance = _tolerance(own, others, num_byzantine)
-        is_right = own.finding == Finding.RECOMPUTED and own.residual <= tolerance
-        if own.finding == Finding.RECOMPUTED:
-            residuals.append(own.residual / (own.scale or 1.0))
-            tolerances.append(tolerance / (own.scale or 1.0))
-        if own.finding not in (Finding.RECOMPUTED, Finding.FAILED) or tolerance > _largest(own):
-            continue
-        if is_right:
-            says_right.add(rank)
-        wrong += not is_right and own.has_reproduced
-        unproved += not is_right and not own.has_reproduced
-    outcome, reason, right = Outcome.INCONCLUSIVE, "", len(says_right)
+        tolerances[rank] = _tolerance(own, others, num_byzantine)
+        votes[_vote(own, tolerances[rank])].add(rank)
+    wrong, unproved, unsure = (len(votes[vote]) for vote in (_Vote.WRONG, _Vote.UNPROVED, _Vote.UNSURE))
+    right = len(votes[_Vote.RIGHT])
+    outcome, reason = Outcome.INCONCLUSIVE, ""
     if wrong > num_byzantine >= right:
         outcome = Outcome.WRONGLY
     elif right > num_byzantine >= wrong:
         outcome = Outcome.RIGHTLY
     else:
-        reason = _reason(statements, num_byzantine, unproved + wrong)
-    return Judgement(outcome, reason, wrong, frozenset(says_right), unproved, _middle(residuals), _middle(tolerances))
+        reason = _reason(statements, num_byzantine, unproved + wrong, unsure)
+    recomputed = {rank: own for rank, own in statements.items() if own.finding == Finding.RECOMPUTED}
+    residual = _middle([own.residual / (own.scale or 1.0) for own in recomputed.values()])
+    tolerance = _middle([tolerances[rank] / (own.scale or 1.0) for rank, own in recomputed.items()])
+    return Judgement(outcome, reason, wrong, frozenset(votes[_Vote.RIGHT]), unproved, residual, tolerance)
+
+
+def _vote(own: Statement, tolerance: float) -> "_Vote":
+    if own.finding not in (Finding.RECOMPUTED, Finding.FAILED):
+        return _Vote.NONE
+    if own.finding == Finding.RECOMPUTED:
+        # Rounding alone explains it, so that it does not matter what others say.
+        if own.residual <= own.rounding:
+            return _Vote.RIGHT
+        if tolerance > max(own.rounding, _LARGEST * own.scale):
+            return _Vote.UNSURE
+        if own.residual <= tolerance:
+            return _Vote.RIGHT
+    return _Vote.WRONG if own.has_reproduced else _Vote.UNPROVED
 
 
 def _tolerance(own: Statement, others: Sequence[Statement], num_byzantine: int) -> float:
@@ -187,10 +208,6 @@ def _tolerance(own: Statement, others: Sequence[Statement], num_byzantine: int) 
     return max(own.rounding, _SPREADS * sorted(distances)[num_byzantine - 1])
 
 
-def _largest(own: Statement) -> float:
-    return max(own.rounding, _LARGEST * own.scale)
-
-
 def _distance(first: Statement, second: Statement) -> float:
     distance = float((first.sketch - second.sketch).norm())
     return distance if distance == distance else torch.inf
@@ -200,10 +217,12 @@ def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2] if values else torch.nan
 
 
-def _reason(statements: Mapping[int, Statement], num_byzantine: int, differing: int) -> str:
+def _reason(statements: Mapping[int, Statement], num_byzantine: int, differing: int, unsure: int) -> str:
     if differing > num_byzantine:
         return _UNREPRODUCED
     findings = [statement.finding for statement in statements.values() if statement.finding in _REASONS]
+    if unsure > len(findings):
+        return _SCATTERED
     if findings:
         return _REASONS[max(set(findings), key=lambda finding: (findings.count(finding), finding))]
     return "the auditors do not agree"

@@ -1,8 +1,10 @@
 """When a worker is audited."""
 
 import secrets
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 __all__ = ["AuditWindow", "draw_nonce"]
 
@@ -23,34 +25,34 @@ class AuditWindow:
 
     Args:
         worker: the worker.
-        decides: the rank whose number decides.
+        turn: number of the window, which says whose number decides.
 
     Attributes:
         worker: as given.
 
     Example:
-        >>> window = AuditWindow(worker=3, decides=0)
+        >>> window = AuditWindow(worker=3, turn=0)
         >>> [window.is_drawn([nonce, 5]) for nonce in (0, 1, 12)]  # the first is never drawn
         [False, False, True]
 
     """
 
-    def __init__(self, worker: int, decides: int) -> None:
+    def __init__(self, worker: int, turn: int) -> None:
         self.worker = worker
-        self._decides = decides
+        self._turn = turn
         self._left = _LENGTH
 
-    def is_drawn(self, nonces: list[int]) -> bool:
+    def is_drawn(self, nonces: Sequence[int]) -> bool:
         """Count a step, and return whether the worker is audited in it.
 
         Args:
-            nonces: each rank's random number.
+            nonces: the random numbers of the ranks that take turns.
 
         """
         self._left -= 1
-        return self._left < _LENGTH - 1 and nonces[self._decides] % (self._left + 1) == 0
+        return self._left < _LENGTH - 1 and nonces[self._turn % len(nonces)] % (self._left + 1) == 0
 
 
-def draw_nonce() -> torch.Tensor:
+def draw_nonce() -> Tensor:
     """Return a random number, [1] int64, without any generator of torch, on whose state training depends."""
     return torch.tensor([secrets.randbits(62)])
