@@ -12,27 +12,37 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from typing_extensions import override
 
 from lightning_byzantine.aggregators.report import Report
+from lightning_byzantine.callbacks.expulsion import expel
 from lightning_byzantine.errors import ByzantineSuspectError
 from lightning_byzantine.exchange.identities import Identity, gather_identities
+from lightning_byzantine.monitoring.audit_order import audit_order
+from lightning_byzantine.monitoring.crowding import Crowding
 from lightning_byzantine.monitoring.evidence import Evidence
 from lightning_byzantine.monitoring.heat_map import HeatMap
+from lightning_byzantine.monitoring.proofs import Proofs
 from lightning_byzantine.monitoring.suspect import Suspect
-from lightning_byzantine.monitoring.suspect_log import log_suspect
+from lightning_byzantine.monitoring.suspect_log import Event, log_suspect
 from lightning_byzantine.monitoring.suspicion import Suspicion
 from lightning_byzantine.monitoring.worker_table import worker_table
+from lightning_byzantine.strategies.audits.verdict import Outcome, Verdict
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 from lightning_byzantine.utilities.checks import check_integer_at_least
 from lightning_byzantine.utilities.replacing import replaced
 
 __all__ = ["ByzantineMonitor"]
 
-_POLICIES = ("warn", "raise", "quarantine")
+_PUNISHMENTS = ("raise", "quarantine")
+_POLICIES = ("warn", *_PUNISHMENTS)
 # Minimum number of steps between two pictures: one takes milliseconds, which would slow down short epochs.
 _REDRAWN = 100
 
 
 class ByzantineMonitor(pl.Callback):
     """Monitors statistics of each worker, and names workers that persistently differ from the others.
+
+    Whoever differs is under suspicion: it may be faulty, or an honest worker with unusual data, or one that liars make
+    look odd. Only what does not depend on the others' rows is a proof; see
+    :class:`~lightning_byzantine.monitoring.proofs.Proofs`. Nobody is punished without.
 
     It uses statistics that the aggregation computes anyway, the bits of a sample of columns in every tenth step, and
     which processes were outvoted for non-finite buffers and metrics. It needs no pass over the gradients and no
@@ -54,28 +64,36 @@ class ByzantineMonitor(pl.Callback):
       distances from the aggregate
     - ``byzantine/certificate_if_suspects_lie``: the same if all suspects are Byzantine as well; logged while there are
       any
-    - ``byzantine/suspects``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many there are
+    - ``byzantine/suspects``, ``byzantine/proved``, ``byzantine/quarantined``, ``byzantine/skipped_steps``: how many
+      there are
 
     and, to TensorBoard, a picture ``byzantine/distances`` of workers and steps: at the end of an epoch, at most once in
-    100 steps, and when training ends, even by an error. The progress bar shows the suspects' indices.
-    ``suspects.jsonl`` in the log directory has one line for every change: ``event`` ("suspected", "cleared" or
-    "quarantined"), ``step``, and the fields of :class:`~lightning_byzantine.monitoring.Suspect`. At the end of
-    ``fit`` a table sums up all workers.
+    100 steps, and when training ends, even by an error. The progress bar shows the indices of ``suspects``, and which
+    of them are ``proved``.
+    ``suspects.jsonl`` in the log directory has one line for everything that becomes known: ``event`` ("suspected",
+    "cleared", "audited", "proved" or "quarantined"), ``step``, and the fields of
+    :class:`~lightning_byzantine.monitoring.Suspect`. At the end of ``fit`` a table sums up all workers.
 
     Args:
-        on_suspect: what to do with a new suspect: "warn", "raise" an error on all ranks, "quarantine" it, which drops
-            its rows from the next step on and lowers ``num_byzantine`` by one, or a function that is called with the
-            :class:`~lightning_byzantine.monitoring.Suspect`, on every rank. At most ``num_byzantine`` workers are put
-            in quarantine.
+        on_suspect: what to do with a worker that is proved to be faulty: "warn", "raise" an error on all ranks,
+            "quarantine" it, which drops its rows from the next step on and lowers ``num_byzantine`` by one, or a
+            function that is called with the :class:`~lightning_byzantine.monitoring.Suspect`, on every rank. At most
+            ``num_byzantine`` workers are put in quarantine. Of a worker under suspicion, there is a warning only; a
+            function is called then, and again if there is proof later.
         every_n_steps: how often to log scalars. None for the Trainer's ``log_every_n_steps``.
         window: number of steps that the evidence is from.
         threshold: score from which a worker is suspected. A bad worker adds up to 2 a step.
+        punish_without_proof: "raise" or "quarantine" when there is suspicion only. Where the suspect is an honest
+            worker, framed by liars or with data of its own kind, the liars gain: ``num_byzantine`` stays as it is while
+            the number of honest workers falls.
 
     Attributes:
-        suspects: indices of the workers under suspicion now and of those in quarantine, on every rank.
+        suspects: indices of the workers under suspicion now, of those proved to be faulty and of those in quarantine,
+            on every rank.
 
     Raises:
-        ValueError: if ``on_suspect`` is unknown, or a number out of range.
+        ValueError: if ``on_suspect`` is unknown, or a number out of range, or ``punish_without_proof`` is given with
+            an ``on_suspect`` that does not punish.
         MisconfigurationException: in ``setup``, if the strategy is not ``ByzantineDDPStrategy``, or is in shadow mode
             with ``on_suspect="quarantine"``.
 
@@ -93,12 +111,18 @@ class ByzantineMonitor(pl.Callback):
         every_n_steps: int | None = None,
         window: int = 100,
         threshold: float = 13.0,
+        punish_without_proof: bool = False,
     ) -> None:
         if on_suspect not in _POLICIES and not callable(on_suspect):
             raise ValueError(f"on_suspect must be 'warn', 'raise', 'quarantine' or a function, got {on_suspect!r}")
         if every_n_steps is not None:
             check_integer_at_least("every_n_steps", every_n_steps, 1)
+        if punish_without_proof and on_suspect not in _PUNISHMENTS:
+            raise ValueError(
+                f"punish_without_proof=True needs on_suspect='raise' or 'quarantine', got on_suspect={on_suspect!r}"
+            )
         self.on_suspect = on_suspect
+        self.punish_without_proof = punish_without_proof
         self.every_n_steps = every_n_steps
         self.window = window
         self.threshold = threshold
@@ -106,6 +130,7 @@ class ByzantineMonitor(pl.Callback):
         self._start_afresh(num_workers=0)
         self._heat_map = HeatMap()
         self._reports: list[Report] = []
+        self._verdicts: list[Verdict] = []
         self._identities: list[Identity] = []
         self._log_path = Path()
         self._until_teardown = ExitStack()
@@ -142,7 +167,9 @@ class ByzantineMonitor(pl.Callback):
         self._log_path = Path(folder) / "suspects.jsonl"
         self._heat_map = HeatMap()
         self._reports.clear()
+        self._verdicts.clear()
         self._until_teardown.callback(strategy.observe(self._reports.append).remove)
+        self._until_teardown.callback(strategy.observe_verdicts(self._verdicts.append).remove)
         bar = trainer.progress_bar_callback
         if bar is not None:
             # `self.log` could not show a list of indices: it takes numbers only.
@@ -151,7 +178,12 @@ class ByzantineMonitor(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._list_suspects(_strategy(trainer))  # the quarantine is in the checkpoint
+        strategy = _strategy(trainer)
+        if self.on_suspect == "quarantine":
+            # The proofs in the checkpoint may be of a run that only warned.
+            for worker in sorted(self._proofs.proofs.keys() - strategy.quarantined):
+                self._expel(trainer, self._suspect(strategy, worker))
+        self._list_suspects(strategy)  # the quarantine is in the checkpoint
 
     @override
     def on_train_batch_end(
@@ -162,12 +194,17 @@ class ByzantineMonitor(pl.Callback):
         self._reports.clear()
         for report in reports:
             self._judge(trainer, report)
+        verdicts = self._verdicts.copy()
+        self._verdicts.clear()
+        for verdict in verdicts:
+            self._take(trainer, verdict)
         self._list_suspects(strategy)
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # as its connector has it
         if reports and every and trainer.global_step % every == 0:
             scores = [score / self.threshold for score in self._suspicion.scores]
             metrics = self._evidence.scalars(reports[-1].weights.tolist(), scores) | {
                 "byzantine/suspects": len(self.suspects),
+                "byzantine/proved": len(self._proofs.proofs),
                 "byzantine/quarantined": len(strategy.quarantined),
                 "byzantine/skipped_steps": strategy.skipped_steps,
             }
@@ -208,17 +245,17 @@ class ByzantineMonitor(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self._suspicion.scores:
             return {}  # saved without a fit
-        return {"suspicion": self._suspicion.state_dict(), "evidence": self._evidence.state_dict()}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
         try:
-            self._suspicion.load_state_dict(state_dict["suspicion"])
-            self._evidence.load_state_dict(state_dict["evidence"])
+            for name, part in self._parts().items():
+                part.load_state_dict(state_dict[name])
         except (KeyError, ValueError) as error:
-            # The first one may have been loaded.
+            # The first ones may have been loaded.
             self._start_afresh(len(self._suspicion.scores))
             rank_zero_warn(
                 f"ByzantineMonitor starts from zero, since its state in the checkpoint does not fit: {error!r}."
@@ -227,6 +264,44 @@ class ByzantineMonitor(pl.Callback):
     def _start_afresh(self, num_workers: int) -> None:
         self._suspicion = Suspicion(num_workers, self.threshold)
         self._evidence = Evidence(num_workers, self.window)
+        self._proofs = Proofs(num_workers, self.threshold)
+        self._crowding = Crowding(num_workers)
+
+    def _parts(self) -> dict[str, Suspicion | Evidence | Proofs | Crowding]:
+        """Return everything that goes into a checkpoint, by its name there."""
+        return {
+            "suspicion": self._suspicion,
+            "evidence": self._evidence,
+            "proofs": self._proofs,
+            "crowding": self._crowding,
+        }
+
+    def audit_order(self, trainer: pl.Trainer) -> list[int]:
+        """Return the workers that are neither proved to be faulty nor in quarantine, in the order to audit them.
+
+        The same on every rank; see :func:`~lightning_byzantine.monitoring.audit_order.audit_order`.
+        """
+        return audit_order(
+            [score / self.threshold for score in self._suspicion.scores],
+            self._crowding.averages,
+            self._proofs.num_audits,
+            cleared=self._suspicion.cleared,
+            excluded=_strategy(trainer).quarantined | self._proofs.proofs.keys(),
+        )
+
+    def _take(self, trainer: pl.Trainer, verdict: Verdict) -> None:
+        """Act on the outcome of an audit."""
+        worker, was_suspected = verdict.worker, verdict.worker in self._suspicion.suspected
+        is_proof = self._proofs.audited(worker, verdict.outcome)
+        if verdict.outcome == Outcome.RIGHTLY:
+            self._suspicion.clear(worker)
+        suspect = self._suspect(_strategy(trainer), worker)
+        self._write(trainer, "audited", suspect)
+        rank_zero_info(f"Audited: {verdict}")
+        if is_proof:
+            self._act(trainer, suspect, "proved")
+        elif was_suspected and worker not in self._suspicion.suspected:
+            self._dismiss(trainer, suspect)
 
     def _judge(self, trainer: pl.Trainer, report: Report) -> None:
         """Add one step's report, and act on the workers whose suspicion it changes."""
@@ -234,63 +309,72 @@ class ByzantineMonitor(pl.Callback):
         before = self._suspicion.suspected
         self._suspicion.update(report, memory=0.0 if estimator is None else estimator.memory)
         self._evidence.update(report)
+        self._crowding.update(report)
+        proved = self._proofs.update(report)
         distances, _ = self._evidence.latest()
         self._heat_map.add(distances, report.measurable.tolist())
-        for worker in sorted(before ^ self._suspicion.suspected):
+        for worker in sorted((before ^ self._suspicion.suspected).union(proved)):
             suspect = self._suspect(_strategy(trainer), worker)
-            if worker in self._suspicion.suspected:
-                self._act(trainer, suspect)
+            if worker in proved:
+                self._act(trainer, suspect, "proved")
+            elif worker in self._proofs.proofs:
+                continue  # what is proved is not suspected again, nor cleared
+            elif worker in self._suspicion.suspected:
+                self._act(trainer, suspect, "suspected")
             else:
-                self._write(trainer, "cleared", suspect)
-                rank_zero_info(f"No longer under suspicion: {suspect}")
+                self._dismiss(trainer, suspect)
 
     def _certificates(self, report: Report) -> dict[str, float]:
         """Return what to log by name."""
         bounds = {"byzantine/certificate": report.certificate()}
-        if self._suspicion.suspected:
-            bounds["byzantine/certificate_if_suspects_lie"] = report.certificate(liars=self._suspicion.suspected)
+        liars = self._suspicion.suspected | self._proofs.proofs.keys()
+        if liars:
+            bounds["byzantine/certificate_if_suspects_lie"] = report.certificate(liars)
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def _suspect(self, strategy: ByzantineDDPStrategy, worker: int) -> Suspect:
         rank = worker * strategy.world_size // strategy.num_workers
         identity = self._identities[rank]
         evidence = self._evidence.of(worker)
-        return Suspect(worker, rank, identity.host, identity.device, **evidence, shadow=strategy.shadow)
+        return Suspect(
+            worker,
+            rank,
+            identity.host,
+            identity.device,
+            **evidence,
+            shadow=strategy.shadow,
+            proof=self._proofs.proofs.get(worker),
+            verdict=self._proofs.verdicts.get(worker),
+        )
 
-    def _act(self, trainer: pl.Trainer, suspect: Suspect) -> None:
-        """Do what ``on_suspect`` says with a new suspect."""
-        self._write(trainer, "suspected", suspect)
+    def _act(self, trainer: pl.Trainer, suspect: Suspect, event: Literal["suspected", "proved"]) -> None:
+        """Do what ``on_suspect`` says with a new suspect, or with one that is now proved to be faulty."""
+        self._write(trainer, event, suspect)
+        is_punished = event == "proved" or self.punish_without_proof
         if callable(self.on_suspect):
             self.on_suspect(suspect)
-        elif self.on_suspect == "raise":
+        elif self.on_suspect == "raise" and is_punished:
             raise ByzantineSuspectError(suspect.worker, str(suspect))
         else:
-            rank_zero_warn(f"Under suspicion: {suspect}")
-        if self.on_suspect == "quarantine":
-            self._quarantine(trainer, suspect)
+            rank_zero_warn(f"{'Proved to be faulty' if event == 'proved' else 'Under suspicion'}: {suspect}")
+        if self.on_suspect == "quarantine" and is_punished:
+            self._expel(trainer, suspect)
 
-    def _quarantine(self, trainer: pl.Trainer, suspect: Suspect) -> None:
-        strategy = _strategy(trainer)
-        if len(strategy.quarantined) >= strategy.num_byzantine:
-            rank_zero_warn(
-                f"Did not quarantine worker {suspect.worker}: as many as num_byzantine={strategy.num_byzantine} are in"
-                f" quarantine already, {sorted(strategy.quarantined)}. Look into these hosts."
-            )
-            return
-        try:
-            strategy.quarantine([suspect.worker])
-        except ValueError as error:
-            rank_zero_warn(f"Did not quarantine worker {suspect.worker}, which would leave the rule too few: {error}")
-            return
-        self._write(trainer, "quarantined", suspect)
-        rank_zero_warn(f"Quarantined worker {suspect.worker}: its rows are dropped from the next step on.")
+    def _expel(self, trainer: pl.Trainer, suspect: Suspect) -> None:
+        if expel(_strategy(trainer), suspect.worker, proved=suspect.proof is not None):
+            self._write(trainer, "quarantined", suspect)
+
+    def _dismiss(self, trainer: pl.Trainer, suspect: Suspect) -> None:
+        self._write(trainer, "cleared", suspect)
+        rank_zero_info(f"No longer under suspicion: {suspect}")
 
     def _list_suspects(self, strategy: ByzantineDDPStrategy) -> None:
-        self.suspects = sorted(strategy.quarantined | self._suspicion.suspected)
+        self.suspects = sorted(strategy.quarantined | self._suspicion.suspected | self._proofs.proofs.keys())
 
     def _with_suspects(self, get_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def with_suspects(*args: Any) -> dict[str, Any]:
-            shown = {"suspects": ",".join(map(str, self.suspects))} if self.suspects else {}
+            lists = {"suspects": self.suspects, "proved": sorted(self._proofs.proofs)}
+            shown = {name: ",".join(map(str, workers)) for name, workers in lists.items() if workers}
             return {**get_metrics(*args), **shown}
 
         return with_suspects
@@ -303,9 +387,7 @@ class ByzantineMonitor(pl.Callback):
                 logger.experiment.add_image("byzantine/distances", image, trainer.global_step)
 
     @rank_zero_only
-    def _write(
-        self, trainer: pl.Trainer, event: Literal["suspected", "cleared", "quarantined"], suspect: Suspect
-    ) -> None:
+    def _write(self, trainer: pl.Trainer, event: Event, suspect: Suspect) -> None:
         log_suspect(self._log_path, event, trainer.global_step, suspect)
 
 

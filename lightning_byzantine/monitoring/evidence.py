@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import isnan, nan
 from typing import Any
 
@@ -80,6 +80,7 @@ class Evidence:
             "sampled": sampled,
             "unlikely": int(unlikely),
             "outvoted": int(sum(step.outvoted[worker] for step in self._last)),
+            "equivocated": int(sum(step.equivocated[worker] for step in self._last)),
         }
 
     def scalars(self, weights: list[float], scores: list[float]) -> dict[str, float]:
@@ -107,8 +108,9 @@ class Evidence:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts, and the last steps as a float64 tensor [steps, 7, m]."""
-        last = torch.tensor([astuple(step) for step in self._last], dtype=torch.float64)
+        """Return the counts, and the last steps by kind of evidence, as float64 tensors [steps, m]."""
+        steps = [asdict(step) for step in self._last]
+        last = {kind: torch.tensor([step[kind] for step in steps], dtype=torch.float64) for kind in _Step.kinds()}
         return {"steps": self.steps, "trimmed": self.trimmed, "non_finite": self.non_finite, "last": last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,14 +120,16 @@ class Evidence:
 
         Raises:
             ValueError: if the number of workers differs, which leaves everything unchanged.
+            KeyError: likewise, if a kind of evidence is missing.
 
         """
         if len(state["trimmed"]) != len(self.trimmed):
             raise ValueError(f"the state is of {len(state['trimmed'])} workers, got num_workers={len(self.trimmed)}")
+        last = {kind: state["last"][kind].tolist() for kind in _Step.kinds()}
         self.steps = state["steps"]
         self.trimmed, self.non_finite = list(state["trimmed"]), list(state["non_finite"])
         self._last.clear()
-        self._last.extend(_Step(*rows) for rows in state["last"].tolist())
+        self._last.extend(_Step(*rows) for rows in zip(*last.values(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,12 @@ class _Step:
     opposed: list[float]
     unlikely: list[float]
     outvoted: list[float]
+    equivocated: list[float]
+
+    @classmethod
+    def kinds(cls) -> list[str]:
+        """Return what there is evidence of, by name."""
+        return [field.name for field in fields(cls)]
 
     @classmethod
     def of(cls, report: Report) -> "_Step":
@@ -154,6 +164,7 @@ class _Step:
             opposed=list(map(float, report.opposed.tolist())),
             unlikely=unknown if report.unlikely is None else list(map(float, report.unlikely.tolist())),
             outvoted=no if report.outvoted is None else list(map(float, report.outvoted.tolist())),
+            equivocated=no if report.equivocated is None else list(map(float, report.equivocated.tolist())),
         )
 
 

@@ -1,14 +1,16 @@
-"""One worker under suspicion."""
+"""One worker, and what speaks against it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from lightning_byzantine.monitoring.proofs import Proof
 
 __all__ = ["Suspect"]
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A worker under suspicion, with the evidence of the last steps.
+    """A worker under suspicion, or proved to be faulty, with the evidence of the last steps.
 
     Args:
         worker: its index.
@@ -26,6 +28,10 @@ class Suspect:
         unlikely: number of these in which they were unlike the others'.
         outvoted: number of steps in which its process reported a non-finite buffer or metric, unlike most.
         shadow: whether the strategy was in shadow mode, so that nothing was trimmed.
+        equivocated: number of steps in which its process was proved to have told ranks different things.
+        proof: what proves that it is faulty, see :class:`~lightning_byzantine.monitoring.proofs.Proofs`; None while
+            there is no proof, and it may be an honest worker with unusual data, or one that liars stay away from.
+        verdict: outcome of its last audit; None if there was none.
 
     Example:
         >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 20, 0, 0, shadow=False))
@@ -48,26 +54,37 @@ median
     unlikely: int
     outvoted: int
     shadow: bool
+    equivocated: int = 0
+    proof: Proof | None = None
+    verdict: str | None = None
 
     def __str__(self) -> str:
         """Return one line: the worker, where it runs, and the evidence."""
-        of_the_last = f"of the last {self.steps} steps"
-        parts = []
-        if self.trimmed is not None:
-            parts.append(f"{'would have been ' if self.shadow else ''}trimmed in {self.trimmed:g} {of_the_last}")
-        if self.non_finite > 0:
-            parts.append(f"non-finite in {self.non_finite} {of_the_last}")
-        if self.opposed > 0:
-            parts.append(f"pointed the other way in {self.opposed} {of_the_last}")
-        if self.unlikely > 0:
-            parts.append(f"unlikely bits in {self.unlikely} of {self.sampled} samples {of_the_last}")
-        if self.outvoted > 0:
-            parts.append(f"non-finite buffers or metrics in {self.outvoted} {of_the_last}")
+        parts = [*self._known(), *self._counted()]
         if self.distance is not None:
             parts.append(f"distance {self.distance:.3g} x the median")
         if self.norm is not None:
             parts.append(f"norm {self.norm:.3g} x the median")
         return f"worker {self.worker} (rank {self.rank}, host {self.host}, {self.device}): {', '.join(parts)}"
+
+    def _known(self) -> list[str]:
+        """Return what is known for certain."""
+        proof = [] if self.proof is None else [f"proved: {self.proof}"]
+        return proof if self.verdict in (None, self.proof) else [*proof, f"audit: {self.verdict}"]
+
+    def _counted(self) -> list[str]:
+        """Return what it did in some of the last steps that honest workers rarely do."""
+        counts = [] if self.trimmed is None else [f"{'would have been ' * self.shadow}trimmed in {self.trimmed:g}"]
+        rare = {
+            "non-finite in": self.non_finite,
+            "pointed the other way in": self.opposed,
+            "non-finite buffers or metrics in": self.outvoted,
+            "told ranks different things in": self.equivocated,
+        }
+        counts += [f"{what} {number}" for what, number in rare.items() if number > 0]
+        if self.unlikely > 0:
+            counts.append(f"unlikely bits in {self.unlikely} of {self.sampled} samples")
+        return [f"{count} of the last {self.steps} steps" for count in counts]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields by name, ready for JSON."""

@@ -1,4 +1,4 @@
-"""A file with one line for every change of suspicion."""
+"""A file with one line for everything that becomes known about a worker."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,17 @@ from typing import Literal
 
 from lightning_byzantine.monitoring.suspect import Suspect
 
-__all__ = ["log_suspect"]
+__all__ = ["Event", "log_suspect"]
+
+Event = Literal["suspected", "cleared", "audited", "proved", "quarantined"]
 
 
-def log_suspect(path: Path, event: Literal["suspected", "cleared", "quarantined"], step: int, suspect: Suspect) -> None:
+def log_suspect(path: Path, event: Event, step: int, suspect: Suspect) -> None:
     """Append a JSON line with the event, the optimizer step, and the fields of the suspect to a file.
 
     Args:
         path: the file, which is created with its folder if necessary.
-        event: what has changed.
+        event: what has happened.
         step: number of optimizer steps so far.
         suspect: the worker.
 

@@ -1,7 +1,8 @@
 """Detection of workers that differ from the others for longer than chance explains."""
 
 from dataclasses import asdict, dataclass, fields
-from math import inf, isfinite, isnan, log, nan
+from math import inf, isnan, log, nan
+from statistics import NormalDist
 from typing import Any
 
 from lightning_byzantine.aggregators.report import Report
@@ -10,8 +11,6 @@ from lightning_byzantine.utilities.medians import known_median
 
 __all__ = ["ScoringState", "Suspicion", "score"]
 
-# Median absolute deviation of a normal distribution, in standard deviations.
-_MAD = 0.6745
 # Distances that differ by less than this fraction count as equal.
 _FLOOR = 0.05
 # Smaller fractions of the median all count as this one: they come from momentum that decays.
@@ -75,11 +74,11 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
         unlikely = report.unlikely.tolist()
         unlikely_twice = [last and now for last, now in zip(state.unlikely, unlikely, strict=True)]
     vanished = _vanished(norms, state.norms, memory)
-    certain = _certain(report, measurable, norms, vanished, unlikely_twice)
+    certain = _certain(report, norms, vanished, unlikely_twice)
 
     values, before = (norms, state.norms) if all(map(isnan, distances)) else (distances, state.distances)
     values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
-    z, spread = _deviations(_oddities(values, before, memory), state.spread)
+    z, spread = _deviations(_oddities(values, before, memory), state.spread, _num_agreeing(report, values))
     z = [_MOST if sure else deviation for deviation, sure in zip(z, certain, strict=True)]
 
     # A row that could not be measured was dropped before momentum, even if it has a finite norm.
@@ -101,13 +100,20 @@ class Suspicion:
 
         u_i  = D_i(t) - beta D_i(t-1)                       change of worker i's distance, if it sends momentum
         r_i  = log(u_i / median u) / 2 + log(D_i / median D) / 2
-        z_i  = (r_i - median r) / spread                    in [-3, 3]; spread: MAD over workers, averaged over steps
+        z_i  = (r_i - median r) / spread                    in [-3, 3]
         S_i <- max(0, S_i + z_i - b - 1)                    suspected from S_i >= threshold until S_i = 0
 
     Honest workers with data from one distribution are equally likely to be the farthest in any step. u excludes what
-    momentum carries over from earlier steps, so a bad batch counts for about one step. b is the median over workers of
-    their average z: skewed distances raise all z by that much. Norms are used where the rule does not compute
-    distances. z - b is 3, regardless of the distance, for a worker
+    momentum carries over from earlier steps, so a bad batch counts for about one step.
+
+    Who stands out is measured by more workers than liars can take along. f liars who send what one honest worker sends,
+    with a little noise, are f + 1 rows in a tight cluster; for m = 2f + 1 they hold all medians, and all other honest
+    workers stand out from them. So both the spread and b are k-th smallest values, k = min(f + 2, m - 1), that is of an
+    honest worker that is no copy: of |r_i - median r|, as a multiple of what it is for a normal distribution, averaged
+    over steps; and of the average z_i, which skewed distances raise. Then no more than m - f - 2 workers, and at least
+    one, can stand out. If more do, these statistics can't tell who is right.
+
+    Norms are used where the rule does not compute distances. z - b is 3, regardless of the distance, for a worker
 
     - whose row can't be measured,
     - whose norm did not change, while those of the others did,
@@ -116,6 +122,8 @@ class Suspicion:
     - whose values had unlikely bits in the last two checks,
     - whose process was outvoted in buffers or metrics.
 
+    Of a worker that was cleared, by an audit, only the first and the last of these count.
+
     Args:
         num_workers: m.
         threshold: S from which a worker is suspected, in deviations. A bad worker adds up to 2 a step.
@@ -123,6 +131,7 @@ class Suspicion:
     Attributes:
         suspected: indices of the workers under suspicion.
         scores: [m], S, at most 1.5 times the threshold.
+        cleared: indices of the workers that were cleared.
 
     Raises:
         ValueError: if the threshold is not finite and above 0.
@@ -144,6 +153,7 @@ class Suspicion:
         self.threshold = check_positive("threshold", threshold)
         self.suspected: set[int] = set()
         self.scores = [0.0] * num_workers
+        self.cleared: set[int] = set()
         self._averages = [0.0] * num_workers
         self._state = ScoringState.initial(num_workers)
 
@@ -157,12 +167,14 @@ class Suspicion:
         """
         z, certain, self._state = score(report, self._state, memory)
         known = [worker for worker, deviation in enumerate(z) if not isnan(deviation)]
-        usual = known_median(self._averages[worker] for worker in known)
+        usual = _smallest([self._averages[worker] for worker in known], _num_agreeing(report, z))
+        beside = _beside_statistics(report)
         for worker in known:
             # b corrects a z from distances; a certain z does not depend on them.
-            bias = 0.0 if certain[worker] else usual
-            total = self.scores[worker] + z[worker] - bias - _ALLOWANCE
-            self.scores[worker] = _clamped(total, 0.0, 1.5 * self.threshold)
+            excess = z[worker] - (0.0 if certain[worker] else usual)
+            if worker in self.cleared and not beside[worker]:
+                excess = 0.0
+            self.scores[worker] = _clamped(self.scores[worker] + excess - _ALLOWANCE, 0.0, 1.5 * self.threshold)
             self._averages[worker] += (z[worker] - self._averages[worker]) / _STEPS
         self.suspected = {
             worker
@@ -170,11 +182,18 @@ class Suspicion:
             if total >= self.threshold or (worker in self.suspected and total > 0)
         }
 
+    def clear(self, worker: int) -> None:
+        """Take note that a worker computes rightly: how far it stands out from the others no longer counts."""
+        self.cleared.add(worker)
+        self.suspected.discard(worker)
+        self.scores[worker] = 0.0
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores, and the values that the next step depends on."""
+        """Return the scores, who was cleared, and the values that the next step depends on."""
         return {
             "suspected": sorted(self.suspected),
             "scores": list(self.scores),
+            "cleared": sorted(self.cleared),
             "averages": list(self._averages),
             **asdict(self._state),
         }
@@ -189,7 +208,7 @@ class Suspicion:
         if len(state["scores"]) != len(self.scores):
             raise ValueError(f"the state is of {len(state['scores'])} workers, got num_workers={len(self.scores)}")
         self._state = ScoringState(**{field.name: state[field.name] for field in fields(ScoringState)})
-        self.suspected = set(state["suspected"])
+        self.suspected, self.cleared = set(state["suspected"]), set(state["cleared"])
         self.scores, self._averages = list(state["scores"]), list(state["averages"])
 
 
@@ -200,17 +219,25 @@ def _vanished(norms: list[float], before: list[float], memory: float) -> list[bo
     return [change < hardly_any for change in changes]
 
 
-def _certain(
-    report: Report, measurable: list[bool], norms: list[float], vanished: list[bool], unlikely_twice: list[bool]
-) -> list[bool]:
+def _certain(report: Report, norms: list[float], vanished: list[bool], unlikely_twice: list[bool]) -> list[bool]:
     """Return which workers stand out regardless of their distance, [m]."""
     # A quarantined worker, whose norm is not known, is never checked again: its last check must not count forever.
     unlikely = [twice and not isnan(norm) for twice, norm in zip(unlikely_twice, norms, strict=True)]
-    unmeasured = [not measured for measured in measurable]
-    reasons = [unmeasured, vanished, report.opposed.tolist(), unlikely]
-    if report.outvoted is not None:
-        reasons.append(report.outvoted.tolist())
+    reasons = [_beside_statistics(report), vanished, report.opposed.tolist(), unlikely]
     return list(map(any, zip(*reasons, strict=True)))
+
+
+def _beside_statistics(report: Report) -> list[bool]:
+    """Return which workers stand out by what does not depend on how far their rows are from the others', [m]."""
+    unmeasured = ~report.measurable
+    return (unmeasured if report.outvoted is None else unmeasured | report.outvoted).tolist()
+
+
+def _num_agreeing(report: Report, values: list[float]) -> int:
+    """Return k for the workers whose value is known."""
+    num_known = sum(not isnan(value) for value in values)
+    seen = int((report.measurable & ~report.norms.isnan()).sum())
+    return max(1, min(seen - report.num_honest + 2, num_known - 1))
 
 
 def _oddities(values: list[float], before: list[float], memory: float) -> list[float]:
@@ -219,15 +246,26 @@ def _oddities(values: list[float], before: list[float], memory: float) -> list[f
     return [(log(one) + log(other)) / 2 for one, other in zip(_relative(changes), _relative(values), strict=True)]
 
 
-def _deviations(oddities: list[float], spread: float) -> tuple[list[float], float]:
+def _deviations(oddities: list[float], spread: float, num_agreeing: int) -> tuple[list[float], float]:
     """Return z by the distances, [m], and the running average of the spread."""
     center = known_median(oddities)
-    latest = known_median(abs(oddity - center) for oddity in oddities) / _MAD
-    if isfinite(latest):
+    apart = [abs(oddity - center) for oddity in oddities if not isnan(oddity)]
+    if apart:
+        latest = _smallest(apart, num_agreeing) / _normal_deviation(num_agreeing, len(apart))
         # An average over steps, since that of few workers in one step is mostly noise.
         spread = latest if isnan(spread) else spread + (latest - spread) / _STEPS
     scale = _FLOOR if isnan(spread) else max(_FLOOR, spread)
     return [_clamped((oddity - center) / scale, -_MOST, _MOST) for oddity in oddities], spread
+
+
+def _normal_deviation(position: int, number: int) -> float:
+    """Return the absolute deviation of a normal distribution at a position of so many, in standard deviations."""
+    return NormalDist().inv_cdf(0.5 + (position - 0.5) / (2 * number))
+
+
+def _smallest(values: list[float], position: int) -> float:
+    """Return the value at a position, counted from 1, in ascending order; NaN without values."""
+    return sorted(values)[position - 1] if values else nan
 
 
 def _relative(values: list[float]) -> list[float]:

@@ -23,8 +23,8 @@ def worker_table(
         workers: [m], all workers, suspected or not, with their evidence.
         evidence: of at least one step.
         num_byzantine: f.
-        suspects: indices of those to call "suspect".
-        quarantined: indices of those to call "quarantined" instead.
+        suspects: indices of those under suspicion, called "suspect" unless there is proof.
+        quarantined: indices of those in quarantine.
 
     Example:
         >>> evidence = Evidence(num_workers=1, window=100)
@@ -45,12 +45,23 @@ def worker_table(
     ]
     for one in workers:
         trimmed = "" if one.trimmed is None else f"{evidence.trimmed[one.worker] / evidence.steps:.0%}"
-        verdict = "quarantined" if one.worker in quarantined else "suspect" if one.worker in suspects else ""
+        verdict = _verdict(one, is_suspect=one.worker in suspects, is_quarantined=one.worker in quarantined)
         lines.append(
             f"| {one.worker} | {one.rank} | {one.host} | {one.device} | {trimmed} | {evidence.non_finite[one.worker]}"
             f" | {_multiple(one.distance)} | {_multiple(one.norm)} | {verdict} |"
         )
     return "\n".join(lines)
+
+
+def _verdict(worker: Suspect, *, is_suspect: bool, is_quarantined: bool) -> str:
+    parts = ["quarantined"] if is_quarantined else []
+    if worker.proof is not None:
+        parts.append(f"proved: {worker.proof}")
+    elif is_suspect and not is_quarantined:
+        parts.append("suspect")
+    if worker.verdict not in (None, worker.proof):
+        parts.append(f"audit: {worker.verdict}")
+    return ", ".join(parts)
 
 
 def _multiple(value: float | None) -> str:

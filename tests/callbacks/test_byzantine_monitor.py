@@ -3,6 +3,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isfinite, isnan
 from pathlib import Path
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from training import Regression, fit, loader, trainer
 
 from lightning_byzantine import ByzantineDDPStrategy, ByzantineSuspectError
-from lightning_byzantine.aggregators import Aggregator, CoordinateWiseMedian, Mean
+from lightning_byzantine.aggregators import Aggregator, CoordinateWiseMedian, Mean, Report
 from lightning_byzantine.attacks import Attack, BitFlip, NonFinite, SignFlip, VectorAttack
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
 from lightning_byzantine.monitoring import Suspect
 from lightning_byzantine.optim import DoubleMomentumEstimator
+from lightning_byzantine.strategies.audits.verdict import Outcome, Verdict
 
 NUM_STEPS = 20
 
@@ -42,8 +44,8 @@ class Multiplied(VectorAttack):
 class FirstSteps(Multiplied):
     """Multiplied at first, then honest."""
 
-    def __init__(self, steps: int) -> None:
-        super().__init__(10.0)
+    def __init__(self, steps: int, factor: float = 10.0) -> None:
+        super().__init__(factor)
         self.steps = steps
         self.calls = 0
 
@@ -129,7 +131,8 @@ def test_names_the_bad_worker_on_every_rank(five_ranks: RankPool, tmp_path: Path
     for suspects in five_ranks.run(suspects_of_fit, tmp_path, attack, [3], VARIANTS[variant], model=FarFromOptimum):
         assert suspects == [3]
     first, *_ = lines(tmp_path)
-    assert (first["event"], first["worker"], first["rank"], first["device"]) == ("suspected", 3, 3, "cpu")
+    event = "proved" if name == "nan" else "suspected"
+    assert (first["event"], first["worker"], first["rank"], first["device"]) == (event, 3, 3, "cpu")
     assert first["step"] <= NUM_STEPS and first["host"]
     if name == "nan":
         assert first["non_finite"] == first["trimmed"] == first["steps"]
@@ -257,7 +260,7 @@ def test_raises_the_same_on_every_rank(three_ranks: RankPool, tmp_path: Path) ->
     assert [error.worker for error in errors] == [0, 0, 0]
     assert len({str(error) for error in errors}) == 1
     assert "worker 0 (rank 0, host " in str(errors[0])
-    assert ", cpu): trimmed in 7 of the last 7 steps, non-finite in 7 of the last 7 steps" in str(errors[0])
+    assert ", cpu): proved: not finite, trimmed in 7 of the last 7 steps, non-finite in 7 of" in str(errors[0])
 
 
 def warnings_of_fit(folder: Path, **arguments: Any) -> list[str]:
@@ -270,7 +273,7 @@ def warnings_of_fit(folder: Path, **arguments: Any) -> list[str]:
 
 def test_warns_once_and_on_one_rank(three_ranks: RankPool, tmp_path: Path) -> None:
     first, *others = three_ranks.run(warnings_of_fit, tmp_path)
-    assert len(first) == 1 and first[0].startswith("Under suspicion: worker 1 (rank 1, host ")
+    assert len(first) == 1 and first[0].startswith("Proved to be faulty: worker 1 (rank 1, host ")
     assert others == [[], []]
 
 
@@ -283,24 +286,25 @@ def fit_and_look_at_rows(folder: Path, **arguments: Any) -> tuple[frozenset[int]
         seen.append((matrix.num_workers, num_byzantine))
         return aggregate(self, matrix, num_byzantine)
 
+    options = {"on_suspect": "quarantine", **arguments.pop("monitor", {})}
     with mock.patch("lightning_byzantine.aggregators.Aggregator.decide", decide):
-        monitor, parameters, quarantined = fit_monitored(folder, monitor={"on_suspect": "quarantine"}, **arguments)
+        monitor, parameters, quarantined = fit_monitored(folder, monitor=options, **arguments)
     return quarantined, parameters, monitor.suspects, [list(pair) for pair in seen]
 
 
 def test_quarantine_drops_the_worker_for_good(five_ranks: RankPool, tmp_path: Path) -> None:
-    results = five_ranks.run(fit_and_look_at_rows, tmp_path, attack=FirstSteps(18), byzantine=[3])
+    results = five_ranks.run(fit_and_look_at_rows, tmp_path, attack=FirstSteps(18, torch.nan), byzantine=[3])
     for quarantined, parameters, suspects, seen in results:
         assert quarantined == {3}
         assert suspects == [3]
         assert torch.equal(parameters, results[0][1])
         assert seen[0] == [5, 2] and seen[-1] == [4, 1]
-    assert [line["event"] for line in lines(tmp_path)] == ["suspected", "quarantined"]
+    assert [line["event"] for line in lines(tmp_path)] == ["proved", "quarantined"]
 
 
 def test_quarantine_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
-    arguments = {"attack": FirstSteps(8), "byzantine": [2], "enable_checkpointing": True}
+    arguments = {"attack": FirstSteps(8, torch.nan), "byzantine": [2], "enable_checkpointing": True}
     whole = three_ranks.run(fit_and_look_at_rows, tmp_path, callbacks=[save], **arguments)
     assert whole[0][0] == {2}
     checkpoint = tmp_path / "step=10.ckpt"
@@ -310,6 +314,179 @@ def test_quarantine_survives_a_checkpoint(three_ranks: RankPool, tmp_path: Path)
         assert quarantined == {2} and suspects == [2]
         assert seen == [[2, 0]] * (NUM_STEPS - 10) and len(parameters) == NUM_STEPS - 10
         assert torch.equal(parameters, resumed[0][1])
+
+
+ONE_PROCESS = {"workers_per_process": 5}
+
+
+def fit_under(policy: str, folder: Path, **options: Any) -> tuple[list[str], frozenset[int], list[int]]:
+    """Train with a worker whose rows are finite; return events, the quarantine, and the last m and f."""
+    strategy, monitor = {**ONE_PROCESS, "num_byzantine": 1}, {"on_suspect": policy, **options}
+    arguments = {"attack": Multiplied(10.0), "byzantine": [3], "num_batches": 100, "monitor": monitor}
+    try:
+        quarantined, _, _, seen = fit_and_look_at_rows(folder, strategy=strategy, **arguments)
+    except ByzantineSuspectError as error:
+        assert error.worker == 3
+        quarantined, seen = frozenset(), [[0, 0]]
+    return [line["event"] for line in lines(folder)], quarantined, seen[-1]
+
+
+def test_statistics_alone_punish_nobody(one_rank: RankPool, tmp_path: Path) -> None:
+    for policy in ("quarantine", "raise"):
+        ((events, quarantined, last),) = one_rank.run(fit_under, policy, tmp_path / policy)
+        assert (events, quarantined, last) == (["suspected"], frozenset(), [5, 1])
+
+
+def test_statistics_punish_if_asked_to_and_f_stays(one_rank: RankPool, tmp_path: Path) -> None:
+    ((events, quarantined, last),) = one_rank.run(fit_under, "quarantine", tmp_path / "q", punish_without_proof=True)
+    assert (events, quarantined, last) == (["suspected", "quarantined"], {3}, [4, 1])
+    ((events, _, last),) = one_rank.run(fit_under, "raise", tmp_path / "r", punish_without_proof=True)
+    assert (events, last) == (["suspected"], [0, 0])
+
+
+class CopiesWithNoise(VectorAttack):
+    """Sends what the first honest worker sends, with 5% noise, so that both agree with each other best."""
+
+    def forge(self, honest: Tensor, own: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(len(own))
+        noise = torch.randn(own.shape, generator=generator, dtype=own.dtype)
+        return honest[0] * (1 + 0.05 * noise)
+
+
+@pytest.mark.parametrize("m", [5, pytest.param(9, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow)])
+def test_nobody_honest_is_framed(one_rank: RankPool, tmp_path: Path, m: int) -> None:
+    liars = list(range(1, (m + 1) // 2))
+    arguments = {"attack": CopiesWithNoise(), "byzantine": liars, "num_batches": 30 * m}
+    arguments["strategy"] = {"workers_per_process": m}
+    ((quarantined, _, suspects, seen),) = one_rank.run(fit_and_look_at_rows, tmp_path, model=Wide, **arguments)
+    assert quarantined == frozenset()
+    assert set(suspects) <= set(liars)
+    assert seen[-1] == [m, len(liars)]
+
+
+class Verdicts(pl.Callback):
+    """Has the strategy tell the outcomes of audits, step by step."""
+
+    def __init__(self, outcomes: dict[int, Verdict]) -> None:
+        self.outcomes = outcomes
+        self.orders: list[list[int]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step in self.outcomes:
+            trainer.strategy._tell_verdict(self.outcomes[trainer.global_step])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        monitor = next(callback for callback in trainer.callbacks if isinstance(callback, ByzantineMonitor))
+        self.orders.append(monitor.audit_order(trainer))
+
+
+def verdict_on(worker: int, step: int, outcome: Outcome) -> dict[int, Verdict]:
+    return {step: Verdict(worker, step, outcome, "", wrong=0, right=0, residual=0.0, tolerance=0.0)}
+
+
+def fit_audited(folder: Path, outcome: Outcome, **arguments: Any) -> tuple[list[list[int]], frozenset[int], list[int]]:
+    audits = Verdicts(verdict_on(3, 15, outcome))
+    quarantined, _, suspects, _ = fit_and_look_at_rows(
+        folder,
+        attack=Multiplied(10.0),
+        byzantine=[3],
+        strategy=ONE_PROCESS,
+        num_batches=5 * 30,
+        callbacks=[audits, *arguments.pop("callbacks", [])],
+        **arguments,
+    )
+    return audits.orders, quarantined, suspects
+
+
+def events(folder: Path) -> list[tuple[str, str | None, str | None]]:
+    return [(line["event"], line["proof"], line["verdict"]) for line in lines(folder)]
+
+
+def test_a_lost_audit_is_a_proof(one_rank: RankPool, tmp_path: Path) -> None:
+    ((orders, quarantined, suspects),) = one_rank.run(fit_audited, tmp_path, Outcome.WRONGLY)
+    wrongly = "computes wrongly"
+    assert events(tmp_path) == [
+        ("suspected", None, None),
+        ("audited", wrongly, wrongly),
+        ("proved", wrongly, wrongly),
+        ("quarantined", wrongly, wrongly),
+    ]
+    assert quarantined == {3} and suspects == [3]
+    assert orders[5 * 12][0] == 3  # the suspect
+    assert sorted(orders[-1]) == [0, 1, 2, 4]
+
+
+def test_who_computes_rightly_is_not_suspected_again(one_rank: RankPool, tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    arguments = {"callbacks": [save], "enable_checkpointing": True}
+    ((orders, quarantined, suspects),) = one_rank.run(fit_audited, tmp_path, Outcome.RIGHTLY, **arguments)
+    rightly = "computes rightly"
+    expected = [("suspected", None, None), ("audited", None, rightly), ("cleared", None, rightly)]
+    assert events(tmp_path) == expected
+    assert quarantined == frozenset() and suspects == []
+    assert orders[-1][-1] == 3  # an audit of it tells least
+    checkpoint = torch.load(tmp_path / "step=20.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 20
+    one_rank.run(fit_audited, tmp_path, Outcome.RIGHTLY, ckpt_path=tmp_path / "step=20.ckpt")
+    assert events(tmp_path) == expected
+
+
+class TellsOf(pl.Callback):
+    """Adds to the report of one step who told ranks different things."""
+
+    def __init__(self, worker: int, step: int) -> None:
+        self.worker, self.step = worker, step
+
+    def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        observe = trainer.strategy.observe
+
+        def observe_more(observer: Any) -> Any:
+            def told(report: Report) -> None:
+                at_fault = torch.arange(len(report.norms)) == self.worker
+                observer(replace(report, equivocated=at_fault) if trainer.global_step == self.step else report)
+
+            return observe(told)
+
+        trainer.strategy.observe = observe_more
+
+
+class Called:
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str | None]] = []
+
+    def __call__(self, suspect: Suspect) -> None:
+        self.calls.append((suspect.worker, suspect.proof))
+
+
+def calls_of_fit(folder: Path) -> list[tuple[int, str | None]]:
+    called, attacks = Called(), [TellsOf(3, 15)]
+    # Callbacks that are added first start first.
+    torch.manual_seed(3)
+    simulation = ByzantineSimulation(Multiplied(10.0), [3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(
+            ByzantineDDPStrategy(**ONE_PROCESS),
+            num_batches=5 * 30,
+            callbacks=[*attacks, simulation, ByzantineMonitor(on_suspect=called)],
+            default_root_dir=folder,
+        )
+    return called.calls
+
+
+def test_a_function_is_called_on_suspicion_and_again_on_proof(one_rank: RankPool, tmp_path: Path) -> None:
+    assert one_rank.run(calls_of_fit, tmp_path) == [[(3, None), (3, "told ranks different things")]]
+
+
+def test_what_was_proved_before_is_punished_when_resuming(one_rank: RankPool, tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    saving = {"callbacks": [save], "enable_checkpointing": True}
+    arguments = {"attack": FirstSteps(9, torch.nan), "byzantine": [2], "strategy": ONE_PROCESS, "num_batches": 75}
+    warned = one_rank.run(fit_and_look_at_rows, tmp_path, monitor={"on_suspect": "warn"}, **arguments, **saving)
+    assert warned[0][0] == frozenset() and warned[0][2] == [2]
+    del arguments["attack"]
+    resumed = one_rank.run(fit_and_look_at_rows, tmp_path, ckpt_path=tmp_path / "step=10.ckpt", **arguments)
+    assert resumed[0][0] == {2} and resumed[0][3][0] == [4, 1]
 
 
 class Scores(pl.Callback):
@@ -416,13 +593,13 @@ def test_yaml_says_what_to_do_with_suspects() -> None:
         assert monitor_from_yaml(policy).on_suspect == policy
 
 
-def fit_logged(folder: Path) -> list[str]:
+def fit_logged(folder: Path) -> list[tuple[str, str]]:
     """Return the metrics that the progress bar shows."""
     bar = TQDMProgressBar()
     with mock.patch.object(bar, "_update_n", create=True):
         loggers = [TensorBoardLogger(folder, name="board"), CSVLogger(folder, name="csv")]
         watcher = ByzantineMonitor(every_n_steps=10)
-        shown: list[str] = []
+        shown: list[tuple[str, str]] = []
         runner = trainer(
             ByzantineDDPStrategy(),
             callbacks=[ByzantineSimulation(NonFinite(), [1]), watcher, bar, Shown(shown)],
@@ -437,23 +614,24 @@ def fit_logged(folder: Path) -> list[str]:
 
 
 class Shown(pl.Callback):
-    def __init__(self, shown: list[str]) -> None:
+    def __init__(self, shown: list[tuple[str, str]]) -> None:
         self.shown = shown
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.shown.append(trainer.progress_bar_callback.get_metrics(trainer, pl_module).get("suspects", ""))
+        metrics = trainer.progress_bar_callback.get_metrics(trainer, pl_module)
+        self.shown.append((metrics.get("suspects", ""), metrics.get("proved", "")))
 
 
 def test_logs_scalars_a_heat_map_and_the_progress_bar(three_ranks: RankPool, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for shown in three_ranks.run(fit_logged, tmp_path):
-        assert shown[0] == "" and shown[-1] == "1"
+        assert shown[0] == ("", "") and shown[-1] == ("1", "1")
     board = EventAccumulator(str(tmp_path / "board" / "version_0"))
     board.Reload()
     scalars = board.Scalars("byzantine/non_finite/worker_1")
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(10, 10.0), (20, 20.0), (30, 30.0)]
-    assert board.Scalars("byzantine/suspects")[-1].value == 1
+    assert board.Scalars("byzantine/suspects")[-1].value == board.Scalars("byzantine/proved")[-1].value == 1
     for name in ("distance", "norm", "weight", "trimmed", "score"):
         assert f"byzantine/{name}/worker_0" in board.Tags()["scalars"]
     image = board.Images("byzantine/distances")[-1]
@@ -548,7 +726,7 @@ def test_a_table_sums_up(three_ranks: RankPool, tmp_path: Path) -> None:
     assert others == ["", ""]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
     assert [row[0] for row in rows] == ["0", "1", "2"]
-    assert rows[1][4:6] == ["100%", str(NUM_STEPS)] and rows[1][-1] == "suspect"
+    assert rows[1][4:6] == ["100%", str(NUM_STEPS)] and rows[1][-1] == "proved: not finite"
     assert rows[0][-1] == ""
 
 
@@ -618,6 +796,9 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         ByzantineMonitor(window=0)
     with pytest.raises(ValueError, match="threshold must be finite and above 0, got 0"):
         ByzantineMonitor(threshold=0)
+    for policy in ("warn", print):
+        with pytest.raises(ValueError, match="punish_without_proof=True needs on_suspect='raise' or 'quarantine'"):
+            ByzantineMonitor(on_suspect=policy, punish_without_proof=True)  # type: ignore[arg-type]
     runner = pl.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[ByzantineMonitor()])
     with pytest.raises(MisconfigurationException, match=r"needs strategy='byzantine_ddp'.*got SingleDeviceStrategy"):
         runner.fit(Regression())

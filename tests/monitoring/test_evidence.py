@@ -25,7 +25,10 @@ def a_report(seed: int) -> Report:
     if seed % 3 == 0:  # a rule that tells neither, except of rows that it dropped
         weights[~maybe[1]], distances[:] = torch.nan, torch.nan
     unlikely, outvoted = maybe[2] if seed % 5 == 0 else None, maybe[0] if seed % 2 == 0 else None
-    return Report(~maybe[1], norms, weights, distances, True, outvoted, unlikely)
+    equivocated = maybe[2] if seed % 7 == 0 else None
+    return Report(
+        ~maybe[1], norms, weights, distances, True, outvoted=outvoted, equivocated=equivocated, unlikely=unlikely
+    )
 
 
 def counted(reports: list[Report], worker: int) -> dict[str, float | None]:
@@ -53,6 +56,7 @@ def counted(reports: list[Report], worker: int) -> dict[str, float | None]:
         "sampled": len(looked),
         "unlikely": sum(bool(bits[worker]) for bits in looked),
         "outvoted": sum(bool(out[worker]) for out in votes),
+        "equivocated": sum(bool(report.equivocated[worker]) for report in reports if report.equivocated is not None),
     }
 
 
@@ -91,6 +95,17 @@ def test_refuses_the_state_of_other_workers() -> None:
     evidence = Evidence(NUM_WORKERS, window=5)
     with pytest.raises(ValueError, match="the state is of 3 workers, got num_workers=4"):
         evidence.load_state_dict(Evidence(3, window=5).state_dict())
+
+
+def test_refuses_a_state_of_other_evidence_and_stays_as_it_was() -> None:
+    evidence, other = Evidence(NUM_WORKERS, window=5), Evidence(NUM_WORKERS, window=5)
+    for seed in range(3):
+        evidence.update(a_report(seed))
+    state = other.state_dict()
+    del state["last"]["outvoted"]
+    with pytest.raises(KeyError, match="outvoted"):
+        evidence.load_state_dict(state)
+    assert evidence.steps == evidence.of(0)["steps"] == 3
 
 
 def test_a_row_that_was_dropped_once_is_not_trimmed_by_a_rule_that_trims_nobody() -> None:

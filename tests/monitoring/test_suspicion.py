@@ -22,6 +22,8 @@ from lightning_byzantine.aggregators import (
 )
 from lightning_byzantine.aggregators.report import Report
 from lightning_byzantine.matrix import Segments, WorkerMatrix
+from lightning_byzantine.monitoring.audit_order import audit_order
+from lightning_byzantine.monitoring.crowding import Crowding
 from lightning_byzantine.monitoring.suspicion import Suspicion
 
 BETA = 0.9
@@ -334,3 +336,51 @@ def test_a_report_reads_no_column(rule: Aggregator) -> None:
     rows.fill_(torch.nan)
     assert decision.report().distances.isfinite().all()
     assert all(values.isnan().all() for values in decision.values())  # as whatever reads them now
+
+
+def reports_of_framing(m: int, steps: int) -> list[Report]:
+    """Return what the default rule says where f liars send the row of worker 0 with 5% noise, from the first step."""
+    generator = torch.Generator().manual_seed(9)
+    rule, momentum = PersistentFilter(), torch.zeros(m, 300, dtype=torch.float64)
+    segments, f, reports = Segments.of_sizes([100, 200]), (m - 1) // 2, []
+    common = 0.3 * torch.randn(300, generator=generator, dtype=torch.float64)
+    for _ in range(steps):
+        gradients = common + torch.randn(m, 300, generator=generator, dtype=torch.float64)
+        momentum = BETA * momentum + (1 - BETA) * gradients
+        sent, noise = momentum.clone(), torch.randn(f, 300, generator=generator, dtype=torch.float64)
+        sent[1 : f + 1] = sent[0] * (1 + 0.05 * noise)
+        reports.append(rule.decide(WorkerMatrix([sent], segments=segments), f).report())
+    return reports
+
+
+@pytest.mark.parametrize("m", [5, 9, 17])
+def test_a_tight_cluster_of_f_plus_1_makes_nobody_suspect(m: int) -> None:
+    suspicion, crowding = Suspicion(m), Crowding(m)
+    for report in reports_of_framing(m, 120):
+        suspicion.update(report, BETA)
+        crowding.update(report)
+        assert not suspicion.suspected
+    # It is the cluster that an audit looks at first.
+    first = audit_order(suspicion.scores, crowding.averages, [0] * m, cleared=[])[: (m + 1) // 2]
+    assert set(first) == set(range((m + 1) // 2))
+
+
+@pytest.mark.parametrize("bad", [(3,), (0, 7), (1, 4, 6)])
+def test_as_many_as_leave_two_that_are_no_copies_are_named_at_once(bad: tuple[int, ...]) -> None:
+    assert suspected(reports_of(1, 30, "x10", bad))[-1] == list(bad)
+
+
+def test_who_was_cleared_is_suspected_for_other_reasons_only() -> None:
+    suspicion, reports = Suspicion(8), reports_of(2, 90, "x10", (3,))
+    for report in reports[:30]:
+        suspicion.update(report, BETA)
+    assert suspicion.suspected == {3}
+    suspicion.clear(3)
+    resumed = Suspicion(8)
+    resumed.load_state_dict(suspicion.state_dict())
+    for report in reports[30:]:
+        resumed.update(report, BETA)
+        assert not resumed.suspected
+    for report in reports[:20]:
+        resumed.update(replace(report, outvoted=torch.arange(8) == 3), BETA)
+    assert resumed.suspected == {3}
