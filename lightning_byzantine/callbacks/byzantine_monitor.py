@@ -33,6 +33,7 @@ __all__ = ["ByzantineMonitor"]
 
 _PUNISHMENTS = ("raise", "quarantine")
 _POLICIES = ("warn", *_PUNISHMENTS)
+_FLOAT16 = ("16-mixed", "16-true", "transformer-engine-float16")
 # Minimum number of steps between two pictures: one takes milliseconds, which would slow down short epochs.
 _REDRAWN = 100
 
@@ -310,7 +311,8 @@ class ByzantineMonitor(pl.Callback):
         self._suspicion.update(report, memory=0.0 if estimator is None else estimator.memory)
         self._evidence.update(report)
         self._crowding.update(report)
-        proved = self._proofs.update(report)
+        overflows = _strategy(trainer).precision_plugin.precision in _FLOAT16
+        proved = self._proofs.update(report, overflows=overflows)
         distances, _ = self._evidence.latest()
         self._heat_map.add(distances, report.measurable.tolist())
         for worker in sorted((before ^ self._suspicion.suspected).union(proved)):

@@ -26,7 +26,8 @@ class Proofs:
           F <- max(0, F + 2)      in a step in which its row can't be measured
           F <- max(0, F - 1)      in any other
 
-      Where most rows can't be measured, the parameters may be to blame, so the step does not count;
+      Where most rows can't be measured, the parameters may be to blame, so the step does not count. Neither does any
+      step in float16, in which gradients of honest workers with large losses overflow;
     - its process told ranks different things, once;
     - an audit finds that it computes wrongly.
 
@@ -63,14 +64,20 @@ class Proofs:
         self.num_audits = [0] * num_workers
         self._not_finite = [0.0] * num_workers
 
-    def update(self, report: Report) -> list[int]:
-        """Add one step; return the workers that it is the first proof about."""
+    def update(self, report: Report, *, overflows: bool = False) -> list[int]:
+        """Add one step; return the workers that it is the first proof about.
+
+        Args:
+            report: on m workers.
+            overflows: whether gradients of honest workers may overflow.
+
+        """
         before = self.proofs.copy()
         if report.equivocated is not None:
             for worker in _indices(report.equivocated):
                 self.proofs.setdefault(worker, "told ranks different things")
         bad = (~report.measurable).tolist()
-        if 2 * sum(bad) < len(bad):
+        if 2 * sum(bad) < len(bad) and not overflows:
             changes = [_BAD if is_bad else -_GOOD for is_bad in bad]
             self._not_finite = [
                 min(max(0.0, total + change), self.threshold)

@@ -44,6 +44,11 @@ def test_one_bad_step_is_no_proof_and_neither_is_what_a_metric_says() -> None:
     assert proofs_of([report_of(outvoted=(2,))] * 50) == {}
 
 
+def test_rows_that_may_overflow_are_no_proof() -> None:
+    proofs = Proofs(M, threshold=13.0)
+    assert not any(proofs.update(report_of(1), overflows=True) for _ in range(50))
+
+
 def test_who_told_ranks_different_things_once_is_proved_to_be_faulty() -> None:
     assert proofs_of([report_of(equivocated=(3,)), report_of()]) == {3: "told ranks different things"}
 
