@@ -69,6 +69,8 @@ class AllGather(Exchange):
         if self._witnesses is None:
             return attempt(matrix)
         restart = save()
+        if self._witnesses.conflicts.pairs:
+            list(self._arriving)  # some rows come on a detour after all others, into blocks that have arrived
         outcome = attempt(matrix)
         list(self._arriving)  # there may be blocks that it did not read
         assert self._case is not None

@@ -66,9 +66,10 @@ class Case:
         self._statements: list[bytes] = []
         self._voters: list[int] = []
         self._complaints: list[frozenset[bytes]] = []
-        # Ranks that have received the same as this one now has, so that their statements have to be the same.
+        # Ranks that had received from the first what is agreed on now, so that their statements must follow from it.
         self._informed: list[int] = []
-        self._take_detours()
+        self._detours = self._planned_detours()
+        self._transfer(self._detours)
 
     def reveal(self) -> None:
         """Start exchanging nonces."""
@@ -79,9 +80,7 @@ class Case:
         self._nonces, self._wait = self._wait(), lambda: self._nonces
         if not self._with_nonce:
             # One honest rank's is enough. Who is in conflict could tell each rank another one.
-            at_peace = [rank for rank in self._conflicts.voters if not self._partners(rank)]
-            enough = len(at_peace) > self._conflicts.max_left
-            self._with_nonce = at_peace if enough else self._conflicts.voters
+            self._with_nonce = self._conflicts.unsuspected or self._conflicts.voters
         return sha256(b"".join(self._nonces[rank] for rank in self._with_nonce)).digest()
 
     def is_disputed(self, statement: bytes) -> bool:
@@ -105,14 +104,17 @@ class Case:
             EquivocationError: if more ranks are proved to be faulty than may be.
 
         """
-        if not all(is_direct(block.device) for block in self._blocks):
+        is_same = all(is_direct(block.device) for block in self._blocks)
+        if not is_same:
             # Those who have passed rows on could have changed them: the sender must not be blamed for it.
             for block in self._blocks:
                 rows = block.view(self._channel.num_ranks, -1)
                 rows.copy_(self._channel.gather(rows[self._rank].clone()))
+            self._detours = []
         before = self._conflicts.proved
         tables = self._tables()
         self._check_complaints(tables)
+        self._check_detours(tables)
         accepted = self._conflicts.judge(
             {
                 (sender, subject): {rank: table[sender][subject] for rank, table in tables.items()}
@@ -128,12 +130,12 @@ class Case:
         for rank in self._conflicts.voters:
             self._nonces[rank], self._statements[rank] = agreed[rank].nonce, agreed[rank].statement
         self._informed = []
-        if self._conflicts.proved == before:
-            same = [(heard.rows, heard.nonce) for heard in agreed.values()]
+        if is_same and self._conflicts.proved == before:
             self._informed = [
                 rank
                 for rank, table in tables.items()
-                if [(table[sender].rows, table[sender].nonce) for sender in agreed] == same
+                if all(table[sender].rows == heard.rows for sender, heard in agreed.items())
+                and all(table[sender].nonce == agreed[sender].nonce for sender in self._with_nonce)
             ]
         self._witnesses.announce()
 
@@ -234,15 +236,21 @@ class Case:
                 self._conflicts.add(helper, rank)
         return failed
 
-    def _take_detours(self) -> None:
-        """Overwrite what ranks in conflict have sent each other by what a third rank has received."""
+    def _check_detours(self, tables: dict[int, list[_Heard]]) -> None:
+        """Find conflicts between those who were to pass rows on, and those who say that they received others."""
+        for helper, rank, sender in self._detours:
+            if {helper, rank} <= tables.keys() and tables[helper][sender].rows != tables[rank][sender].rows:
+                self._conflicts.add(helper, rank)
+
+    def _planned_detours(self) -> list[_Transfer]:
+        """Return who is to pass on what ranks in conflict have sent each other."""
         plan: list[_Transfer] = []
         for pair in sorted(self._conflicts.pairs):
             for rank, sender in (pair, pair[::-1]):
                 helpers = self._helpers(rank, sender)
                 if helpers and {rank, sender} <= set(self._conflicts.voters):
                     plan.append((helpers[0], rank, sender))
-        self._transfer(plan)
+        return plan
 
     def _helpers(self, rank: int, sender: int) -> list[int]:
         avoided = self._partners(rank) | self._partners(sender) | {rank, sender}

@@ -92,6 +92,19 @@ class Conflicts:
         """Return whether two ranks are in conflict."""
         return (min(first, second), max(first, second)) in self.pairs
 
+    @property
+    def unsuspected(self) -> list[int]:
+        """The ranks that are in conflict with nobody, if at least one of them must be honest; else none.
+
+        Of each two ranks in conflict, at least one is faulty, so that fewer of the others can be.
+        """
+        paired: set[int] = set()
+        for pair in sorted(self.pairs):
+            if self.proved.isdisjoint(pair) and paired.isdisjoint(pair):
+                paired.update(pair)
+        at_peace = [rank for rank in self.voters if not any(self.include(rank, other) for other in self.voters)]
+        return at_peace if len(at_peace) > self.max_left - len(paired) // 2 else []
+
     def accepted(self, said: Mapping[int, _Value]) -> _Value | None:
         """Return what m - f ranks say; None if there is no such value. Ranks proved to be faulty don't count."""
         votes = Counter(value for rank, value in said.items() if rank not in self.proved)

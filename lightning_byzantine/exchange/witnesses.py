@@ -1,5 +1,6 @@
 """What all ranks know together about who has lied to whom."""
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,6 +35,7 @@ class Witnesses:
         self.broadcast = AgreedBroadcast(self.channel, self.conflicts)
         self._notice = notice
         self._known: frozenset[int] = frozenset()
+        self._known_pairs: set[tuple[int, int]] = set()
 
     @property
     def voters(self) -> list[int]:
@@ -46,7 +48,16 @@ class Witnesses:
         self.conflicts.prove(ranks)
 
     def announce(self) -> None:
-        """Give notice of those who have been proved to be faulty since the last time."""
+        """Give notice of those who have been proved to be faulty since the last time, and warn of conflicts."""
+        for pair in sorted(self.conflicts.pairs - self._known_pairs):
+            if self.conflicts.proved.isdisjoint(pair) and self.channel.rank == 0:
+                warnings.warn(
+                    f"Ranks {pair[0]} and {pair[1]} contradict each other about what one told the other: one of them is"
+                    " faulty, or what is between them. Which one is not known, so from now on, what they send each"
+                    " other goes by way of a third rank.",
+                    stacklevel=2,
+                )
+        self._known_pairs = set(self.conflicts.pairs)
         new, self._known = self.conflicts.proved - self._known, self.conflicts.proved
         if new:
             self._notice(new)
