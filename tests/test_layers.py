@@ -12,12 +12,13 @@ FLOORS = [
     {"matrix", "estimators"},
     {"aggregators", "optim", "exchange"},
     {"attacks", "aggregation", "monitoring", "watch"},
-    {"strategies"},
+    {"hooks"},
+    {"strategies", "fabric"},
     {"callbacks"},
     {"__init__", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-KNOW_LIGHTNING = {"strategies", "callbacks", "__init__", "__main__"}
+KNOW_LIGHTNING = {"strategies", "fabric", "callbacks", "__init__", "__main__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -21,9 +21,22 @@ __all__ = [
     "Store",
     "_BufferCommHookLocation",
     "_get_default_store",
+    "detour_of",
     "syncs_buffers",
     "timeout_of",
 ]
+
+
+def detour_of(model: DistributedDataParallel) -> str | None:
+    """Return in words what keeps gradients from a new communication hook; None if nothing does."""
+    detours = {
+        "another communication hook": bool(model._comm_hooks),
+        "`mixed_precision`": model.mixed_precision is not None,
+        "`skip_all_reduce_unused_params`": bool(getattr(model, "skip_all_reduce_unused_params", False)),
+        # What torch.compile has set up for DDP in its configuration `optimize_ddp="python_reducer"`.
+        "the Python reducer": bool(model._use_python_reducer),
+    }
+    return next((words for words, is_there in detours.items() if is_there), None)
 
 
 def syncs_buffers(model: DistributedDataParallel) -> bool:
