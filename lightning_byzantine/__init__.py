@@ -10,6 +10,7 @@ from lightning_byzantine.errors import (
     InconsistentRanksError,
     WorkerLostError,
 )
+from lightning_byzantine.fabric.registry import register_strategies as register_strategies_of_fabric
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 from lightning_byzantine.strategies.registry import register_strategies
 
@@ -24,3 +25,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 register_strategies()
+register_strategies_of_fabric()
