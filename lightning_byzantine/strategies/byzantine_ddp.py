@@ -385,8 +385,8 @@ class ByzantineDDPStrategy(AggregatingDDP):
         )
 
     def _agreed_rows(self, tensor: Tensor) -> dict[int, Tensor]:
-        rows = self._gather_votes(tensor.to(self.root_device)).cpu()
-        return dict(zip(self._voters(), rows, strict=True))
+        rows = self._voters.gather(tensor.to(self.root_device)).cpu()
+        return dict(zip(self._voters.ranks(), rows, strict=True))
 
     def _tell_verdict(self, verdict: Verdict) -> None:
         for observer in list(self._verdict_observers.values()):  # one of them may remove itself

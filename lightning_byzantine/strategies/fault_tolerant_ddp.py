@@ -2,7 +2,7 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_byzantine.aggregation.observers import Observers
+from lightning_byzantine.aggregation.voters import Voters
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.exchange.agreed_gather import agreed_gather
-from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.robust_buffers import RobustBuffers
 from lightning_byzantine.exchange.robust_reduce import robust_reduce
 from lightning_byzantine.exchange.witnesses import Witnesses
@@ -151,8 +150,8 @@ class FaultTolerantDDP(DDPStrategy):
         super().configure_ddp()
         if self._robust_buffers and self.world_size > 1:
             assert isinstance(self.model, DistributedDataParallel)
-            gather = self._watched(self._gather_votes, "the vote on buffers", meets=False)
-            self._buffers = RobustBuffers(self.model, gather, self._voters, self._note_outvoted)
+            gather = self._watched(self._voters.gather, "the vote on buffers", meets=False)
+            self._buffers = RobustBuffers(self.model, gather, self._voters.ranks, self._voters.note_outvoted)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -204,7 +203,7 @@ class FaultTolerantDDP(DDPStrategy):
             # Ranks may be fewer than workers.
             most = min(self.num_byzantine, (self.world_size - 1) // 2)
             reduced = self._watched(robust_reduce, f"a reduction{_of(tensor)}")
-            return reduced(tensor, reduce_op, most, self._gather_votes, self._note_outvoted)
+            return reduced(tensor, reduce_op, most, self._voters.gather, self._voters.note_outvoted)
         return self._watched(super().reduce, f"a reduction{_of(tensor)}")(tensor, group, reduce_op)
 
     @override
@@ -269,19 +268,9 @@ class FaultTolerantDDP(DDPStrategy):
             self._observers.forget_notes()
             super().teardown()
 
-    def _gather_votes(self, tensor: Tensor) -> Tensor:
-        """Return the flat tensor [n] of each voter, [v, n]."""
-        return gather_rows(tensor) if self._witnesses is None else agreed_gather(tensor, self._witnesses)
-
-    def _voters(self) -> Sequence[int]:
-        """Return the ranks that are not proved to be faulty."""
-        return range(self.world_size) if self._witnesses is None else self._witnesses.voters
-
-    def _note_outvoted(self, outvoted: Tensor) -> None:
-        """Add to the next report which voters were outvoted, [v] bool."""
-        of_all = outvoted.new_zeros(self.world_size)
-        of_all[list(self._voters())] = outvoted
-        self._observers.note_outvoted(of_all)
+    @property
+    def _voters(self) -> Voters:
+        return Voters(self._witnesses, self._observers)
 
     def _exclude(self, ranks: Iterable[int]) -> None:
         """Add to the next report which ranks are proved to have told others different things."""
