@@ -38,8 +38,7 @@ class Estimator(ABC):
     float32 where the parameter has half precision. Workers are numbered within the process, from 0; usually there is
     one.
 
-    A subclass implements the formula in :meth:`follow`, :meth:`estimate` and :meth:`gradient`; this class keeps what
-    was sent last.
+    A subclass implements the formula in :meth:`follow` and :meth:`gradient`; this class keeps what was sent last.
 
     Attributes:
         transparent: whether the optimizer receives exactly the mean gradient when the rule is the mean, so that a
@@ -62,6 +61,18 @@ class Estimator(ABC):
         """Show all arguments; a checkpoint can only be resumed with an estimator of the same ``repr``."""
 
     @abstractmethod
+    def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
+        """Write what any worker sends for one parameter in this step, given what it sent before, and change no state.
+
+        Args:
+            last: [n], what it sent in the last step in which the parameter took part; None if there was none.
+            gradient: [n], its gradient.
+            previous: [n], its gradient at the previous query point, on the same batch; None if it has none, or the
+                estimator does not need it.
+            out: [n], float32 or float64.
+
+        """
+
     def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
         """Write what the worker sends for one parameter into ``out``, without changing its state.
 
@@ -72,19 +83,7 @@ class Estimator(ABC):
             worker: which of this process's workers.
 
         """
-
-    @abstractmethod
-    def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
-        """Write what any worker sends for one parameter in this step, given what it sent before.
-
-        Args:
-            last: [n], what it sent in the last step in which the parameter took part; None if there was none.
-            gradient: [n], its gradient.
-            previous: [n], its gradient at the previous query point, on the same batch; None if it has none, or the
-                estimator does not need it.
-            out: [n], float32 or float64.
-
-        """
+        self.follow(self._estimates[worker].get(name), gradient, None, out)
 
     @property
     def starts(self) -> Mapping[str, Tensor] | None:

@@ -94,10 +94,6 @@ class WorkerMomentum(Estimator):
         self._num_steps.clear()
         self._share = None
 
-    def estimate(self, name: str, gradient: Tensor, out: Tensor, worker: int = 0) -> None:
-        """Write v_t into ``out``."""
-        self.follow(self._estimates[worker].get(name), gradient, None, out)
-
     def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
         """Write v_t into ``out``, given v_{t-1}."""
         momentum(last, gradient, self.beta, out, from_zero=self.transparent)
