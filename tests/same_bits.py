@@ -111,7 +111,10 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "attacked, the attacker in quarantine": Configuration(
         lambda: ByzantineDDPStrategy(GeometricMedian()),
-        lambda: [ByzantineSimulation(SignFlip(), workers=[1]), ByzantineMonitor(on_suspect="quarantine")],
+        lambda: [
+            ByzantineSimulation(SignFlip(), workers=[1]),
+            ByzantineMonitor(on_suspect="quarantine", punish_without_proof=True),
+        ],
     ),
     "an attacker that sends NaN now and then": Configuration(
         lambda: ByzantineDDPStrategy(CoordinateWiseMedian()),

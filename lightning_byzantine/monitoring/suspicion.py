@@ -154,6 +154,7 @@ class Suspicion:
         self.suspected: set[int] = set()
         self.scores = [0.0] * num_workers
         self.cleared: set[int] = set()
+        self._beside = [0.0] * num_workers
         self._averages = [0.0] * num_workers
         self._state = ScoringState.initial(num_workers)
 
@@ -172,9 +173,9 @@ class Suspicion:
         for worker in known:
             # b corrects a z from distances; a certain z does not depend on them.
             excess = z[worker] - (0.0 if certain[worker] else usual)
-            if worker in self.cleared and not beside[worker]:
-                excess = 0.0
-            self.scores[worker] = _clamped(self.scores[worker] + excess - _ALLOWANCE, 0.0, 1.5 * self.threshold)
+            self._beside[worker] = self._added(self._beside[worker], _MOST if beside[worker] else 0.0)
+            total = self._added(self.scores[worker], excess)
+            self.scores[worker] = self._beside[worker] if worker in self.cleared else total
             self._averages[worker] += (z[worker] - self._averages[worker]) / _STEPS
         self.suspected = {
             worker
@@ -183,10 +184,14 @@ class Suspicion:
         }
 
     def clear(self, worker: int) -> None:
-        """Take note that a worker computes rightly: how far it stands out from the others no longer counts."""
+        """Take note that a worker computes rightly: how far it stands out from the others counts no longer.
+
+        It stays suspected if the other reasons alone suffice.
+        """
         self.cleared.add(worker)
-        self.suspected.discard(worker)
-        self.scores[worker] = 0.0
+        self.scores[worker] = self._beside[worker]
+        if self.scores[worker] < self.threshold:
+            self.suspected.discard(worker)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores, who was cleared, and the values that the next step depends on."""
@@ -194,6 +199,7 @@ class Suspicion:
             "suspected": sorted(self.suspected),
             "scores": list(self.scores),
             "cleared": sorted(self.cleared),
+            "beside": list(self._beside),
             "averages": list(self._averages),
             **asdict(self._state),
         }
@@ -210,6 +216,10 @@ class Suspicion:
         self._state = ScoringState(**{field.name: state[field.name] for field in fields(ScoringState)})
         self.suspected, self.cleared = set(state["suspected"]), set(state["cleared"])
         self.scores, self._averages = list(state["scores"]), list(state["averages"])
+        self._beside = list(state["beside"])
+
+    def _added(self, total: float, excess: float) -> float:
+        return _clamped(total + excess - _ALLOWANCE, 0.0, 1.5 * self.threshold)
 
 
 def _vanished(norms: list[float], before: list[float], memory: float) -> list[bool]:

@@ -93,7 +93,8 @@ def run(section: Section) -> None:
 def configurations(small: bool) -> list[tuple[str, str, Callable[[], Any], Callable[[], list[pl.Callback]]]]:
     byzantine = partial(ByzantineDDPStrategy, workers_per_process=NUM_WORKERS)
     attacked = lambda: [ByzantineSimulation(SignFlip(), workers=range(6))]  # noqa: E731
-    watched = lambda: [*attacked(), ByzantineMonitor(on_suspect="quarantine")]  # noqa: E731
+    expelling = partial(ByzantineMonitor, on_suspect="quarantine", punish_without_proof=True)
+    watched = lambda: [*attacked(), expelling()]  # noqa: E731
     every: list[Any] = [
         ("stock ddp", "32-true", DDPStrategy, list),
         ("Mean", "32-true", lambda: byzantine(aggregator=Mean()), list),

@@ -384,3 +384,8 @@ def test_who_was_cleared_is_suspected_for_other_reasons_only() -> None:
     for report in reports[:20]:
         resumed.update(replace(report, outvoted=torch.arange(8) == 3), BETA)
     assert resumed.suspected == {3}
+    resumed.clear(3)  # once more, which says nothing about what its process reports beside its gradients
+    assert resumed.suspected == {3}
+    for report in reports[:30]:
+        resumed.update(report, BETA)
+    assert not resumed.suspected
