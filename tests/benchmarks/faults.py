@@ -8,7 +8,9 @@ first step on (``NaN once``, ``SIGKILL`` and ``SIGSTOP``: in step 20 only).
 - ``against clean``: the difference to the clean run of the same seed, in points
 - ``named after``: steps until ``ByzantineMonitor`` suspects the faulty worker; of killed and stopped ranks, whether
   every survivor's ``WorkerLostError`` names it
-- ``others named``: false alarms
+- ``proved after``: steps until there is proof that it is faulty
+- ``audit``: what the last audit of it said
+- ``others named``, ``others proved``: false alarms
 
 for each faulty rank and, within these, for each seed.
 
@@ -58,6 +60,7 @@ from lightning_byzantine.attacks import (
 from lightning_byzantine.callbacks import ByzantineMonitor, ByzantineSimulation
 from lightning_byzantine.errors import WorkerLostError
 from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.monitoring import Suspect
 
 NUM_RANKS, FAULTY_STEP, MARGIN = 5, 20, 0.03
 LOST = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
@@ -100,6 +103,9 @@ WITHIN = {name: 300 if name in ("stale by 10 steps", "labels flipped") else 30 f
 for passing in ("clean", "NaN once", "exponent bit flip, 1% of steps", *LOST):
     del WITHIN[passing]
 
+# What a worker that computes rightly does not send.
+PROVED = [name for name in ATTACKS if name in WITHIN and name != "labels flipped"]
+
 
 @dataclass
 class Run:
@@ -110,7 +116,10 @@ class Run:
     accuracy: float = float("nan")
     clean: float = float("nan")
     named_after: int | None = None
+    proved_after: int | None = None
+    audit: str | None = None
     others: tuple[int, ...] = ()
+    others_proved: tuple[int, ...] = ()
     seconds: float = float("nan")
 
     def misses(self) -> list[str]:
@@ -120,6 +129,10 @@ class Run:
             missed.append(f"not named within {within} steps")
         if self.fault in LOST and self.named_after is None:
             missed.append("not named by all survivors")
+        if self.fault in PROVED and self.proved_after is None:
+            missed.append("not proved")
+        if self.others_proved:
+            missed.append(f"honest ones proved to be faulty: {self.others_proved}")
         return [*missed, f"false alarm {self.others}"] if self.others else missed
 
 
@@ -150,15 +163,21 @@ class FaultyClassifier(DigitClassifier):
 
 
 class Watch(pl.Callback):
-    """Keeps after which step each worker was first suspected."""
+    """Keeps after which step each worker was first suspected, and proved to be faulty."""
 
-    def __init__(self, monitor: ByzantineMonitor) -> None:
-        self.monitor = monitor
-        self.first: dict[int, int] = {}
+    def __init__(self) -> None:
+        self.monitor = ByzantineMonitor(on_suspect=self.note, every_n_steps=10**9)
+        self.suspected: dict[int, int] = {}
+        self.proved: dict[int, int] = {}
+        self.step = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        for worker in self.monitor.suspects:
-            self.first.setdefault(worker, trainer.global_step)
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.step = trainer.global_step + 1
+
+    def note(self, suspect: Suspect) -> None:
+        self.suspected.setdefault(suspect.worker, self.step)
+        if suspect.proof is not None:
+            self.proved.setdefault(suspect.worker, self.step)
 
 
 def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False, **arguments: Any) -> Run:
@@ -168,7 +187,7 @@ def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False,
     entry, began = StrategyRegistry[run.strategy], time.monotonic()
     if options["ranks"] > 1 and run.fault != "NaN in the metric":  # which is logged by all ranks together
         arguments |= {"on_worker_error": "exclude"}
-    watch = Watch(ByzantineMonitor(every_n_steps=10**9))
+    watch = Watch()
     callbacks: list[pl.Callback] = [watch.monitor, watch]
     if run.fault in ATTACKS:
         callbacks.append(ByzantineSimulation(ATTACKS[run.fault](), [run.rank]))
@@ -198,9 +217,18 @@ def train(run: Run, options: dict[str, Any], folder: Path, resume: bool = False,
     trainer.limit_val_batches = 1.0
     data.val_dataloader = data.test_dataloader  # type: ignore[method-assign]
     run.accuracy = trainer.validate(model, data, verbose=False)[0]["accuracy"]
-    run.named_after = watch.first.pop(run.rank, None)
-    run.others, run.seconds = tuple(sorted(watch.first)), time.monotonic() - began
+    run.named_after, run.proved_after = watch.suspected.pop(run.rank, None), watch.proved.pop(run.rank, None)
+    run.audit = last_audit(folder / "suspects.jsonl", run.rank)
+    run.others, run.others_proved = tuple(sorted(watch.suspected)), tuple(sorted(watch.proved))
+    run.seconds = time.monotonic() - began
     return run
+
+
+def last_audit(path: Path, worker: int) -> str | None:
+    """Return the outcome of the worker's last audit; None if it had none."""
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    verdicts = [line["verdict"] for line in lines if line["event"] == "audited" and line["worker"] == worker]
+    return verdicts[-1] if verdicts else None
 
 
 def train_until_lost(run: Run, options: dict[str, Any], folder: Path, rank: int, port: int) -> None:
@@ -254,7 +282,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategies", nargs="+", default=["byzantine_ddp"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 3], help="which one is faulty")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--clean-steps", type=int, help="only this: eight workers without a fault for so many steps")
@@ -291,7 +319,8 @@ def runs_of(strategy: str, arguments: argparse.Namespace) -> list[Run]:
 
 def print_summary(runs: list[Run]) -> None:
     print()
-    names = ["strategy", "fault", "accuracy", "against clean", "named after", "others named"]
+    names = ["strategy", "fault", "accuracy", "against clean", "named after", "proved after", "audit"]
+    names += ["others named", "others proved"]
     table = Table(dict.fromkeys(names, "{}"))
     for strategy, fault in dict.fromkeys((run.strategy, run.fault) for run in runs):
         same = [run for run in runs if (run.strategy, run.fault) == (strategy, fault)]
@@ -299,7 +328,10 @@ def print_summary(runs: list[Run]) -> None:
             [f"{run.accuracy:.3f}" for run in same],
             ["" if fault == "clean" else f"{100 * (run.accuracy - run.clean):+.1f}" for run in same],
             ["" if fault == "clean" else _named(run) for run in same],
+            ["" if fault == "clean" else str(run.proved_after or "never") for run in same],
+            [run.audit or "none" for run in same],
             [" ".join(map(str, run.others)) or "none" for run in same],
+            [" ".join(map(str, run.others_proved)) or "none" for run in same],
         ]
         table.add(strategy, fault, *(", ".join(column) for column in columns))
     for run in runs:
