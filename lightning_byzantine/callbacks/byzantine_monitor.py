@@ -1,9 +1,9 @@
 """Finds the faulty worker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,6 +16,7 @@ from lightning_byzantine.callbacks.expulsion import expel
 from lightning_byzantine.errors import ByzantineSuspectError
 from lightning_byzantine.exchange.identities import Identity, gather_identities
 from lightning_byzantine.monitoring.audit_order import audit_order
+from lightning_byzantine.monitoring.audit_schedule import Audited, AuditSchedule
 from lightning_byzantine.monitoring.crowding import Crowding
 from lightning_byzantine.monitoring.evidence import Evidence
 from lightning_byzantine.monitoring.heat_map import HeatMap
@@ -26,7 +27,7 @@ from lightning_byzantine.monitoring.suspicion import Suspicion
 from lightning_byzantine.monitoring.worker_table import worker_table
 from lightning_byzantine.strategies.audits.verdict import Outcome, Verdict
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
-from lightning_byzantine.utilities.checks import check_integer_at_least
+from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
 from lightning_byzantine.utilities.replacing import replaced
 
 __all__ = ["ByzantineMonitor"]
@@ -46,10 +47,15 @@ class ByzantineMonitor(pl.Callback):
     :class:`~lightning_byzantine.monitoring.proofs.Proofs`. Nobody is punished without.
 
     It uses statistics that the aggregation computes anyway, the bits of a sample of columns in every tenth step, and
-    which processes were outvoted for non-finite buffers and metrics. It needs no pass over the gradients and no
+    which processes were outvoted for non-finite buffers and metrics. That needs no pass over the gradients and no
     collective, except to gather the hosts' names when ``fit`` starts. All ranks come to the same conclusions. See
     :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
     :class:`~lightning_byzantine.aggregators.Report` for the statistics of each rule.
+
+    It also has workers audited: all other ranks compute a worker's step once more and compare it with what the worker
+    has sent. This proves that it computes wrongly, or clears it. The other ranks get its batch of that step. See
+    :meth:`~lightning_byzantine.ByzantineDDPStrategy.audit`, and
+    :class:`~lightning_byzantine.monitoring.audit_schedule.AuditSchedule` for when.
 
     Logs to the Trainer's loggers, for worker i in the last step:
 
@@ -87,6 +93,11 @@ class ByzantineMonitor(pl.Callback):
         punish_without_proof: "raise" or "quarantine" when there is suspicion only. Where the suspect is an honest
             worker, framed by liars or with data of its own kind, the liars gain: ``num_byzantine`` stays as it is while
             the number of honest workers falls.
+        audit: whom to audit: "suspects" as they appear, "turns" for all workers in turn, "all" for both, None for
+            nobody. "auto" for "all" where it can be done; elsewhere, such as in manual optimization, for nobody, with a
+            warning that says why.
+        audit_every_n_steps: number of steps between two turns. In the first round they are closer, so that each worker
+            has its turn within this number of steps, but at least 50 apart.
 
     Attributes:
         suspects: indices of the workers under suspicion now, of those proved to be faulty and of those in quarantine,
@@ -96,7 +107,7 @@ class ByzantineMonitor(pl.Callback):
         ValueError: if ``on_suspect`` is unknown, or a number out of range, or ``punish_without_proof`` is given with
             an ``on_suspect`` that does not punish.
         MisconfigurationException: in ``setup``, if the strategy is not ``ByzantineDDPStrategy``, or is in shadow mode
-            with ``on_suspect="quarantine"``.
+            with ``on_suspect="quarantine"``, or if ``audit`` asks for audits where workers can't be audited.
 
     Example:
         >>> monitor = ByzantineMonitor(on_suspect="quarantine")
@@ -113,6 +124,8 @@ class ByzantineMonitor(pl.Callback):
         window: int = 100,
         threshold: float = 13.0,
         punish_without_proof: bool = False,
+        audit: Audited | Literal["auto"] | None = "auto",
+        audit_every_n_steps: int = 500,
     ) -> None:
         if on_suspect not in _POLICIES and not callable(on_suspect):
             raise ValueError(f"on_suspect must be 'warn', 'raise', 'quarantine' or a function, got {on_suspect!r}")
@@ -122,12 +135,17 @@ class ByzantineMonitor(pl.Callback):
             raise ValueError(
                 f"punish_without_proof=True needs on_suspect='raise' or 'quarantine', got on_suspect={on_suspect!r}"
             )
+        if audit is not None:
+            check_choice("audit", audit, ("auto", *get_args(Audited)))
         self.on_suspect = on_suspect
+        self.audit = audit
+        self.audit_every_n_steps = check_integer_at_least("audit_every_n_steps", audit_every_n_steps, 1)
         self.punish_without_proof = punish_without_proof
         self.every_n_steps = every_n_steps
         self.window = window
         self.threshold = threshold
         self.suspects: list[int] = []
+        self._audited: Audited | None = None
         self._start_afresh(num_workers=0)
         self._heat_map = HeatMap()
         self._reports: list[Report] = []
@@ -155,6 +173,7 @@ class ByzantineMonitor(pl.Callback):
             )
         if stage == "fit":
             self.suspects = []
+            self._audited = self._possible_audits(strategy)
             self._start_afresh(strategy.num_workers)
 
     @override
@@ -190,7 +209,7 @@ class ByzantineMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        strategy = _strategy(trainer)
+        strategy, suspected = _strategy(trainer), self._suspicion.suspected
         reports = self._reports.copy()
         self._reports.clear()
         for report in reports:
@@ -200,6 +219,8 @@ class ByzantineMonitor(pl.Callback):
         for verdict in verdicts:
             self._take(trainer, verdict)
         self._list_suspects(strategy)
+        if reports:
+            self._announce_audits(trainer, self._suspicion.suspected - suspected)
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # as its connector has it
         if reports and every and trainer.global_step % every == 0:
             scores = [score / self.threshold for score in self._suspicion.scores]
@@ -267,14 +288,16 @@ class ByzantineMonitor(pl.Callback):
         self._evidence = Evidence(num_workers, self.window)
         self._proofs = Proofs(num_workers, self.threshold)
         self._crowding = Crowding(num_workers)
+        self._schedule = AuditSchedule(self._audited, self.audit_every_n_steps)
 
-    def _parts(self) -> dict[str, Suspicion | Evidence | Proofs | Crowding]:
+    def _parts(self) -> dict[str, Suspicion | Evidence | Proofs | Crowding | AuditSchedule]:
         """Return everything that goes into a checkpoint, by its name there."""
         return {
             "suspicion": self._suspicion,
             "evidence": self._evidence,
             "proofs": self._proofs,
             "crowding": self._crowding,
+            "audits": self._schedule,
         }
 
     def audit_order(self, trainer: pl.Trainer) -> list[int]:
@@ -289,6 +312,24 @@ class ByzantineMonitor(pl.Callback):
             cleared=self._suspicion.cleared,
             excluded=_strategy(trainer).quarantined | self._proofs.proofs.keys(),
         )
+
+    def _possible_audits(self, strategy: ByzantineDDPStrategy) -> Audited | None:
+        if self.audit is None:
+            return None
+        try:
+            strategy.check_audits()
+        except MisconfigurationException as error:
+            if self.audit != "auto":
+                raise
+            rank_zero_warn(f"ByzantineMonitor has nobody audited in this run. {error} audit=None is without a warning.")
+            return None
+        return "all" if self.audit == "auto" else self.audit
+
+    def _announce_audits(self, trainer: pl.Trainer, suspects: Collection[int]) -> None:
+        order, num_audits = self.audit_order(trainer), self._proofs.num_audits
+        suspected = [worker for worker in order if worker in suspects]
+        for worker in self._schedule.announced(trainer.global_step, suspected, order, num_audits):
+            _strategy(trainer).audit(worker)
 
     def _take(self, trainer: pl.Trainer, verdict: Verdict) -> None:
         """Act on the outcome of an audit."""

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
 
-__all__ = ["Audited", "AuditSchedule"]
+__all__ = ["AuditSchedule", "Audited"]
 
 Audited = Literal["all", "suspects", "turns"]
 # The first round must not cost more than later ones by much.

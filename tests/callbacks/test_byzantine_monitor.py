@@ -77,7 +77,7 @@ def fit_monitored(
 ) -> tuple[ByzantineMonitor, Tensor, frozenset[int]]:
     """Train under the attack; return the monitor, the parameters of every step, and the quarantine."""
     torch.manual_seed(3)  # or the model would depend on which tests ran before
-    watcher = ByzantineMonitor(**(monitor or {}))
+    watcher = ByzantineMonitor(**({"audit": None} | (monitor or {})))
     ddp = ByzantineDDPStrategy(**(strategy or {}))
     attacks = [] if attack is None else [ByzantineSimulation(attack, list(byzantine))]
     with warnings.catch_warnings():
@@ -468,7 +468,7 @@ def calls_of_fit(folder: Path) -> list[tuple[int, str | None]]:
         fit(
             ByzantineDDPStrategy(**ONE_PROCESS),
             num_batches=5 * 30,
-            callbacks=[*attacks, simulation, ByzantineMonitor(on_suspect=called)],
+            callbacks=[*attacks, simulation, ByzantineMonitor(on_suspect=called, audit=None)],
             default_root_dir=folder,
         )
     return called.calls
@@ -598,7 +598,7 @@ def fit_logged(folder: Path) -> list[tuple[str, str]]:
     bar = TQDMProgressBar()
     with mock.patch.object(bar, "_update_n", create=True):
         loggers = [TensorBoardLogger(folder, name="board"), CSVLogger(folder, name="csv")]
-        watcher = ByzantineMonitor(every_n_steps=10)
+        watcher = ByzantineMonitor(every_n_steps=10, audit=None)
         shown: list[tuple[str, str]] = []
         runner = trainer(
             ByzantineDDPStrategy(),
