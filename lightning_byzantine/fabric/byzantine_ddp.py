@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_byzantine.aggregation.defaults import aggregator_or_default, estimator_or_default
 from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.hooks import RobustHook, robust_ddp
+from lightning_byzantine.hooks.robust_ddp import check_arguments
 
 __all__ = ["ByzantineDDPStrategy"]
 
@@ -45,8 +45,9 @@ class ByzantineDDPStrategy(DDPStrategy):
             reports, quarantine and simulated attacks.
 
     Raises:
-        TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator; ``fabric.setup`` raises
-            what :func:`~lightning_byzantine.hooks.robust_ddp` does.
+        TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
+        ValueError: if a choice is unknown. ``fabric.setup`` raises what :func:`~lightning_byzantine.hooks.robust_ddp`
+            does.
 
     Example:
         >>> from lightning.fabric import Fabric
@@ -69,8 +70,7 @@ class ByzantineDDPStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        aggregator_or_default(aggregator)  # checks it before processes are started
-        estimator_or_default(estimator)
+        check_arguments(aggregator, estimator, exchange, max_worker_grad_norm, on_breakdown)
         self.hooks: list[RobustHook] = []
         self.restart_estimator = restart_estimator
         self._arguments: dict[str, Any] = {

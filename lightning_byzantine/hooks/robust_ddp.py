@@ -23,7 +23,7 @@ from lightning_byzantine.hooks.robust_hook import RobustHook
 from lightning_byzantine.optim import DoubleMomentumEstimator
 from lightning_byzantine.utilities.checks import check_choice, check_positive
 
-__all__ = ["robust_ddp"]
+__all__ = ["check_arguments", "robust_ddp"]
 
 
 def robust_ddp(
@@ -80,14 +80,12 @@ def robust_ddp(
 
     """
     _check_model(model)
-    check_choice("exchange", exchange, EXCHANGES)
-    if max_worker_grad_norm is not None:
-        check_positive("max_worker_grad_norm", max_worker_grad_norm)
+    check_arguments(aggregator, estimator, exchange, max_worker_grad_norm, on_breakdown)
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
     num_workers = dist.get_world_size()
     num_byzantine = num_byzantine_or_default(num_byzantine, num_workers)
-    rule, own = deepcopy(aggregator_or_default(aggregator)), deepcopy(_without_second_pass(estimator))
+    rule, own = deepcopy(aggregator_or_default(aggregator)), deepcopy(estimator_or_default(estimator))
     rule.check(num_workers, num_byzantine)
     rule.reset()
     if own is not None:
@@ -100,7 +98,7 @@ def robust_ddp(
         exchange,
         robust_buffers,
         max_norm=max_worker_grad_norm,
-        breakdown=Breakdown(_without_optimizer(on_breakdown)),
+        breakdown=Breakdown(on_breakdown),
         loss_scale=lambda: float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None,
     )
     if num_workers == 2 and dist.get_rank() == 0:
@@ -110,6 +108,32 @@ def robust_ddp(
             stacklevel=2,
         )
     return hook
+
+
+def check_arguments(
+    aggregator: Aggregator | None,
+    estimator: Estimator | Literal["auto"] | None,
+    exchange: str,
+    max_worker_grad_norm: float | None,
+    on_breakdown: str,
+) -> None:
+    """Raise what :func:`robust_ddp` would, as far as that is known before there are processes or a model."""
+    aggregator_or_default(aggregator)
+    if isinstance(estimator, DoubleMomentumEstimator):
+        raise ValueError(
+            "estimator must need one gradient of a batch only, got DoubleMomentumEstimator, which needs another one at"
+            " a second point. Use WorkerMomentum(), or the Trainer with `byzantine_ddp_double_momentum`."
+        )
+    estimator_or_default(estimator)
+    check_choice("exchange", exchange, EXCHANGES)
+    if max_worker_grad_norm is not None:
+        check_positive("max_worker_grad_norm", max_worker_grad_norm)
+    if on_breakdown == "skip":
+        raise ValueError(
+            "on_breakdown must be 'raise' or 'propagate', got 'skip', for which the hook would need your optimizer. A"
+            " torch.amp.GradScaler given as `scaler` skips such steps, with `init_scale=1.0` too."
+        )
+    check_choice("on_breakdown", on_breakdown, ("raise", "propagate"))
 
 
 def _check_model(model: DistributedDataParallel) -> None:
@@ -142,22 +166,3 @@ def _check_model(model: DistributedDataParallel) -> None:
             f"model must have dense gradients, because momentum has values in every row, got the parameter {name!r}"
             " with a sparse one. Make its module with sparse=False."
         )
-
-
-def _without_second_pass(estimator: Estimator | Literal["auto"] | None) -> Estimator | None:
-    if isinstance(estimator, DoubleMomentumEstimator):
-        raise ValueError(
-            "estimator must need one gradient of a batch only, got DoubleMomentumEstimator, which needs another one at"
-            " a second point. Use WorkerMomentum(), or the Trainer with `byzantine_ddp_double_momentum`."
-        )
-    return estimator_or_default(estimator)
-
-
-def _without_optimizer(on_breakdown: Literal["raise", "propagate"]) -> Literal["raise", "propagate"]:
-    if on_breakdown == "skip":  # type: ignore[comparison-overlap]
-        raise ValueError(
-            "on_breakdown must be 'raise' or 'propagate', got 'skip', for which the hook would need your optimizer. A"
-            " torch.amp.GradScaler given as `scaler` skips such steps, with `init_scale=1.0` too."
-        )
-    check_choice("on_breakdown", on_breakdown, ("raise", "propagate"))
-    return on_breakdown

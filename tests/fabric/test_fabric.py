@@ -1,3 +1,4 @@
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from training import Regression, parameters
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Mean, PersistentFilter
 from lightning_byzantine.fabric import ByzantineDDPStrategy
 
-RULES: list[Aggregator] = [Mean(), PersistentFilter(), CTMA(NNM(GeometricMedian()))]
+RULES: list[Aggregator] = [PersistentFilter(), Mean(), CTMA(NNM(GeometricMedian()))]
 
 
 class FabricLoop:
@@ -55,8 +56,13 @@ def with_and_without_fabric(
     return by_fabric, Loop(ddp=ddp, **arguments).run(batches(), **loop)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+PAIRS = [
+    pytest.param(rule, exchange, id=f"{type(rule).__name__}-{exchange}", marks=() if index < 2 else pytest.mark.slow)
+    for index, (exchange, rule) in enumerate(product(["all_gather", "all_to_all"], RULES))
+]
+
+
+@pytest.mark.parametrize(("rule", "exchange"), PAIRS)
 def test_trains_like_a_plain_loop(three_ranks: RankPool, rule: Aggregator, exchange: str) -> None:
     results = three_ranks.run(with_and_without_fabric, {}, {}, {}, aggregator=rule, exchange=exchange)
     for by_fabric, plain in results:
@@ -185,10 +191,27 @@ def test_every_variant_has_one_name(three_ranks: RankPool, name: str, expected: 
     assert three_ranks.run(rule_and_exchange, f"byzantine_ddp_{name}") == [expected] * 3
 
 
-@pytest.mark.parametrize("argument", ["aggregator", "estimator"])
-def test_wrong_arguments_are_named_before_processes_start(argument: str) -> None:
-    with pytest.raises(TypeError, match=f"{argument} must be an "):
-        ByzantineDDPStrategy(**{argument: 3})
+@pytest.mark.parametrize(
+    "arguments", [{"aggregator": 3}, {"estimator": 3}, {"exchange": "ring"}, {"on_breakdown": "skip"}], ids=str
+)
+def test_wrong_arguments_are_named_before_processes_start(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be "):
+        ByzantineDDPStrategy(**arguments)
+
+
+def setup_of_three(**arguments: Any) -> str:
+    fabric = fabric_of(ByzantineDDPStrategy(**arguments))
+    try:
+        fabric.setup(nn.Linear(1, 1))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_only_the_number_of_workers_shows_is_named_by_setup(three_ranks: RankPool) -> None:
+    errors = three_ranks.run(setup_of_three, num_byzantine=2)
+    assert errors == ["num_byzantine must satisfy 0 <= f < m / 2, got f=2 with m=3 workers"] * 3
 
 
 def launched(fabric: Fabric) -> list[float]:

@@ -17,6 +17,7 @@ from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Mean, PersistentFilter, Report
 from lightning_byzantine.attacks import LabelFlip, Scale, SignFlip
 from lightning_byzantine.estimators import WorkerMomentum
+from lightning_byzantine.exchange import EXCHANGES
 from lightning_byzantine.hooks import robust_ddp
 from lightning_byzantine.optim import DoubleMomentumEstimator
 
@@ -28,8 +29,14 @@ def trainer_and_loop(rule: Aggregator, exchange: Any) -> tuple[Tensor, Tensor]:
     return by_trainer, Loop(aggregator=rule, exchange=exchange).run(batches())
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+# Each rule by default with one exchange.
+PAIRS = [
+    pytest.param(rule, exchange, id=f"{type(rule).__name__}-{exchange}", marks=() if index % 2 else pytest.mark.slow)
+    for index, (rule, exchange) in enumerate([(rule, name) for name in EXCHANGES for rule in RULES])
+]
+
+
+@pytest.mark.parametrize(("rule", "exchange"), PAIRS)
 def test_trains_like_the_trainer(three_ranks: RankPool, rule: Aggregator, exchange: str) -> None:
     (expected, first), *others = three_ranks.run(trainer_and_loop, rule, exchange)
     torch.testing.assert_close(first, expected, atol=1e-6, rtol=0)
@@ -355,8 +362,7 @@ def vote(robust_buffers: bool) -> Tensor:
     loop.run(batches(1))
     loop.module[1].running_mean.fill_((100.0, 1.0, 2.0)[dist.get_rank()])
     loop.model(torch.zeros(2, 8))
-    with torch.no_grad():
-        loop.hook.synchronize_buffers()
+    loop.hook.synchronize_buffers()
     return loop.module[1].running_mean.clone()
 
 
