@@ -5,17 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_byzantine.exchange.keyed_digest import _SETS, digest_of, keyed_digest
+from lightning_byzantine.exchange.keyed_digest import digest_of, keyed_digest
 
 WIDTH, KEY = 1 << 14, b"key"
 
 
 def by_hand(tensors: list[Tensor]) -> bytes:
-    stream = shake_256(KEY).digest(8 * _SETS * WIDTH)
-    keys = [
-        [int.from_bytes(stream[8 * (WIDTH * number + i) :][:8], "little") for i in range(WIDTH)]
-        for number in range(_SETS)
-    ]
+    stream = shake_256(KEY).digest(8 * WIDTH)
+    keys = [int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(WIDTH)]
     digest = sha256()
     for tensor in tensors:
         content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -23,9 +20,8 @@ def by_hand(tensors: list[Tensor]) -> bytes:
         words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for start in range(0, len(words), WIDTH):
-            for key in keys:
-                total = sum(k * x for k, x in zip(key, words[start : start + WIDTH], strict=True))
-                digest.update((total % (1 << 64)).to_bytes(8, "little"))
+            total = sum(k * x for k, x in zip(keys, words[start : start + WIDTH], strict=True))
+            digest.update((total % (1 << 64)).to_bytes(8, "little"))
     return digest.digest()
 
 
