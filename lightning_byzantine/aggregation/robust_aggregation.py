@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
@@ -124,4 +125,8 @@ def _plain(found: Any) -> Any:
         return [found.dropped, _plain(found.report())]
     if isinstance(found, Report | Scale):
         return {field.name: _plain(getattr(found, field.name)) for field in fields(found)}
-    return [_plain(part) for part in found] if isinstance(found, tuple) else found
+    if isinstance(found, tuple):
+        # Reports on parameters have the same fields; a few large tensors are faster than many small ones.
+        columns = zip(*(_plain(part).values() for part in found), strict=True)
+        return [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
+    return found
