@@ -255,6 +255,15 @@ class Gathers(Small):
         return super().training_step(batch, batch_idx) + self.all_gather(batch[0]).sum()
 
 
+class Reduces(Small):
+    """Has a collective of its own, in which no rank must be missing."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        total = batch[1].sum()
+        torch.distributed.all_reduce(total)
+        return super().training_step(batch, batch_idx) * (1 + total.square())
+
+
 class WithAnObject(Small):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return [*batch, object()]
@@ -269,14 +278,16 @@ class WithAnObject(Small):
         (OfItsRank, "may depend on the rank"),
         (WithAGenerator, "can't be repeated"),
         (Gathers, "can't be repeated"),
+        (Reduces, "may depend on the rank"),
         (WithAnObject, "can't be sent as tensors"),
     ],
 )
 def test_proves_nothing_where_steps_cant_be_repeated(
     three_ranks: RankPool, model: type[pl.LightningModule], reason: str
 ) -> None:
-    (verdict,) = agreed(three_ranks.run(audited, [1], model=model))
-    assert verdict.outcome == INCONCLUSIVE
+    *others, verdict = agreed(three_ranks.run(audited, [1], model=model))
+    assert {found.outcome for found in [*others, verdict]} == {INCONCLUSIVE}
+    assert verdict.worker == 1
     assert reason in str(verdict)
 
 

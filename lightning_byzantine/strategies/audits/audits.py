@@ -179,8 +179,8 @@ class Audits:
 
     def _audit(self, worker: int, rows: SentRows, nonces: dict[int, int]) -> None:
         assert rows.current is not None
-        sent = rows.current.completed()
-        last = None if rows.last is None else rows.last.completed()
+        sent = rows.current.completed(self._device)
+        last = None if rows.last is None else rows.last.completed(self._device)
         own = self._statement(worker, sent, last, _seed(nonces)).packed()
         digests = self._gather(digest(own))
         packed = {rank: row for rank, row in self._gather(own).items() if rank in digests}
@@ -194,11 +194,17 @@ class Audits:
         self._has_reproduced |= is_own or self._rank in judgement.right
         if judgement.outcome == Outcome.INCONCLUSIVE and judgement.unproved and self._try_another(worker):
             return
-        step = self._module.trainer.global_step
-        right = len(judgement.right)
-        residual, tolerance = judgement.residual, judgement.tolerance
         self._tell(
-            Verdict(worker, step, judgement.outcome, judgement.reason, judgement.wrong, right, residual, tolerance)
+            Verdict(
+                worker,
+                self._module.trainer.global_step,
+                judgement.outcome,
+                judgement.reason,
+                judgement.wrong,
+                len(judgement.right),
+                judgement.residual,
+                judgement.tolerance,
+            )
         )
 
     def _try_another(self, worker: int) -> bool:
@@ -217,6 +223,9 @@ class Audits:
 
     def _statement(self, worker: int, sent: SentRow, last: SentRow | None, seed: int) -> Statement:
         batches, finding = self._exchanged(worker)
+        if finding == Finding.NOTHING:
+            # Other ranks' training steps may wait for this one, such as in a collective of the user's.
+            self._replayed(batches)
         if finding != Finding.RECOMPUTED:
             return Statement(finding, self._has_reproduced)
         if not (sent.is_usable and (self._estimator is None or (last is not None and last.is_usable))):
@@ -240,7 +249,7 @@ class Audits:
             return replay.gradients(batches)
         except (NotReplayableError, MisconfigurationException):
             return Finding.NOT_REPLAYABLE
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             return Finding.OUT_OF_MEMORY
         except Exception:
             return Finding.FAILED  # whatever the training step raises on this batch
@@ -255,7 +264,7 @@ class Audits:
             return own, Finding.RECOMPUTED if is_complete else Finding.OTHER_STRUCTURE
         if self._rank == self._rank_of(worker):
             parcel.send(content if is_complete else None, self._device)
-            return [], Finding.NOTHING
+            return own, Finding.NOTHING
         try:
             arrived = parcel.receive(self._rank_of(worker), content if is_complete else None, fixed, self._device)
         except parcel.MalformedParcelError:

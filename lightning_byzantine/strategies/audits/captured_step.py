@@ -28,7 +28,7 @@ class CapturedBatch:
     """One call of ``training_step``, as tensors.
 
     Args:
-        start: the state of the module before it, without tensors.
+        start: the state of the module before it, without tensors and arrays.
         random: the random state before it.
         buffers: the module's buffers before it.
         values: the tensors, numbers and strings of the call's arguments, as tensors; None in place of each None.
@@ -80,7 +80,7 @@ def captured(
 
     """
     training_step = module.training_step
-    start = Snapshot(module, copy_tensors=False)
+    start = Snapshot(module, copy_tensors=False, watch_arrays=False)
 
     def capturing(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -96,7 +96,8 @@ def captured(
 def _capture(module: pl.LightningModule, start: Snapshot, arguments: Any) -> CapturedBatch:
     leaves, structure = tree_flatten(arguments)
     values = [_encoded(leaf) for leaf in leaves]
-    buffers = [buffer.detach().clone() for buffer in module.buffers()]
+    # In the host's memory, so that training can't run out of that of its device.
+    buffers = [buffer.detach().to("cpu", copy=True) for buffer in module.buffers()]
     # Tensors of the batch are not kept, only their kind.
     kinds = [
         leaf.detach().new_empty(0).requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
@@ -115,7 +116,7 @@ def _encoded(leaf: Any) -> Tensor | None:
     if isinstance(leaf, Tensor):
         if leaf.layout != torch.strided or leaf.is_quantized:
             raise UnsupportedBatchError(f"the batch holds a tensor of layout {leaf.layout}")
-        return leaf.detach().clone()  # the training step may write to it
+        return leaf.detach().to("cpu", copy=True)  # the training step may write to it
     if type(leaf) in _NUMBERS:
         try:
             return torch.tensor(leaf, dtype=_NUMBERS[type(leaf)])

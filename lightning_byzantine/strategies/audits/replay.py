@@ -88,7 +88,7 @@ class Replay:
 
     def _once(self, batch: CapturedBatch, result: Gradients) -> dict[str, Tensor]:
         module = self.module
-        now = Snapshot(module, copy_tensors=False)
+        now = Snapshot(module, copy_tensors=False, watch_arrays=False)
         try:
             batch.start.restore()  # such as a counter of steps
             arguments = batch.arguments()

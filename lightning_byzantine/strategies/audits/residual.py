@@ -83,11 +83,11 @@ class Residual:
 
 def _expected(row: Tensor, last: Tensor | None, gradients: Gradients, name: str, estimator: Estimator | None) -> Tensor:
     gradient = gradients.here.get(name)
-    gradient = torch.zeros_like(row) if gradient is None else gradient.to(row.dtype)
+    gradient = torch.zeros_like(row) if gradient is None else gradient.to(row)
     if estimator is None:
         return gradient
     out, before = torch.empty_like(row), gradients.before.get(name)
-    estimator.follow(last, gradient, None if before is None else before.to(row.dtype), out)
+    estimator.follow(last, gradient, None if before is None else before.to(row), out)
     return out
 
 

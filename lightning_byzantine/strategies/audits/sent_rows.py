@@ -34,13 +34,18 @@ class SentRow:
     is_sharded: bool
     step: int
 
-    def completed(self) -> "SentRow":
-        """Return the row with all columns, [c]; all ranks must call this."""
+    def completed(self, device: torch.device) -> "SentRow":
+        """Return the row with all columns, [c]; all ranks must call this.
+
+        Args:
+            device: of the process group's tensors.
+
+        """
         if not self.is_sharded:
             return self
         wholes = []
         for part, (_, sizes) in zip(self.parts, self.layouts, strict=True):
-            wholes.append(gathered(part).view(-1)[: sum(sizes)])
+            wholes.append(gathered(part.to(device)).view(-1)[: sum(sizes)].cpu())
         return SentRow(self.layouts, wholes, False, self.step)
 
     def by_name(self) -> dict[str, Tensor]:
@@ -89,7 +94,8 @@ class SentRows:
         """
         if self.current is not None and self.current.step != step:
             self.last = self.current
-        parts = [block[self.worker].clone() for block in matrix.blocks]
+        # In the host's memory, so that training can't run out of that of its device.
+        parts = [block[self.worker].to("cpu", copy=True) for block in matrix.blocks]
         self.current = SentRow([(block.layout, block.sizes) for block in blocks], parts, self.is_sharded, step)
 
 

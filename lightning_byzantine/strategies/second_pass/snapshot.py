@@ -44,6 +44,7 @@ class Snapshot:
         root: where to start.
         copy_tensors: whether to copy tensors and arrays, so that they can be restored. Without copies, :attr:`changed`
             still reports writes to them.
+        watch_arrays: whether it does so for arrays, which takes a copy of them as well.
 
     Attributes:
         modules: all modules that were found.
@@ -60,10 +61,11 @@ class Snapshot:
 
     """
 
-    def __init__(self, root: Any, copy_tensors: bool = True) -> None:
+    def __init__(self, root: Any, copy_tensors: bool = True, watch_arrays: bool = True) -> None:
         self.modules: list[nn.Module] = []
         self.iterators: list[Iterator[Any]] = []
         self._copy_tensors = copy_tensors
+        self._watch_arrays = watch_arrays
         self._undo: list[Callable[[], Any]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._arrays: list[tuple[np.ndarray, bytes]] = []
@@ -119,6 +121,12 @@ class Snapshot:
         if self._copy_tensors and not is_trainable and not _is_expanded(tensor):
             self._undo.append(partial(tensor.detach().copy_, tensor.detach().clone()))
 
+    def _visit_array(self, array: np.ndarray) -> None:
+        if self._copy_tensors and array.flags.writeable:
+            self._undo.append(partial(np.copyto, array, array.copy()))
+        elif not self._copy_tensors and self._watch_arrays:
+            self._arrays.append((array, array.tobytes()))
+
     def _visit_dict(self, value: dict[Any, Any], skip: frozenset[str] = frozenset()) -> Iterable[Any]:
         items = dict(value)
 
@@ -144,10 +152,7 @@ class Snapshot:
         if isinstance(value, Tensor):
             self._visit_tensor(value)
         elif isinstance(value, np.ndarray):
-            if not self._copy_tensors:
-                self._arrays.append((value, value.tobytes()))
-            elif value.flags.writeable:
-                self._undo.append(partial(np.copyto, value, value.copy()))
+            self._visit_array(value)
         elif isinstance(value, torch.Generator | np.random.RandomState):
             state: Any = value.get_state()
             self._undo.append(partial(value.set_state, state))
