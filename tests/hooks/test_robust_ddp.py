@@ -11,7 +11,7 @@ from loops import Loop, batches, loss_of
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import Regression, fit
+from training import Regression, fit, parameters
 
 from lightning_byzantine import ByzantineBreakdownError, ByzantineDDPStrategy
 from lightning_byzantine.aggregators import CTMA, NNM, Aggregator, GeometricMedian, Mean, PersistentFilter, Report
@@ -373,6 +373,17 @@ def test_buffers_are_voted_on(three_ranks: RankPool) -> None:
     assert three_ranks.run(vote, False)[1].min() > 50
 
 
+def in_one_backward() -> list[Tensor]:
+    loops = [Loop(ddp={"bucket_cap_mb": 0.0005}) for _ in range(2)]
+    for batch in batches(4):
+        torch.stack([loss_of(loop.model, batch) for loop in loops]).sum().backward()
+        for loop in loops:
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            loop.history.append(parameters(loop.module))
+    return [torch.stack(loop.history) for loop in loops]
+
+
 def two_models() -> list[Tensor]:
     rule, estimator = PersistentFilter(), WorkerMomentum()
     apart = [Loop(aggregator=rule, estimator=estimator).run(batches(4)) for _ in range(2)]
@@ -381,7 +392,7 @@ def two_models() -> list[Tensor]:
         first.run([batch])
         second.run([batch])
     assert estimator.worker_state() == {}
-    return [*apart, torch.stack(first.history), torch.stack(second.history)]
+    return [*apart, torch.stack(first.history), torch.stack(second.history), *in_one_backward()]
 
 
 def test_models_do_not_share_a_rule_or_momentum(three_ranks: RankPool) -> None:
