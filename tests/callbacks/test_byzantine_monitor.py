@@ -666,7 +666,7 @@ def test_logs_how_far_the_aggregate_can_be_from_the_honest_mean(one_rank: RankPo
     assert len(logged) == 3
     assert all(map(isnan if fault == "coordinate-wise" else isfinite, bounds))
     if fault == "x 10":
-        assert all(0 < apart < bound / 2 for bound, apart in logged)
+        assert all(0 < apart < bound / 2 for bound, apart in logged[1:])  # from step 20 on, the worker is a suspect
     else:
         assert all(map(isnan, without_suspects))
 
