@@ -10,7 +10,7 @@ __all__ = ["digest_of", "keyed_digest"]
 
 # One key for each of the words of a chunk; as many chunks at once as fit the cache as int64.
 _WIDTH = 1 << 14
-_CHUNKS = {"cpu": 16, "cuda": 1024}
+_CHUNKS = {"cpu": 16, "cuda": 256}
 
 
 def keyed_digest(tensors: Sequence[Tensor], key: bytes) -> bytes:

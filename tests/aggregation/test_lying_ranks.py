@@ -1,5 +1,6 @@
 """Five ranks, of which one or two tell others different things about the rows of a step, or about what they heard."""
 
+import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from lightning_byzantine.exchange.witnesses import Witnesses
 
 SIZES = {"weight": 130, "bias": 7, "late": 110}
 NONCE, STATEMENT = 16, 32
-HONEST = (0, 2, 3, 4)
+HONEST, COLLUDING = (0, 2, 3, 4), (1, 3)
 
 
 def noise(row: Tensor, dst: int) -> Tensor:
@@ -88,6 +89,29 @@ LIES: dict[str, dict[int, Lie]] = {
 }
 
 
+def random_lie(seed: int) -> Lie:
+    """Return what lies about anything to anybody, otherwise each time."""
+    generator = random.Random(seed)
+
+    def forge(tensor: Tensor, dst: int) -> Tensor:
+        if tensor.dtype == torch.uint8:
+            return tensor + generator.randrange(1, 5)
+        return generator.choice([noise, one_bit, lambda row, dst: row * torch.nan])(tensor, dst)
+
+    def broadcast(statement: bytes | None) -> bytes | None:
+        if statement is None:
+            return generator.choice([None, None, b""])
+        lies = [bytes(len(statement)), None, b"nonsense", accuses(generator.randrange(5))(statement)]
+        return generator.choice([statement] * 4 + lies)
+
+    return Lie(
+        when=lambda tensor: (is_row(tensor) or tensor.numel() in (NONCE, STATEMENT)) and generator.random() < 0.2,
+        forge=forge,
+        broadcast=broadcast,
+        transfer=lambda rows: rows + generator.choice([0, 0, 1]),
+    )
+
+
 def lying(lie: Lie, witnesses: Witnesses) -> ExitStack:
     send, broadcast, transfer = dist.isend, witnesses.broadcast, witnesses.channel.transfer
 
@@ -120,6 +144,7 @@ def drive(
     checked: bool = True,
     without: tuple[int, ...] = (),
     max_faulty: int = 2,
+    seed: int | None = None,
 ) -> Run | str:
     """Return what the optimizer receives, [steps, d], and who was named; or the error."""
     rank, rule = dist.get_rank(), PersistentFilter() if rule is None else rule
@@ -146,8 +171,10 @@ def drive(
         disputes.append(case)
         settle(case)
 
-    lies = LIES[name].get(rank, Lie())
-    with lying(lies, witnesses), mock.patch.object(Case, "settle", settling):
+    lie = LIES[name].get(rank, Lie())
+    if seed is not None and rank in COLLUDING:
+        lie = random_lie(seed + rank)
+    with lying(lie, witnesses), mock.patch.object(Case, "settle", settling):
         for workers in gradients:
             own = dict(zip(SIZES, workers[rank].split(list(SIZES.values())), strict=True))
             late = own.pop("late")
@@ -211,6 +238,18 @@ def test_honest_ranks_stay_together_and_name_who_it_was(five_ranks: RankPool, na
 @cache
 def received_without(ranks: RankPool, proved: tuple[int, ...]) -> Tensor:
     return ranks.run(drive, "nobody", without=proved)[0].received
+
+
+@pytest.mark.slow
+def test_whatever_two_liars_do_the_others_stay_together(five_ranks: RankPool) -> None:
+    for seed in range(0, 200, 10):
+        results = five_ranks.run(drive, "nobody", steps=5, seed=seed)
+        for rank in (0, 2, 4):
+            run, first = results[rank], results[0]
+            assert torch.equal(run.received, first.received), seed
+            assert (run.named, run.proved, run.pairs) == (first.named, first.proved, first.pairs), seed
+            assert run.proved <= set(COLLUDING), seed
+            assert not any({0, 2, 4}.issuperset(pair) for pair in run.pairs), seed
 
 
 @pytest.mark.parametrize("rule", [PersistentFilter(), Krum(), CenteredClipping(tau=1.0)], ids=repr)
