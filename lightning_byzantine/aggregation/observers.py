@@ -1,21 +1,16 @@
 """Observers of each aggregation's report on the workers."""
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_byzantine.aggregators import Report
-from lightning_byzantine.matrix import WorkerMatrix
 
 __all__ = ["Observers"]
-
-# Counting bits takes longer than the rest of the report, and faults of a chip are permanent.
-_BITS_EVERY_N_STEPS = 10
 
 
 class Observers:
@@ -33,7 +28,6 @@ class Observers:
 
     def __init__(self) -> None:
         self._functions: dict[int, Callable[[Report], None]] = OrderedDict()
-        self._aggregations: Counter[frozenset[str | None]] = Counter()
         self._outvoted: Tensor | None = None
         self._equivocated: frozenset[int] = frozenset()
 
@@ -55,15 +49,6 @@ class Observers:
     def forget_notes(self) -> None:
         """Clear what was noted for the next report, at the end of the run."""
         self._outvoted, self._equivocated = None, frozenset()
-
-    def want_bits_of(self, matrix: WorkerMatrix) -> bool:
-        """Count an aggregation, and return whether to count bits in it."""
-        if not self._functions:
-            return False
-        # Not the Trainer's step, which could always select the same one of several alternating networks.
-        parameters = frozenset(chain.from_iterable(matrix.layout or ()))
-        self._aggregations[parameters] += 1
-        return self._aggregations[parameters] % _BITS_EVERY_N_STEPS == 1
 
     def tell(self, report: Callable[[], Report], cleared: Collection[int] = ()) -> None:
         """Call all observers.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
-from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregators import Aggregator, Report
@@ -64,15 +63,14 @@ class RobustAggregation(Aggregation):
             ByzantineBreakdownError: if more rows are non-finite, or overflow, than may be Byzantine.
 
         """
-        bits = BitCount(matrix, wanted=self._observers.want_bits_of(matrix))
         num_byzantine = self._quarantine.remaining_byzantine(matrix.num_workers, self._num_byzantine)
         try:
-            decision = self._aggregator.decide(self._quarantine.without(bits.counted_with(matrix)), num_byzantine)
+            decision = self._aggregator.decide(self._quarantine.without(matrix), num_byzantine)
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
             self._report, self._found = lambda: report, {"unusable": error.workers}
             raise
-        self._report = lambda: self._report_of(decision, bits, matrix.num_workers)
+        self._report = lambda: self._report_of(decision, matrix.num_workers)
         # The rule has not looked at the workers in quarantine.
         unusable = None if self._quarantine.workers else frozenset(decision.dropped)
         values, scale = decision.values(), decision.scale() if self._num_byzantine > 0 else None
@@ -112,11 +110,11 @@ class RobustAggregation(Aggregation):
         """Return the mean of the rows that are not in quarantine."""
         return super().mean(self._quarantine.without(matrix))
 
-    def _report_of(self, decision: Decision, bits: BitCount, num_workers: int) -> Report:
+    def _report_of(self, decision: Decision, num_workers: int) -> Report:
         report = decision.report()
         if self._quarantine.workers:
             report = report.among(decision.offered.workers, num_workers, measurable=True)
-        return bits.added_to(report, decision.seen.workers)
+        return report
 
 
 def _plain(found: Any) -> Any:

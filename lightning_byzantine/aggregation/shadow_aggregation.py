@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregation.aggregation import Aggregated, Aggregation
-from lightning_byzantine.aggregation.mantissas import BitCount
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.errors import ByzantineBreakdownError
@@ -62,16 +61,14 @@ class ShadowAggregation(Aggregation):
 
     def _report(self, matrix: WorkerMatrix, unused: Sequence[Tensor] | None) -> Report:
         self._restart_if_new(matrix)
-        # Of the gradients, not of the momentum that is computed here.
-        bits = BitCount(matrix, wanted=self._observers.want_bits_of(matrix))
         sent = matrix if self._beta == 0 else matrix.with_blocks(self._moved(matrix, unused))
-        sent = bits.counted_with(sent.with_previous(_cleared(self._previous, unused)))
+        sent = sent.with_previous(_cleared(self._previous, unused))
         try:
             decision = self._aggregator.decide(sent, self._num_byzantine)
         except ByzantineBreakdownError as error:
             report = Report.of_breakdown(error.workers, matrix.num_workers)
         else:
-            report = bits.added_to(decision.report(), decision.seen.workers)
+            report = decision.report()
             if self._aggregator.uses_previous:
                 self._previous = _merged(self._previous, decision.values(), unused)
         if self._beta > 0:

@@ -52,8 +52,6 @@ class Report:
         equivocated: [m] bool: workers whose process was proved, since the report before, to have told others different
             things in one exchange, or to have computed another result from what all received. From this step on, their
             rows are dropped. None if there were none.
-        unlikely: [m] bool: rows whose bits are unlike the others', see
-            :func:`~lightning_byzantine.aggregation.mantissas.unlikely_bits`; None if they were not checked.
         parts: reports on each parameter, of a rule that decides in each; then weights are averages over all columns.
         share: the fraction of all columns that this report is about; below 1 in :attr:`parts`.
         products: [m, m], inner products of the rows' differences from the aggregate; NaN for rows that the rule has not
@@ -76,7 +74,6 @@ class Report:
     from_aggregate: bool
     outvoted: Tensor | None = None
     equivocated: Tensor | None = None
-    unlikely: Tensor | None = None
     parts: tuple["Report", ...] = ()
     share: float = 1.0
     products: Tensor | None = None
@@ -209,7 +206,6 @@ class Report:
             spread(self.weights, 0.0),
             spread(self.distances, torch.nan),
             self.from_aggregate,
-            unlikely=None if self.unlikely is None else spread(self.unlikely, False),
             parts=tuple(part.among(workers, num_workers, measurable) for part in self.parts),
             share=self.share,
             products=None if self.products is None else spread(spread(self.products, nan).T, nan),

@@ -46,8 +46,8 @@ class ByzantineMonitor(pl.Callback):
     look odd. Only what does not depend on the others' rows is a proof; see
     :class:`~lightning_byzantine.monitoring.proofs.Proofs`. Nobody is punished without.
 
-    It uses statistics that the aggregation computes anyway, the bits of a sample of columns in every tenth step, and
-    which processes were outvoted for non-finite buffers and metrics. That needs no pass over the gradients and no
+    It uses statistics that the aggregation computes anyway, and which processes were outvoted for non-finite buffers
+    and metrics. That needs no pass over the gradients and no
     collective, except to gather the hosts' names when ``fit`` starts. All ranks come to the same conclusions. See
     :class:`~lightning_byzantine.monitoring.suspicion.Suspicion` for the score, and
     :class:`~lightning_byzantine.aggregators.Report` for the statistics of each rule.

@@ -75,15 +75,10 @@ class Blocks:
         """
         return () if self.segments is None else self.segments.grouped(_LEAST)
 
-    def like(
-        self,
-        blocks: Sequence[Tensor] | None = None,
-        complete: Callable[[Tensor], Tensor] | None = None,
-        segments: Segments | None = None,
-    ) -> "Blocks":
-        """Return the same columns with other values, another sum over ranks, or other segments."""
+    def like(self, blocks: Sequence[Tensor] | None = None, segments: Segments | None = None) -> "Blocks":
+        """Return the same columns with other values or other segments."""
         values = self.arriving if blocks is None else blocks
-        return Blocks(values, complete or self.complete, segments or self.segments, *self._agreed)
+        return Blocks(values, self.complete, segments or self.segments, *self._agreed)
 
     def split(self) -> list["Blocks"]:
         """Return the columns of each of :attr:`groups`, after waiting for all blocks."""

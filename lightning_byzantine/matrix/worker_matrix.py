@@ -158,16 +158,6 @@ class WorkerMatrix(RowDistances):
         matrix.previous = previous
         return matrix
 
-    def completed_by(self, wrap: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> "WorkerMatrix":
-        """Return the same blocks with another function that sums a statistic over all ranks.
-
-        Args:
-            wrap: maps the current function to the new one.
-
-        """
-        blocks = self._view.blocks
-        return self._seen_by(self._view.of(blocks.like(complete=wrap(blocks.complete))))
-
     def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> Tensor:
         """Return how far each row is from a point s, along the step from s to another point a, in one pass.
 

@@ -69,7 +69,6 @@ class Evidence:
     def of(self, worker: int) -> dict[str, Any]:
         """Return the fields of a :class:`~lightning_byzantine.monitoring.Suspect` that are about the last steps."""
         trimmed, known = _total(step.trimmed[worker] for step in self._last)
-        unlikely, sampled = _total(step.unlikely[worker] for step in self._last)
         return {
             "steps": len(self._last),
             "trimmed": round(trimmed, 1) if known else None,
@@ -77,8 +76,6 @@ class Evidence:
             "distance": _none_if_unknown(known_median(step.distances[worker] for step in self._last)),
             "norm": _none_if_unknown(known_median(step.norms[worker] for step in self._last)),
             "opposed": int(sum(step.opposed[worker] for step in self._last)),
-            "sampled": sampled,
-            "unlikely": int(unlikely),
             "outvoted": int(sum(step.outvoted[worker] for step in self._last)),
             "equivocated": int(sum(step.equivocated[worker] for step in self._last)),
         }
@@ -141,7 +138,6 @@ class _Step:
     distances: list[float]
     norms: list[float]
     opposed: list[float]
-    unlikely: list[float]
     outvoted: list[float]
     equivocated: list[float]
 
@@ -162,7 +158,6 @@ class _Step:
             distances=multiples(report.distances.tolist()),
             norms=multiples(report.norms.tolist()),
             opposed=list(map(float, report.opposed.tolist())),
-            unlikely=unknown if report.unlikely is None else list(map(float, report.unlikely.tolist())),
             outvoted=no if report.outvoted is None else list(map(float, report.outvoted.tolist())),
             equivocated=no if report.equivocated is None else list(map(float, report.equivocated.tolist())),
         )

@@ -24,8 +24,6 @@ class Suspect:
         distance: median over the steps of its distance as a multiple of the median worker's; None if unknown.
         norm: likewise, of its norm.
         opposed: number of steps in which it pointed away from the others.
-        sampled: number of steps in which the bits of its values were checked.
-        unlikely: number of these in which they were unlike the others'.
         outvoted: number of steps in which its process reported a non-finite buffer or metric, unlike most.
         shadow: whether the strategy was in shadow mode, so that nothing was trimmed.
         equivocated: number of steps in which its process was proved to have told ranks different things.
@@ -34,7 +32,7 @@ class Suspect:
         verdict: outcome of its last audit; None if there was none.
 
     Example:
-        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 20, 0, 0, shadow=False))
+        >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 0, shadow=False))
         worker 3 (rank 3, host node7, cuda:3 NVIDIA H200 4ad1): trimmed in 98 of the last 100 steps, distance 41 x the \
 median
 
@@ -50,8 +48,6 @@ median
     distance: float | None
     norm: float | None
     opposed: int
-    sampled: int
-    unlikely: int
     outvoted: int
     shadow: bool
     equivocated: int = 0
@@ -82,8 +78,6 @@ median
             "told ranks different things in": self.equivocated,
         }
         counts += [f"{what} {number}" for what, number in rare.items() if number > 0]
-        if self.unlikely > 0:
-            counts.append(f"unlikely bits in {self.unlikely} of {self.sampled} samples")
         return [f"{count} of the last {self.steps} steps" for count in counts]
 
     def as_dict(self) -> dict[str, Any]:

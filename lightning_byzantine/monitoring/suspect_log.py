@@ -23,7 +23,7 @@ def log_suspect(path: Path, event: Event, step: int, suspect: Suspect) -> None:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "suspects.jsonl"
-        >>> suspect = Suspect(1, 1, "node7", "cpu", 9, None, 0, 2.5, None, 0, 1, 0, 0, shadow=False)
+        >>> suspect = Suspect(1, 1, "node7", "cpu", 9, None, 0, 2.5, None, 0, 0, shadow=False)
         >>> log_suspect(path, "suspected", 9, suspect)
         >>> line = json.loads(path.read_text())
         >>> line["event"], line["step"], line["worker"], line["distance"]

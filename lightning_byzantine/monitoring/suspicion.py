@@ -32,23 +32,18 @@ class ScoringState:
     Args:
         norms: [m], the last known norm of each worker's row.
         distances: [m], likewise its distance.
-        unlikely: [m], whether its bits were unlikely when they were last checked.
-        unlikely_twice: [m], whether they were unlikely in the last two checks.
         spread: running average of the spread over workers; NaN before the first.
 
     """
 
     norms: list[float]
     distances: list[float]
-    unlikely: list[bool]
-    unlikely_twice: list[bool]
     spread: float
 
     @classmethod
     def initial(cls, num_workers: int) -> "ScoringState":
         """Return the state before the first step."""
-        zeros, no = [0.0] * num_workers, [False] * num_workers
-        return cls(norms=zeros, distances=zeros, unlikely=no, unlikely_twice=no, spread=nan)
+        return cls(norms=[0.0] * num_workers, distances=[0.0] * num_workers, spread=nan)
 
 
 def score(report: Report, state: ScoringState, memory: float) -> tuple[list[float], list[bool], ScoringState]:
@@ -68,13 +63,8 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
 
     """
     measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
-    unlikely, unlikely_twice = state.unlikely, state.unlikely_twice
-    if report.unlikely is not None:
-        # Under double momentum, honest workers have unlikely bits in one of a hundred checks, rarely twice in a row.
-        unlikely = report.unlikely.tolist()
-        unlikely_twice = [last and now for last, now in zip(state.unlikely, unlikely, strict=True)]
     vanished = _vanished(norms, state.norms, memory)
-    certain = _certain(report, norms, vanished, unlikely_twice)
+    certain = _certain(report, vanished)
 
     values, before = (norms, state.norms) if all(map(isnan, distances)) else (distances, state.distances)
     values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
@@ -86,8 +76,6 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
     following = ScoringState(
         norms=_known_or(entered, state.norms),
         distances=_known_or(distances, state.distances),
-        unlikely=unlikely,
-        unlikely_twice=unlikely_twice,
         spread=spread,
     )
     return z, certain, following
@@ -119,7 +107,6 @@ class Suspicion:
     - whose norm did not change, while those of the others did,
     - that points away from the others, see :attr:`~lightning_byzantine.aggregators.Report.opposed`: as long as
       gradients shrink faster than momentum forgets, u does not show a flipped sign,
-    - whose values had unlikely bits in the last two checks,
     - whose process was outvoted in buffers or metrics.
 
     Of a worker that was cleared, by an audit, only the first and the last of these count.
@@ -229,11 +216,9 @@ def _vanished(norms: list[float], before: list[float], memory: float) -> list[bo
     return [change < hardly_any for change in changes]
 
 
-def _certain(report: Report, norms: list[float], vanished: list[bool], unlikely_twice: list[bool]) -> list[bool]:
+def _certain(report: Report, vanished: list[bool]) -> list[bool]:
     """Return which workers stand out regardless of their distance, [m]."""
-    # A quarantined worker, whose norm is not known, is never checked again: its last check must not count forever.
-    unlikely = [twice and not isnan(norm) for twice, norm in zip(unlikely_twice, norms, strict=True)]
-    reasons = [_beside_statistics(report), vanished, report.opposed.tolist(), unlikely]
+    reasons = [_beside_statistics(report), vanished, report.opposed.tolist()]
     return list(map(any, zip(*reasons, strict=True)))
 
 

@@ -29,7 +29,7 @@ def worker_table(
     Example:
         >>> evidence = Evidence(num_workers=1, window=100)
         >>> evidence.steps = 4
-        >>> alone = Suspect(0, 0, "node7", "cpu", 4, 0, 0, None, 1.0, 0, 0, 0, 0, shadow=False)
+        >>> alone = Suspect(0, 0, "node7", "cpu", 4, 0, 0, None, 1.0, 0, 0, shadow=False)
         >>> print(worker_table([alone], evidence, num_byzantine=0, suspects=[], quarantined=[]))
         ByzantineMonitor, 4 steps, num_byzantine=0
         | worker | rank | host | device | trimmed | non-finite | distance | norm | verdict |

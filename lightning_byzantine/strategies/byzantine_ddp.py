@@ -147,7 +147,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
     def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
         """Call a function with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
 
-        It is called during backward, on every rank. Bits are checked in every tenth aggregation of the same parameters.
+        It is called during backward, on every rank.
 
         Args:
             observer: takes the report.

@@ -7,7 +7,6 @@ import torch
 from shards import in_shards
 from torch import Tensor
 
-from lightning_byzantine.aggregation.mantissas import BitCount, count_bits
 from lightning_byzantine.aggregators import CTMA, Aggregator
 from lightning_byzantine.matrix import Combination, Point, Segmented, Segments, WorkerMatrix
 
@@ -157,7 +156,7 @@ def test_segments_and_the_previous_aggregate_stay_with_all_views() -> None:
     previous = [torch.arange(610.0), torch.arange(155.0)]
     matrix = WorkerMatrix(blocks(rows()), segments=SEGMENTS).with_previous(previous)
     views = [make(matrix) for make, _ in VIEWS.values()]
-    for view in [*views, matrix.map_blocks(torch.neg), matrix.completed_by(lambda complete: complete)]:
+    for view in [*views, matrix.map_blocks(torch.neg)]:
         assert view.segments is SEGMENTS
         parts = view.split(with_products=False)
         whole = torch.cat(previous)
@@ -205,25 +204,6 @@ def test_a_point_that_needs_no_products_computes_none() -> None:
     torch.testing.assert_close(torch.cat(matrix.materialize(joined)), rows().median(0).values)
     assert matrix.known_products_about(joined) is None
     assert complete.count == 0
-
-
-def test_bits_are_summed_up_with_the_products() -> None:
-    vectors = rows(dtype=torch.float32)
-    expected = count_bits(vectors[:, :610], 765) + count_bits(vectors[:, 610:], 765)
-    seen: list[Tensor] = []
-
-    def complete(total: Tensor) -> Tensor:
-        seen.append(total)
-        return total
-
-    matrix = WorkerMatrix(blocks(vectors), complete, segments=SEGMENTS)
-    bits = BitCount(matrix, wanted=True)
-    parts = bits.counted_with(matrix).split()
-    assert len(seen) == 1
-    assert torch.equal(seen[0][-expected.numel() :], expected.flatten())
-    for name, part in parts.items():
-        columns = vectors[:, COLUMNS[name]]
-        torch.testing.assert_close(part.products(), WorkerMatrix([columns]).products(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -24,11 +24,8 @@ def a_report(seed: int) -> Report:
     norms[maybe[1]] = torch.nan
     if seed % 3 == 0:  # a rule that tells neither, except of rows that it dropped
         weights[~maybe[1]], distances[:] = torch.nan, torch.nan
-    unlikely, outvoted = maybe[2] if seed % 5 == 0 else None, maybe[0] if seed % 2 == 0 else None
-    equivocated = maybe[2] if seed % 7 == 0 else None
-    return Report(
-        ~maybe[1], norms, weights, distances, True, outvoted=outvoted, equivocated=equivocated, unlikely=unlikely
-    )
+    outvoted, equivocated = maybe[0] if seed % 2 == 0 else None, maybe[2] if seed % 7 == 0 else None
+    return Report(~maybe[1], norms, weights, distances, True, outvoted=outvoted, equivocated=equivocated)
 
 
 def counted(reports: list[Report], worker: int) -> dict[str, float | None]:
@@ -44,7 +41,6 @@ def counted(reports: list[Report], worker: int) -> dict[str, float | None]:
         return median(found) if found else None
 
     told = [report for report in reports if report.weights.nansum() > 0]
-    looked = [report.unlikely for report in reports if report.unlikely is not None]
     votes = [report.outvoted for report in reports if report.outvoted is not None]
     return {
         "steps": len(reports),
@@ -53,8 +49,6 @@ def counted(reports: list[Report], worker: int) -> dict[str, float | None]:
         "distance": middle("distances"),
         "norm": middle("norms"),
         "opposed": sum(bool(report.opposed[worker]) for report in reports),
-        "sampled": len(looked),
-        "unlikely": sum(bool(bits[worker]) for bits in looked),
         "outvoted": sum(bool(out[worker]) for out in votes),
         "equivocated": sum(bool(report.equivocated[worker]) for report in reports if report.equivocated is not None),
     }

@@ -87,7 +87,7 @@ def test_goes_on_from_its_state() -> None:
 
 
 def test_a_suspect_says_what_is_proved() -> None:
-    suspect = Suspect(3, 3, "node7", "cpu", 9, 0.0, 0, None, None, 0, 0, 0, 0, shadow=False)
+    suspect = Suspect(3, 3, "node7", "cpu", 9, 0.0, 0, None, None, 0, 0, shadow=False)
     here = "worker 3 (rank 3, host node7, cpu): "
     assert str(replace(suspect, proof="computes wrongly", verdict="computes wrongly")) == (
         f"{here}proved: computes wrongly, trimmed in 0 of the last 9 steps"

@@ -164,42 +164,12 @@ def test_whoever_is_bad_in_every_step_stays_suspected_while_there_are_too_many()
     assert suspicion.suspected == {1, 2, 3}
 
 
-def report_of_bits(*unlikely: int) -> Report:
-    ones, bits = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.bool)
-    bits[list(unlikely)] = True
-    return Report(ones.bool(), ones, ones / 5, ones, from_aggregate=True, unlikely=bits)
-
-
-def test_only_bits_that_are_unlikely_twice_in_a_row_count() -> None:
-    sometimes, always = Suspicion(5), Suspicion(5)
-    nobody_looked = replace(report_of_bits(), unlikely=None)
-    for step in range(60):
-        sometimes.update(report_of_bits(1) if step % 2 else report_of_bits(), memory=0.0)
-        always.update(nobody_looked if step % 10 else report_of_bits(1), memory=0.0)
-    assert sometimes.scores == [0.0] * 5
-    assert always.suspected == {1}
-
-
-def test_bits_are_not_held_against_whom_nothing_is_known_of_any_more() -> None:
-    suspicion, others = Suspicion(5), torch.tensor([0, 2, 3, 4])
-    for _ in range(3):
-        suspicion.update(report_of_bits(1), memory=0.0)
-    before = suspicion.scores[1]
-    assert before > 0
-    four = torch.ones(4, dtype=torch.float64)
-    quarantined = Report(four.bool(), four, four / 4, four, from_aggregate=True)
-    for _ in range(3):
-        suspicion.update(quarantined.among(others, 5, measurable=True), memory=0.0)
-    assert suspicion.scores[1] == before
-
-
 @pytest.mark.parametrize("fault", ["nan", "x10", "sign flip"])
 def test_goes_on_from_its_state(fault: str) -> None:
     reports = reports_of(6, 20, fault, (2,))
     whole, first, second = Suspicion(8), Suspicion(8), Suspicion(8)
     for step, report in enumerate(reports):
-        bits = torch.arange(8) == 5 if step % 3 == 0 else None
-        watched = replace(report, unlikely=bits)
+        watched = replace(report, outvoted=torch.arange(8) == 5)
         whole.update(watched, BETA)
         (first if step < 4 else second).update(watched, BETA)
         if step == 3:
