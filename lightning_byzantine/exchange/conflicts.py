@@ -1,7 +1,7 @@
 """Who must have lied, given what ranks say that others told them."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from lightning_byzantine.errors import EquivocationError
@@ -82,6 +82,11 @@ class Conflicts:
             if not more:
                 return
             self.prove(more)
+
+    def exclude(self, ranks: Collection[int]) -> None:
+        """Add ranks that are proved to be faulty otherwise, which may be more than f; then no others are."""
+        self._max_faulty = max(self._max_faulty, len(self.proved.union(ranks)))
+        self.prove(ranks)
 
     def add(self, first: int, second: int) -> None:
         """Add two ranks that contradict each other."""

@@ -1,7 +1,7 @@
 """What all ranks know together about who has lied to whom."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -42,10 +42,10 @@ class Witnesses:
         """The ranks that are not proved to be faulty."""
         return self.conflicts.voters
 
-    def exclude(self, ranks: Iterable[int]) -> None:
+    def exclude(self, ranks: Collection[int]) -> None:
         """Listen no more to ranks that have been proved to be faulty otherwise; to be called on all ranks."""
         self._known |= frozenset(ranks)
-        self.conflicts.prove(ranks)
+        self.conflicts.exclude(ranks)
 
     def announce(self) -> None:
         """Give notice of those who have been proved to be faulty since the last time, and warn of conflicts."""

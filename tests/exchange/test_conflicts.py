@@ -80,3 +80,11 @@ def test_more_liars_than_there_may_be_are_an_error() -> None:
         EquivocationError, match="ranks 0, 2 are proved to be faulty, but of 3 ranks no more than 1 may"
     ):
         conflicts.prove([2])
+
+
+def test_those_found_otherwise_have_no_say_even_if_they_are_many() -> None:
+    conflicts = Conflicts(num_ranks=5, max_faulty=1)
+    conflicts.exclude([0, 4])
+    assert (conflicts.voters, conflicts.max_left) == ([1, 2, 3], 0)
+    said = {0: "y", 1: "x", 2: "x", 3: "x", 4: "y"}
+    assert conflicts.judge({(1, "row"): said, (0, "row"): said}) == {(1, "row"): "x"}
