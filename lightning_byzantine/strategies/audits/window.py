@@ -21,6 +21,8 @@ class AuditWindow:
     unseen in one window of m - 1 at most for each accomplice. If all numbers were combined, who reveals last could
     choose.
 
+    A worker that lies in some steps can behave well throughout its windows, which it knows. Faults don't.
+
     In the first step, only what the worker sends is kept: its next row follows from it.
 
     Args:
