@@ -272,6 +272,12 @@ class WithAnObject(Small):
         return super().training_step(batch[:2], batch_idx)
 
 
+class WithManyObjects(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = list(range(400_000))
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -280,6 +286,7 @@ class WithAnObject(Small):
         (Gathers, "can't be repeated"),
         (Reduces, "may depend on the rank"),
         (WithAnObject, "can't be sent as tensors"),
+        (WithManyObjects, "too large"),
     ],
 )
 def test_proves_nothing_where_steps_cant_be_repeated(

@@ -9,13 +9,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_byzantine.strategies.second_pass.snapshot import Snapshot
+from lightning_byzantine.strategies.second_pass.snapshot import Snapshot, TooManyObjectsError
 from lightning_byzantine.utilities.replacing import replaced
 from lightning_byzantine.utilities.rng import random_state
 from lightning_byzantine.utilities.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = ["CapturedBatch", "UnsupportedBatchError", "captured"]
 
+# A module that holds a list of all its samples, for example, takes too long to restore.
+_MANY = 300_000
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
@@ -80,7 +82,12 @@ def captured(
 
     """
     training_step = module.training_step
-    start = Snapshot(module, copy_tensors=False, watch_arrays=False)
+    try:
+        start = Snapshot(module, copy_tensors=False, watch_arrays=False, most=_MANY)
+    except TooManyObjectsError as error:
+        keep(UnsupportedBatchError(str(error)))
+        yield
+        return
 
     def capturing(*args: Any, **kwargs: Any) -> Any:
         try:

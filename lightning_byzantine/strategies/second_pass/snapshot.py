@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.utilities.torch_internals import version_of
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "TooManyObjectsError"]
 
 _ATOMS = frozenset({bool, bytes, complex, float, int, str, type(None), torch.device, torch.dtype, torch.Size})
 
@@ -33,6 +33,10 @@ _FRAMEWORK = sys.stdlib_module_names | {
 _HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
 
+class TooManyObjectsError(Exception):
+    """Visiting all objects would take too long."""
+
+
 class Snapshot:
     """Remembers the state of an object and of all objects that it refers to, directly or not.
 
@@ -45,10 +49,14 @@ class Snapshot:
         copy_tensors: whether to copy tensors and arrays, so that they can be restored. Without copies, :attr:`changed`
             still reports writes to them.
         watch_arrays: whether it does so for arrays, which takes a copy of them as well.
+        most: maximum number of objects to visit; None for any.
 
     Attributes:
         modules: all modules that were found.
         iterators: all iterators that were found; they can't be restored.
+
+    Raises:
+        TooManyObjectsError: if there are more objects than ``most``.
 
     Example:
         >>> state = {"losses": [1.0], "count": torch.zeros(1)}
@@ -61,7 +69,9 @@ class Snapshot:
 
     """
 
-    def __init__(self, root: Any, copy_tensors: bool = True, watch_arrays: bool = True) -> None:
+    def __init__(
+        self, root: Any, copy_tensors: bool = True, watch_arrays: bool = True, most: int | None = None
+    ) -> None:
         self.modules: list[nn.Module] = []
         self.iterators: list[Iterator[Any]] = []
         self._copy_tensors = copy_tensors
@@ -71,9 +81,13 @@ class Snapshot:
         self._arrays: list[tuple[np.ndarray, bytes]] = []
         self._generators: list[tuple[Callable[[], Any], bytes]] = []
         self._seen: dict[int, Any] = {}  # holds references, because the id of a deleted object can be used again
-        pending = [root]
+        pending, num_visited = [root], 0
         while pending:
-            pending.extend(value for value in self._visit(pending.pop()) if type(value) not in _ATOMS)
+            found = list(self._visit(pending.pop()))
+            num_visited += len(found)
+            if most is not None and num_visited > most:
+                raise TooManyObjectsError(f"the module refers to more than {most} objects")
+            pending.extend(value for value in found if type(value) not in _ATOMS)
 
     @property
     def changed(self) -> list[Tensor | np.ndarray]:
