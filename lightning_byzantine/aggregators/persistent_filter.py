@@ -72,6 +72,10 @@ class PersistentFilter(Aggregator):
         super().__init__()
         self.histories = Histories()
 
+    def __repr__(self) -> str:
+        """Show what is called, without the part that remembers."""
+        return "PersistentFilter()"
+
     def reset(self) -> None:
         """Forget what the workers have sent."""
         self.histories.clear()

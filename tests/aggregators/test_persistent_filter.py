@@ -243,7 +243,7 @@ def test_workers_without_a_row_are_remembered_as_they_were() -> None:
         rows = ATTACKS["one way"](vectors(step), 3, step)
         missing = {1} if step in range(9, 12) else set()
         if step == 13:
-            quarantine.add([0], rule, 8, 3)
+            quarantine.add([0], rule, 8, 3, proved=True)
         rows[list(missing)] = torch.nan
         workers = [i for i in range(8) if i not in missing | quarantine.workers]
         fewer = max(0, 3 - len(quarantine.workers)) - len(missing)
