@@ -1,14 +1,16 @@
 """Workers whose vectors are always dropped."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from lightning_byzantine.aggregators import Aggregator
+from lightning_byzantine.errors import EquivocationError
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.checks import check_worker_indices
 
-__all__ = ["Quarantine"]
+__all__ = ["Quarantine", "rank_errors"]
 
 
 class Quarantine:
@@ -80,6 +82,22 @@ class Quarantine:
         if not self.workers:
             return matrix
         return matrix.select(torch.tensor([row for row in range(matrix.num_workers) if row not in self.workers]))
+
+
+@contextmanager
+def rank_errors(ranks: Collection[int]) -> Iterator[None]:
+    """Raise an error that names the ranks if the rule can't do without those that are expelled within the block.
+
+    Raises:
+        EquivocationError: instead of a ValueError.
+
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise EquivocationError(
+            sorted(ranks), f"told others different things, and can't be left out: {error}"
+        ) from error
 
 
 def _remaining_byzantine(num_workers: int, num_byzantine: int) -> int:

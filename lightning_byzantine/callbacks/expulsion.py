@@ -26,8 +26,8 @@ def expel(strategy: ByzantineDDPStrategy, worker: int, *, proved: bool) -> bool:
         return False
     if len(already) >= strategy.num_byzantine:
         rank_zero_warn(
-            f"Did not quarantine worker {worker}: as many as num_byzantine={strategy.num_byzantine} are in"
-            f" quarantine already, {sorted(already)}. Look into these hosts."
+            f"Did not quarantine worker {worker}: no more than num_byzantine={strategy.num_byzantine} can be in"
+            f" quarantine, got {sorted(already)} there already. Look into these hosts."
         )
         return False
     is_new = worker not in strategy.quarantined

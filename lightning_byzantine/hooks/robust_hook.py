@@ -1,7 +1,7 @@
 """What makes one model's training robust, in a loop that is not ours."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorke
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.observers import Observers
-from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregation.quarantine import Quarantine, rank_errors
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.voters import Voters
 from lightning_byzantine.aggregation.worker_states import WorkerStates
@@ -198,10 +198,11 @@ class RobustHook:
             return SingleWorker()
         return RobustAggregation(self.aggregator, self.num_byzantine, self._quarantine, self._observers)
 
-    def _exclude(self, ranks: Iterable[int]) -> None:
+    def _exclude(self, ranks: Collection[int]) -> None:
         """Drop the rows of ranks that are proved to have told others different things, and report them."""
         self._observers.note_equivocated(ranks)
-        self.quarantine(ranks, proved=True)
+        with rank_errors(ranks):
+            self.quarantine(ranks, proved=True)
 
     def _states(self) -> WorkerStates:
         own = range(dist.get_rank(), dist.get_rank() + 1)

@@ -1,7 +1,7 @@
 """The Lightning strategy: DDP with a robust rule instead of the mean."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lightning_byzantine.aggregation.defaults import (
     estimator_or_default,
     num_byzantine_or_default,
 )
-from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine.aggregation.quarantine import Quarantine, rank_errors
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
@@ -243,10 +243,11 @@ class ByzantineDDPStrategy(AggregatingDDP):
         self._take_votes_away()
 
     @override
-    def _exclude(self, ranks: Iterable[int]) -> None:
+    def _exclude(self, ranks: Collection[int]) -> None:
         super()._exclude(ranks)
         if not self.shadow:
-            self.quarantine(self._workers_of(ranks), proved=True)
+            with rank_errors(ranks):
+                self.quarantine(self._workers_of(ranks), proved=True)
 
     def _take_votes_away(self) -> None:
         """Listen no more to ranks of which all workers are proved to be faulty."""

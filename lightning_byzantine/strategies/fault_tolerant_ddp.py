@@ -2,7 +2,7 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -272,7 +272,7 @@ class FaultTolerantDDP(DDPStrategy):
     def _voters(self) -> Voters:
         return Voters(self._witnesses, self._observers)
 
-    def _exclude(self, ranks: Iterable[int]) -> None:
+    def _exclude(self, ranks: Collection[int]) -> None:
         """Add to the next report which ranks are proved to have told others different things."""
         self._observers.note_equivocated(self._workers_of(ranks))
 

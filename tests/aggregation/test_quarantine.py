@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_byzantine.aggregation.quarantine import Quarantine
+from lightning_byzantine import EquivocationError
+from lightning_byzantine.aggregation.quarantine import Quarantine, rank_errors
 from lightning_byzantine.aggregators import Bulyan, CoordinateWiseMedian, Mean
 from lightning_byzantine.matrix import WorkerMatrix
 
@@ -49,3 +50,10 @@ def test_what_leaves_the_rule_too_few_changes_nothing() -> None:
     with pytest.raises(ValueError, match="Bulyan needs m"):
         quarantine.add([1, 2, 3, 4], Bulyan(), 11, 2)
     assert (quarantine.workers, quarantine.proved) == ({0}, {0})
+
+
+def test_an_error_about_ranks_names_them() -> None:
+    message = "rank 4 told others different things, and can't be left out: Bulyan needs m"
+    with pytest.raises(EquivocationError, match=message) as caught, rank_errors({4}):
+        Quarantine().add([0], Bulyan(), 11, 2)
+    assert caught.value.ranks == [4]
