@@ -99,7 +99,8 @@ ATTACKS: dict[str, type[Attack] | Any] = {
 }
 FAULTS = ["clean", *ATTACKS, "poisoned BatchNorm buffers", "NaN in the metric", "exception", *LOST]
 # Within how many steps a fault has to be named, if it persists.
-WITHIN = {name: 300 if name in ("stale by 10 steps", "labels flipped") else 30 for name in FAULTS}
+HIDDEN = ("mantissa bit flip", "stale by 10 steps", "labels flipped")
+WITHIN = {name: 500 if name in HIDDEN else 30 for name in FAULTS}
 for passing in ("clean", "NaN once", "exponent bit flip, 1% of steps", *LOST):
     del WITHIN[passing]
 

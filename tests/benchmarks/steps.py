@@ -1,6 +1,7 @@
 """Whole training steps under stock DDP and under the default rule.
 
-Gloo processes on this machine train a network of ten million parameters by turns with each strategy; a step is
+``unchecked`` is ``all_gather`` without the digests by which ranks find out who tells others different things. Gloo
+processes on this machine train a network of ten million parameters by turns with each strategy; a step is
 forward, backward with its exchange, and the optimizer. Times are medians over all steps but each turn's first, on rank
 0, as ratios to stock DDP. ``memory`` is the most that a process grows by during a step, in units of the gradient, and
 ``kept`` is by how much it is larger than under stock DDP between steps; the momentum's two copies are among that.
@@ -30,12 +31,12 @@ from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
-from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
+from lightning_byzantine.aggregators import PersistentFilter
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.exchange import AllGather, make_exchange
+from lightning_byzantine.hooks import robust_ddp
 
-EXCHANGES = {"shadow": "all_to_all", "all_to_all": "all_to_all", "all_gather": "all_gather"}
-VARIANTS = ["ddp", *EXCHANGES]
+VARIANTS = ["ddp", "shadow", "all_to_all", "all_gather", "unchecked"]
 WIDTH = 1824  # three square layers: 10 million parameters
 BLOCK = 2_500_000
 
@@ -54,17 +55,10 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     network, inputs = make_network(name)
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    if variant in EXCHANGES:
-        num_workers, observers = dist.get_world_size(), Observers()
-        rule, f = CTMA(NNM(GeometricMedian())), (num_workers - 1) // 2
-        if variant == "shadow":
-            observers.add(lambda report: None)  # without anybody to see it, the rule would not be applied
-            aggregation: Any = ShadowAggregation(rule, f, beta=0.9, observers=observers)
-        else:
-            aggregation = RobustAggregation(rule, f, Quarantine(), observers)
-        exchange = make_exchange(EXCHANGES[variant], num_workers)
-        engine = AggregationEngine(dict(network.named_parameters()), aggregation, exchange, WorkerMomentum())
-        AggregationHook(engine, network).register(model)
+    if variant in ("all_to_all", "all_gather"):
+        robust_ddp(model, exchange=variant)  # type: ignore[arg-type]
+    elif variant != "ddp":
+        _aggregate_by_parts(variant, model, network)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -74,6 +68,20 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     return step, sum(parameter.numel() for parameter in network.parameters())
 
 
+def _aggregate_by_parts(variant: str, model: DistributedDataParallel, network: nn.Module) -> None:
+    """Do what no public function does."""
+    num_workers, observers = dist.get_world_size(), Observers()
+    rule, f = PersistentFilter(), (num_workers - 1) // 2
+    if variant == "shadow":
+        observers.add(lambda report: None)  # without anybody to see it, the rule would not be applied
+        aggregation: Any = ShadowAggregation(rule, f, beta=0.9, observers=observers)
+    else:
+        aggregation = RobustAggregation(rule, f, Quarantine(), observers)
+    exchange = make_exchange("all_to_all" if variant == "shadow" else "all_gather", num_workers)
+    engine = AggregationEngine(dict(network.named_parameters()), aggregation, exchange, WorkerMomentum())
+    AggregationHook(engine, network).register(model)
+
+
 def measure(network: str, turns: int, steps: int) -> dict[str, float]:
     contenders = {variant: make(variant, network)[0] for variant in VARIANTS}
     return by_turns(contenders, turns, steps, warm_up=1, ready=dist.barrier)
@@ -81,7 +89,7 @@ def measure(network: str, turns: int, steps: int) -> dict[str, float]:
 
 def measure_floor(turns: int, steps: int) -> dict[str, float]:
     m = dist.get_world_size()
-    rule, exchange = CTMA(NNM(GeometricMedian())), AllGather(m)
+    rule, exchange = PersistentFilter(), AllGather(m)
     generator = torch.Generator().manual_seed(dist.get_rank())
     own = torch.randn(4 * BLOCK, generator=generator)
     received = torch.empty(4, m, BLOCK)
