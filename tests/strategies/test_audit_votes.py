@@ -50,7 +50,9 @@ def test_f_liars_cant_frame_an_honest_worker(liars: list[Statement], noise: floa
 @given(st.integers(1, 4).flatmap(lambda f: st.lists(lies(), min_size=f - 1, max_size=f - 1)), st.booleans())
 def test_a_liar_and_its_accomplices_cant_save_themselves(liars: list[Statement], is_noisy: bool) -> None:
     f = len(liars) + 1
-    auditors = [honest(0.2, 1e-2 if is_noisy else 0.0, seed) for seed in range(f + 1)] + liars
+    # Where steps don't repeat exactly, a lie must be larger to be one.
+    residual, noise = (0.4, 1e-2) if is_noisy else (0.2, 0.0)
+    auditors = [honest(residual, noise, seed) for seed in range(f + 1)] + liars
     assert judged(dict(enumerate(auditors)), f).outcome == Outcome.WRONGLY
 
 
@@ -66,6 +68,35 @@ def test_two_auditors_that_differ_by_chance_prove_nothing() -> None:
     found = judged(statements, num_byzantine=2)
     assert found.outcome == Outcome.INCONCLUSIVE
     assert "chance" in found.reason
+
+
+def depending_on_the_rank(state: float) -> Statement:
+    """Return the statement of an auditor whose own state makes it compute other gradients than the worker."""
+    return honest(state, 0.0, seed=1)
+
+
+def test_auditors_that_are_close_by_chance_prove_nothing() -> None:
+    statements = {0: depending_on_the_rank(0.020), 1: depending_on_the_rank(0.022)}
+    found = judged(statements, num_byzantine=1)
+    assert found.outcome == Outcome.INCONCLUSIVE
+    assert "chance" in found.reason
+    assert found.scattered == {0, 1}
+    # Another gradient altogether is wrong, whatever the state.
+    statements = {0: depending_on_the_rank(0.500), 1: depending_on_the_rank(0.502)}
+    assert judged(statements, num_byzantine=1).outcome == Outcome.WRONGLY
+
+
+def test_only_what_is_the_same_to_rounding_counts_as_reproduced() -> None:
+    statements = {0: depending_on_the_rank(1e-4), 1: depending_on_the_rank(1e-3), 2: depending_on_the_rank(-1e-3)}
+    found = judged(statements, num_byzantine=1)
+    assert (found.outcome, found.right) == (Outcome.RIGHTLY, {0, 1, 2})
+    assert (found.reproduced, found.scattered) == ({0}, {1, 2})
+
+
+def test_too_few_auditors_are_named() -> None:
+    found = judged({0: honest(0.2, 0.0, 1)}, num_byzantine=1)
+    assert found.outcome == Outcome.INCONCLUSIVE
+    assert "too few" in found.reason
 
 
 def test_sketches_are_linear_and_have_the_norm_of_the_vector() -> None:

@@ -93,10 +93,12 @@ def audited(
     model: type[pl.LightningModule] = Small,
     num_batches: int = 100,
     options: dict[str, Any] | None = None,
+    expelled: list[int] | None = None,
     **strategy: Any,
 ) -> list[Verdict]:
     auditing = Auditing(workers)
     callbacks = [ByzantineSimulation(attack, [worker]) for worker, attack in (attacks or {}).items()]
+    callbacks += [] if expelled is None else [Expelling(expelled)]
     fit(ByzantineDDPStrategy(**strategy), model(), num_batches, callbacks=[*callbacks, auditing], **(options or {}))
     return auditing.verdicts
 
@@ -185,6 +187,26 @@ def test_liars_neither_frame_others_nor_save_themselves(five_ranks: RankPool) ->
     assert {verdict.worker for verdict in verdicts if verdict.outcome == WRONGLY} == {3, 4}
     # Three honest workers can't say for sure that one of them computes rightly, if two liars deny it.
     assert {verdict.worker for verdict in verdicts} == {0, 1, 2, 3, 4}
+
+
+class Expelling(pl.Callback):
+    def __init__(self, workers: list[int]) -> None:
+        self._workers = workers
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.strategy.quarantine(self._workers, proved=True)
+
+
+def test_those_who_are_left_prove_and_clear_each_other(five_ranks: RankPool) -> None:
+    results = five_ranks.run(audited, [0, 2], {2: SignFlip()}, expelled=[3, 4])
+    assert outcomes(results) == {0: RIGHTLY, 2: WRONGLY}
+
+
+@pytest.mark.parametrize("expelled", [[2], [1, 2]])
+def test_a_single_auditor_and_none_prove_nothing(three_ranks: RankPool, expelled: list[int]) -> None:
+    (verdict,) = agreed(three_ranks.run(audited, [0], {0: SignFlip()}, expelled=expelled))
+    assert verdict.outcome == INCONCLUSIVE
+    assert "two at least" in str(verdict)
 
 
 HEADERS: list[Callable[[Tensor], Tensor]] = [

@@ -24,7 +24,7 @@ from lightning_byzantine.strategies.audits.captured_step import CapturedBatch, U
 from lightning_byzantine.strategies.audits.replay import Gradients, NotReplayableError, Replay
 from lightning_byzantine.strategies.audits.residual import Residual
 from lightning_byzantine.strategies.audits.sent_rows import SentRow, SentRows
-from lightning_byzantine.strategies.audits.statement import Finding, Statement, digest, judged, sketched
+from lightning_byzantine.strategies.audits.statement import Finding, Judgement, Statement, digest, judged, sketched
 from lightning_byzantine.strategies.audits.verdict import Outcome, Verdict
 from lightning_byzantine.strategies.audits.window import AuditWindow, draw_nonce
 
@@ -154,7 +154,7 @@ class Audits:
         self._has_arrived = False
         nonces = {rank: int(nonce) for rank, nonce in self._gather(draw_nonce()).items()}
         auditors = self._auditors(window.worker, nonces)
-        if window.is_drawn([nonces[rank] for rank in auditors]):
+        if not auditors or window.is_drawn([nonces[rank] for rank in auditors]):
             self._audit(window.worker, rows, nonces)
             self._window = self._rows = None
             self._batches.clear()
@@ -166,7 +166,7 @@ class Audits:
 
     def _auditors(self, worker: int, ranks: Iterable[int]) -> list[int]:
         # A single process is its own auditor.
-        return [rank for rank in ranks if rank != self._rank_of(worker)] or [self._rank]
+        return [rank for rank in ranks if rank != self._rank_of(worker) or self._num_ranks == 1]
 
     def _rank_of(self, worker: int) -> int:
         return worker // self._num_local
@@ -188,10 +188,9 @@ class Audits:
             rank: Statement.unpacked(packed[rank]) if digest(packed[rank]).equal(digests[rank]) else Statement()
             for rank in self._auditors(worker, packed)
         }
-        judgement = judged(statements, self._num_byzantine)
-        # An honest rank that was audited knows what the auditors have found.
-        is_own = judgement.outcome == Outcome.RIGHTLY and self._rank == self._rank_of(worker)
-        self._has_reproduced |= is_own or self._rank in judgement.right
+        num_byzantine = self._num_byzantine_of(len(packed))
+        judgement = judged(statements, num_byzantine)
+        self._note_whether_steps_repeat(judgement, self._rank_of(worker), num_byzantine)
         if judgement.outcome == Outcome.INCONCLUSIVE and judgement.unproved and self._try_another(worker):
             return
         self._tell(
@@ -206,6 +205,25 @@ class Audits:
                 judgement.tolerance,
             )
         )
+
+    def _num_byzantine_of(self, num_voters: int) -> int:
+        """Return how many of the ranks that vote may be Byzantine."""
+        if self._num_ranks == 1:
+            return 0
+        # Those who have lost their vote are some of the f. Even with f = 0 the device of one rank may be faulty, and
+        # must not be able to prove that of another faulty alone.
+        return max(1, self._num_byzantine - (self._num_ranks - num_voters))
+
+    def _note_whether_steps_repeat(self, judgement: Judgement, audited: int, num_byzantine: int) -> None:
+        def is_known(ranks: frozenset[int]) -> bool:
+            # An honest rank that was audited knows what the auditors have found.
+            return self._rank in ranks or (self._rank == audited and len(ranks) > num_byzantine)
+
+        if is_known(judgement.reproduced):
+            self._has_reproduced = True
+        elif is_known(judgement.scattered):
+            # Steps don't repeat exactly, so that one may have seemed to by chance.
+            self._has_reproduced = False
 
     def _try_another(self, worker: int) -> bool:
         """Audit another worker first, to see whether any step can be recomputed; return whether there is one left."""

@@ -40,6 +40,7 @@ _REASONS = {
     Finding.OUT_OF_MEMORY: "the memory of the other ranks' devices does not suffice",
 }
 _SCATTERED = "what the other ranks compute differs too much, so `training_step` may depend on the rank or on chance"
+_FEW = "too few other ranks have a vote: more than f of them have to agree, and two at least"
 _UNREPRODUCED = "no worker's step could be recomputed so far, so `training_step` may depend on the rank"
 
 
@@ -134,6 +135,8 @@ class Judgement:
         reason: why it is inconclusive; empty otherwise.
         wrong: number of auditors that say "wrong".
         right: ranks of the auditors that say "right".
+        reproduced: those of them whose residual is one of rounding.
+        scattered: ranks of the auditors whose residual is not, but comes from a step that can't be repeated exactly.
         unproved: number of auditors that would say "wrong", but know of no step that was reproduced so far.
         residual: the middle auditor's, in units of the scale; nan without.
         tolerance: likewise.
@@ -144,6 +147,8 @@ class Judgement:
     reason: str
     wrong: int
     right: frozenset[int]
+    reproduced: frozenset[int]
+    scattered: frozenset[int]
     unproved: int
     residual: float
     tolerance: float
@@ -158,19 +163,23 @@ def judged(statements: Mapping[int, Statement], num_byzantine: int) -> Judgement
 
     eps is the precision of the training step. r_q - r_p is how far the two auditors' own gradients differ. If the
     worker lies, f - 1 other auditors do at most, so that they can't enlarge e_q. A residual above the first of the two
-    says nothing if the second is above 1/4 of the gradient.
+    says nothing if the second is above 1/4 of the gradient. If e_q itself is above the first, only a residual above 1/4
+    of the gradient says "wrong": a step that can't be repeated exactly may depend on state that differs from rank to
+    rank, and then some auditors are closer to each other than to the worker by chance.
 
     Args:
         statements: of the auditors, by rank.
-        num_byzantine: number of ranks that may be Byzantine, f.
+        num_byzantine: number of ranks that may be Byzantine, f. Should be 1 at least if there are other ranks: one
+            auditor alone proves nothing.
 
     """
     votes: dict[_Vote, set[int]] = {vote: set() for vote in _Vote}
     tolerances = {}
     for rank, own in statements.items():
         others = [other for other_rank, other in statements.items() if other_rank != rank]
-        tolerances[rank] = _tolerance(own, others, num_byzantine)
-        votes[_vote(own, tolerances[rank])].add(rank)
+        spread = _spread(own, others, num_byzantine)
+        tolerances[rank] = max(own.rounding, _SPREADS * spread)
+        votes[_vote(own, spread, tolerances[rank])].add(rank)
     wrong, unproved, unsure = (len(votes[vote]) for vote in (_Vote.WRONG, _Vote.UNPROVED, _Vote.UNSURE))
     right = len(votes[_Vote.RIGHT])
     outcome, reason = Outcome.INCONCLUSIVE, ""
@@ -181,32 +190,42 @@ def judged(statements: Mapping[int, Statement], num_byzantine: int) -> Judgement
     else:
         reason = _reason(statements, num_byzantine, unproved + wrong, unsure)
     recomputed = {rank: own for rank, own in statements.items() if own.finding == Finding.RECOMPUTED}
-    residual = _middle([own.residual / (own.scale or 1.0) for own in recomputed.values()])
-    tolerance = _middle([tolerances[rank] / (own.scale or 1.0) for rank, own in recomputed.items()])
-    return Judgement(outcome, reason, wrong, frozenset(votes[_Vote.RIGHT]), unproved, residual, tolerance)
+    reproduced = {rank for rank, own in recomputed.items() if own.residual <= own.rounding}
+    return Judgement(
+        outcome,
+        reason,
+        wrong,
+        frozenset(votes[_Vote.RIGHT]),
+        frozenset(reproduced),
+        frozenset(votes[_Vote.RIGHT] - reproduced | votes[_Vote.UNSURE]),
+        unproved,
+        _middle([own.residual / (own.scale or 1.0) for own in recomputed.values()]),
+        _middle([tolerances[rank] / (own.scale or 1.0) for rank, own in recomputed.items()]),
+    )
 
 
-def _vote(own: Statement, tolerance: float) -> "_Vote":
+def _vote(own: Statement, spread: float, tolerance: float) -> "_Vote":
     if own.finding not in (Finding.RECOMPUTED, Finding.FAILED):
         return _Vote.NONE
     if own.finding == Finding.RECOMPUTED:
         # Rounding alone explains it, so that it does not matter what others say.
         if own.residual <= own.rounding:
             return _Vote.RIGHT
-        if tolerance > max(own.rounding, _LARGEST * own.scale):
+        largest = max(own.rounding, _LARGEST * own.scale)
+        if tolerance > largest:
             return _Vote.UNSURE
         if own.residual <= tolerance:
             return _Vote.RIGHT
+        if spread > own.rounding and own.residual <= largest:
+            return _Vote.UNSURE
     return _Vote.WRONG if own.has_reproduced else _Vote.UNPROVED
 
 
-def _tolerance(own: Statement, others: Sequence[Statement], num_byzantine: int) -> float:
+def _spread(own: Statement, others: Sequence[Statement], num_byzantine: int) -> float:
     if own.finding != Finding.RECOMPUTED or num_byzantine == 0:
-        return own.rounding
+        return 0.0
     distances = [_distance(own, other) for other in others if other.finding == Finding.RECOMPUTED]
-    if len(distances) < num_byzantine:
-        return torch.inf
-    return max(own.rounding, _SPREADS * sorted(distances)[num_byzantine - 1])
+    return sorted(distances)[num_byzantine - 1] if len(distances) >= num_byzantine else torch.inf
 
 
 def _distance(first: Statement, second: Statement) -> float:
@@ -219,6 +238,8 @@ def _middle(values: list[float]) -> float:
 
 
 def _reason(statements: Mapping[int, Statement], num_byzantine: int, differing: int, unsure: int) -> str:
+    if len(statements) <= num_byzantine:
+        return _FEW
     if differing > num_byzantine:
         return _UNREPRODUCED
     findings = [statement.finding for statement in statements.values() if statement.finding in _REASONS]
