@@ -94,7 +94,7 @@ def assert_together(results: list[Any], named: list[list[int]], left_out: list[i
         pytest.param(5, {"estimator": None}, marks=pytest.mark.slow),
         pytest.param(5, {"bucket_cap_mb": 0.0005}, marks=pytest.mark.slow),
         pytest.param(5, {"max_worker_grad_norm": 0.1}, marks=pytest.mark.slow),
-        pytest.param(300, {}, marks=pytest.mark.slow),
+        pytest.param(100, {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
