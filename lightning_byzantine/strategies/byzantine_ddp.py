@@ -382,6 +382,7 @@ class ByzantineDDPStrategy(AggregatingDDP):
             max_norm=self._max_worker_grad_norm,
             loss_scale=self._loss_scale,
             gather=self._agreed_rows,
+            quarantined=lambda: self.quarantined,
             tell=self._tell_verdict,
         )
 

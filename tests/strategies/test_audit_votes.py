@@ -1,6 +1,7 @@
 """What follows from auditors' statements, and what ranks accept from each other, whatever liars send."""
 
 from collections import Counter
+from math import prod
 
 import pytest
 import torch
@@ -108,40 +109,50 @@ def test_sketches_are_linear_and_have_the_norm_of_the_vector() -> None:
     assert ratios.sub(1).abs().max() < 0.12
 
 
+KIND = "x"
 OWN = [torch.zeros(3), torch.zeros(4, 2, dtype=torch.int64), torch.zeros((), dtype=torch.bool)]
 
 
-@given(st.lists(st.tuples(st.integers(0, 15), st.integers(-(2**63), 2**63 - 1)), max_size=4))
+SIZES = st.one_of(st.integers(-(2**63), 2**63 - 1), st.sampled_from([0, 1, 2**31, 2**62]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 18), SIZES), max_size=4))
 def test_any_header_is_accepted_or_refused(changes: list[tuple[int, int]]) -> None:
-    header = _described(OWN)
+    header = _described(OWN, KIND)
     assert isinstance(header, Tensor)
     for place, value in changes:
         header[place] = value
     try:
-        shapes = _checked(header.tolist(), OWN, fixed=[0])
+        shapes = _checked(header.tolist(), OWN, KIND, fixed=[0])
     except (MalformedParcelError, OtherStructureError):
         return
     assert shapes[0] == [3]
     assert [len(shape) for shape in shapes] == [1, 2, 0]
     assert all(size >= 0 for shape in shapes for size in shape)
     assert 8 * shapes[1][0] * shapes[1][1] < 1 << 17
+    for shape in shapes:
+        torch.empty(prod(shape)).view(shape)
 
 
 def test_other_headers_are_named() -> None:
-    def check(content: list[Tensor]) -> None:
-        header = _described(content)
+    def check(content: list[Tensor], kind: str = KIND) -> None:
+        header = _described(content, kind)
         assert header is not None
-        _checked(header.tolist(), OWN, fixed=[0])
+        _checked(header.tolist(), OWN, KIND, fixed=[0])
 
     check([OWN[0], torch.zeros(40, 2, dtype=torch.int64), OWN[2]])
-    with pytest.raises(OtherStructureError, match="2 tensors, this rank's 3"):
+    with pytest.raises(OtherStructureError, match="another kind"):
+        check(OWN[:2], "y")
+    with pytest.raises(MalformedParcelError, match="2 tensors, this rank's 3"):
         check(OWN[:2])
     with pytest.raises(MalformedParcelError, match="tensor 1 of its batch has another dtype"):
         check([OWN[0], OWN[1].float(), OWN[2]])
     with pytest.raises(MalformedParcelError, match=r"tensor 0 of its batch has the shape \(4,\)"):
         check([torch.zeros(4), *OWN[1:]])
-    with pytest.raises(MalformedParcelError, match="has 80000013 bytes"):
+    with pytest.raises(OtherStructureError, match="has 80000013 bytes"):
         check([OWN[0], torch.zeros(10**6, 10, dtype=torch.int64), OWN[2]])
+    with pytest.raises(OtherStructureError, match="bytes"):
+        check([OWN[0], torch.zeros(2**62, 0, dtype=torch.int64), OWN[2]])
 
 
 def test_every_step_of_a_window_but_the_first_is_as_likely() -> None:

@@ -31,10 +31,11 @@ DOUBLE_MOMENTUM = DoubleMomentumEstimator(min_beta=0.2, min_gamma=0.2, weighted=
 
 
 class Auditing(pl.Callback):
-    """Has workers audited one after the other, from the third step on, and keeps the verdicts."""
+    """Has workers audited one after the other, from the third step or the given ones on, and keeps the verdicts."""
 
-    def __init__(self, workers: Sequence[int]) -> None:
+    def __init__(self, workers: Sequence[int], start: Sequence[int] = ()) -> None:
         self.verdicts: list[Verdict] = []
+        self._start = [*start, *[2] * (len(workers) - len(start))]
         self._remaining = list(workers)
         self._coming: int | None = None
 
@@ -42,8 +43,9 @@ class Auditing(pl.Callback):
         trainer.strategy.observe_verdicts(self.keep)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step >= 2 and self._coming is None and self._remaining:
+        if self._coming is None and self._remaining and trainer.global_step >= self._start[0]:
             self._coming = self._remaining.pop(0)
+            self._start.pop(0)
             trainer.strategy.audit(self._coming)
         trainer.should_stop = self._coming is None and not self._remaining
 
@@ -93,12 +95,14 @@ def audited(
     model: type[pl.LightningModule] = Small,
     num_batches: int = 100,
     options: dict[str, Any] | None = None,
-    expelled: list[int] | None = None,
+    expelled: Sequence[int] = (),
+    proved: bool = True,
+    start: Sequence[int] = (),
     **strategy: Any,
 ) -> list[Verdict]:
-    auditing = Auditing(workers)
+    auditing = Auditing(workers, start)
     callbacks = [ByzantineSimulation(attack, [worker]) for worker, attack in (attacks or {}).items()]
-    callbacks += [] if expelled is None else [Expelling(expelled)]
+    callbacks += [Expelling(expelled, proved)] if expelled else []
     fit(ByzantineDDPStrategy(**strategy), model(), num_batches, callbacks=[*callbacks, auditing], **(options or {}))
     return auditing.verdicts
 
@@ -190,11 +194,11 @@ def test_liars_neither_frame_others_nor_save_themselves(five_ranks: RankPool) ->
 
 
 class Expelling(pl.Callback):
-    def __init__(self, workers: list[int]) -> None:
-        self._workers = workers
+    def __init__(self, workers: Sequence[int], proved: bool) -> None:
+        self._workers, self._proved = workers, proved
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.strategy.quarantine(self._workers, proved=True)
+        trainer.strategy.quarantine(self._workers, proved=self._proved)
 
 
 def test_those_who_are_left_prove_and_clear_each_other(five_ranks: RankPool) -> None:
@@ -212,10 +216,9 @@ def test_a_single_auditor_and_none_prove_nothing(three_ranks: RankPool, expelled
 HEADERS: list[Callable[[Tensor], Tensor]] = [
     torch.zeros_like,
     lambda header: torch.full_like(header, 2**62),
-    lambda header: torch.full_like(header, -1).index_fill(0, torch.tensor([0]), 1),
-    lambda header: header.clone().index_fill_(0, torch.tensor([4]), 10**15),  # the size of the random state
-    lambda header: torch.where(header == 8, 10**9, header),  # the width of the inputs
-    lambda header: torch.where(header == 8, 7, header),  # on which the network raises
+    lambda header: torch.where(torch.arange(len(header)) < 5, header, -1),  # the kind is right
+    lambda header: header.clone().index_fill_(0, torch.tensor([8]), 10**15),  # the size of the random state
+    lambda header: torch.where(header == 8, 7, header),  # the width of the inputs, on which the network raises
 ]
 
 
@@ -224,9 +227,9 @@ def audited_with_a_bad_parcel(**kwargs: Any) -> list[Verdict]:
     described, state = parcel._described, audits._content
     headers = iter(HEADERS)
 
-    def sent(content: list[Tensor]) -> Any:
+    def sent(content: list[Tensor], kind: str) -> Any:
         change = next(headers, None)
-        return described(content) if change is None else change(described(content))
+        return described(content, kind) if change is None else change(described(content, kind))
 
     def of_bad_state(batches: Any) -> Any:
         content, fixed = state(batches)
@@ -240,12 +243,12 @@ def audited_with_a_bad_parcel(**kwargs: Any) -> list[Verdict]:
         return audited(workers, **kwargs)
 
 
-def bad_send(described: Callable[[list[Tensor]], Any]) -> Callable[..., None]:
+def bad_send(described: Callable[[list[Tensor], str], Any]) -> Callable[..., None]:
     honest = parcel.send
 
-    def send(content: list[Tensor] | None, device: torch.device) -> None:
+    def send(content: list[Tensor] | None, kind: str, device: torch.device) -> None:
         with mock.patch.object(parcel, "_described", described):
-            honest(content, device)
+            honest(content, kind, device)
 
     return send
 
@@ -320,6 +323,82 @@ def test_proves_nothing_where_steps_cant_be_repeated(
     assert reason in str(verdict)
 
 
+def test_no_worker_in_quarantine_is_tried_instead(three_ranks: RankPool) -> None:
+    verdicts = agreed(three_ranks.run(audited, [1], {1: SignFlip()}, expelled=[2], proved=False))
+    assert [verdict.worker for verdict in verdicts] == [0, 1]
+
+
+class OtherBatches(Small):
+    """Worker 0's batches have another structure after twelve steps."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        is_other = self.global_rank == 0 and self.trainer.global_step >= 12
+        return self.other(*batch) if is_other else self.usual(*batch)
+
+    def usual(self, inputs: Tensor, targets: Tensor) -> Any:
+        return {"inputs": inputs, "targets": targets}
+
+    def other(self, inputs: Tensor, targets: Tensor) -> Any:
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        inputs, targets = batch.get("inputs", batch.get("opposite")), batch["targets"]
+        sign = -1 if "opposite" in batch else 1
+        return super().training_step([inputs, sign * targets.view(-1, 1)], batch_idx)
+
+
+class OtherKeys(OtherBatches):
+    def other(self, inputs: Tensor, targets: Tensor) -> Any:
+        return {"opposite": inputs, "targets": targets}
+
+
+class OtherDimensions(OtherBatches):
+    def other(self, inputs: Tensor, targets: Tensor) -> Any:
+        return {"inputs": inputs, "targets": targets.squeeze()}
+
+
+class OtherDtype(OtherBatches):
+    def other(self, inputs: Tensor, targets: Tensor) -> Any:
+        return {"inputs": inputs, "targets": targets.half()}
+
+
+class NoTensors(OtherBatches):
+    def other(self, inputs: Tensor, targets: Tensor) -> Any:
+        return {"inputs": inputs, "targets": targets, "more": object()}
+
+
+@pytest.mark.parametrize("model", [OtherKeys, OtherDimensions, OtherDtype, NoTensors])
+def test_batches_of_another_structure_prove_nothing(three_ranks: RankPool, model: type[pl.LightningModule]) -> None:
+    before, verdict = agreed(three_ranks.run(audited, [1, 0], model=model, start=(2, 12)))
+    assert before.outcome == RIGHTLY
+    assert (verdict.worker, verdict.outcome) == (0, INCONCLUSIVE)
+    assert "another structure" in str(verdict)
+
+
+class ReducesWithNan(Reduces):
+    """Worker 0's vectors are not finite, so that there is nothing to compute."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (torch.nan if self.global_rank == 0 else 1)
+
+
+class ReducesWithAnObject(Reduces):
+    """Only worker 0's batches are tensors, so that nobody else can compute with them."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [*batch, 1.0 if self.global_rank != 1 else object()]
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
+        return super().training_step(batch[:2], batch_idx)
+
+
+@pytest.mark.parametrize(("model", "reason"), [(ReducesWithNan, "not finite"), (ReducesWithAnObject, "as tensors")])
+def test_either_all_ranks_compute_or_none(three_ranks: RankPool, model: type[pl.LightningModule], reason: str) -> None:
+    (verdict,) = agreed(three_ranks.run(audited, [0], model=model))
+    assert verdict.outcome == INCONCLUSIVE
+    assert reason in str(verdict)
+
+
 class Named(NamedTuple):
     inputs: Tensor
     more: dict[str, Any]
@@ -327,10 +406,10 @@ class Named(NamedTuple):
 
 class NestedBatch(Small):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return Named(batch[0], {"targets": batch[1], "weight": 0.5, "name": "größer", "nothing": None})
+        return Named(batch[0], {"targets": batch[1], "weight": 0.5, "name": "größer\udce9", "nothing": None})
 
     def training_step(self, batch: Named, batch_idx: int) -> Tensor:
-        assert batch.more["name"] == "größer"
+        assert batch.more["name"] == "größer\udce9"  # as in names of files that are no UTF-8
         assert batch.more["nothing"] is None
         return super().training_step([batch.inputs, batch.more["targets"] * batch.more["weight"]], batch_idx)
 
@@ -440,3 +519,18 @@ def test_bad_questions_are_named(three_ranks: RankPool) -> None:
     for manual, *wrong in three_ranks.run(asked_too_much):
         assert "automatic_optimization=False" in manual
         assert all("[0, 3)" in error for error in wrong)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 2**-11.5), ("high", 2**-5), ("medium", 2**-3.5)])
+def test_tolerates_what_float32_is_rounded_to(one_rank: RankPool, precision: str, tolerance: float) -> None:
+    (verdict,) = one_rank.run(audited_at, precision)[0]
+    assert verdict.tolerance == pytest.approx(tolerance, rel=0.1)
+
+
+def audited_at(precision: str) -> list[Verdict]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return audited([0], workers_per_process=3, estimator=None)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,7 +1,7 @@
 """Audits: a worker's step, computed once more by all other ranks."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from inspect import signature
@@ -78,6 +78,7 @@ class Audits:
         max_norm: of a worker's gradient; None for no clipping.
         loss_scale: returns the factor on the loss; None without a gradient scaler.
         gather: returns the tensors of all ranks, the same on all honest ones, without those proved to be faulty.
+        quarantined: returns the workers whose rows are dropped.
         tell: called with every verdict.
 
     """
@@ -94,6 +95,7 @@ class Audits:
         max_norm: float | None,
         loss_scale: Callable[[], float | None],
         gather: Callable[[Tensor], dict[int, Tensor]],
+        quarantined: Callable[[], Collection[int]],
         tell: Callable[[Verdict], None],
     ) -> None:
         self._module = module
@@ -106,6 +108,7 @@ class Audits:
         self._max_norm = max_norm
         self._loss_scale = loss_scale
         self._gather = gather
+        self._quarantined = quarantined
         self._tell = tell
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._num_local = window.num_local_workers
@@ -230,7 +233,8 @@ class Audits:
         self._tried.add(worker)
         num_workers = self._num_ranks * self._num_local
         following = ((worker + distance) % num_workers for distance in range(1, num_workers))
-        other = next((candidate for candidate in following if candidate not in self._tried), None)
+        passed = self._tried.union(self._quarantined())
+        other = next((candidate for candidate in following if candidate not in passed), None)
         if other is None:
             return False
         self._tried.add(other)
@@ -241,14 +245,15 @@ class Audits:
 
     def _statement(self, worker: int, sent: SentRow, last: SentRow | None, seed: int) -> Statement:
         batches, finding = self._exchanged(worker)
-        if finding == Finding.NOTHING:
-            # Other ranks' training steps may wait for this one, such as in a collective of the user's.
-            self._replayed(batches)
+        is_usable = sent.is_usable and (self._estimator is None or (last is not None and last.is_usable))
+        if not is_usable and finding == Finding.RECOMPUTED:
+            finding = Finding.UNUSABLE
+        if not self._have_enough_to_compute(worker, finding):
+            return Statement(Finding.NOTHING if finding == Finding.RECOMPUTED else finding, self._has_reproduced)
+        # On all ranks, whatever they have: in a collective of the user's, others would wait for those that are missing.
+        gradients = self._replayed(batches)
         if finding != Finding.RECOMPUTED:
             return Statement(finding, self._has_reproduced)
-        if not (sent.is_usable and (self._estimator is None or (last is not None and last.is_usable))):
-            return Statement(Finding.UNUSABLE)
-        gradients = self._replayed(batches)
         if isinstance(gradients, Finding):
             return Statement(gradients, self._has_reproduced)
         residual = Residual.of(sent, last, gradients, self._estimator)
@@ -259,6 +264,13 @@ class Audits:
         if not sketch.isfinite().all():
             return Statement(Finding.FAILED, self._has_reproduced)
         return Statement(finding, self._has_reproduced, norm, residual.scale, residual.rounding, sketch)
+
+    def _have_enough_to_compute(self, worker: int, finding: Finding) -> bool:
+        """Return whether anything can follow; the same on all ranks."""
+        can_compute = self._gather(torch.tensor([int(finding == Finding.RECOMPUTED)]))
+        auditors = self._auditors(worker, can_compute)
+        num_byzantine = self._num_byzantine_of(len(can_compute))
+        return sum(int(can_compute[rank]) == 1 for rank in auditors) > num_byzantine
 
     def _replayed(self, batches: list[CapturedBatch]) -> Gradients | Finding:
         num_batches = self._accumulation.batches_of_a_worker
@@ -273,22 +285,24 @@ class Audits:
             return Finding.FAILED  # whatever the training step raises on this batch
 
     def _exchanged(self, worker: int) -> tuple[list[CapturedBatch], Finding]:
-        """Return the worker's batches, on all other ranks, and whether there are any."""
+        """Return the worker's batches on ranks that got and accepted them, this rank's own on others, and a finding."""
         kept = [self._batches[position] for position in sorted(self._batches)]
         own = [batch for batch in kept if isinstance(batch, CapturedBatch)]
         is_complete = len(own) == len(kept)
         content, fixed = _content(own)
+        kind = "\n".join(batch.kind for batch in own)
         if self._num_ranks == 1:
             return own, Finding.RECOMPUTED if is_complete else Finding.OTHER_STRUCTURE
         if self._rank == self._rank_of(worker):
-            parcel.send(content if is_complete else None, self._device)
+            parcel.send(content if is_complete else None, kind, self._device)
             return own, Finding.NOTHING
         try:
-            arrived = parcel.receive(self._rank_of(worker), content if is_complete else None, fixed, self._device)
+            source = self._rank_of(worker)
+            arrived = parcel.receive(source, content if is_complete else None, kind, fixed, self._device)
         except parcel.MalformedParcelError:
-            return [], Finding.FAILED
+            return own, Finding.FAILED
         except parcel.OtherStructureError:
-            return [], Finding.OTHER_STRUCTURE
+            return own, Finding.OTHER_STRUCTURE
         return _unpacked(own, arrived), Finding.RECOMPUTED
 
 

@@ -1,5 +1,6 @@
 """What a worker's step depends on: its batches, and the random state and buffers before each."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ __all__ = ["CapturedBatch", "UnsupportedBatchError", "captured"]
 
 # A module that holds a list of all its samples, for example, takes too long to restore.
 _MANY = 300_000
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
@@ -55,6 +57,16 @@ class CapturedBatch:
     def content(self) -> list[Tensor]:
         """The values that are there."""
         return [value for value in self.values if value is not None]
+
+    @property
+    def kind(self) -> str:
+        """What calls on different ranks have in common: keys, types, dtypes and numbers of dimensions, but no shapes.
+
+        Of buffers and the random state, the shapes as well.
+        """
+        leaves = [_kind(value, leaf) for value, leaf in zip(self.values, self.leaves, strict=True)]
+        kind = repr((self.structure, leaves, [(value.dtype, value.shape) for value in self.state]))
+        return _ADDRESS.sub("", kind)  # such as that of a defaultdict's function
 
     def replaced_by(self, state: list[Tensor], content: list[Tensor]) -> "CapturedBatch":
         """Return the same call with another worker's state and content, in the order of those here."""
@@ -130,8 +142,14 @@ def _encoded(leaf: Any) -> Tensor | None:
         except (OverflowError, RuntimeError) as error:
             raise UnsupportedBatchError(f"the batch holds a number that is too large, {leaf}") from error
     if isinstance(leaf, str):
-        return torch.tensor(list(leaf.encode()), dtype=torch.uint8)
+        return torch.tensor(list(leaf.encode("utf-8", "surrogatepass")), dtype=torch.uint8)
     raise UnsupportedBatchError(f"the batch holds a {type(leaf).__name__}, which is no tensor, number or string")
+
+
+def _kind(value: Tensor | None, leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and value is not None:
+        return value.dtype, value.dim(), leaf.requires_grad
+    return type(leaf).__name__
 
 
 def _decoded(value: Tensor | None, leaf: Any) -> Any:
@@ -140,5 +158,5 @@ def _decoded(value: Tensor | None, leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return value.to(leaf.device, copy=True).requires_grad_(leaf.requires_grad)
     if isinstance(leaf, str):
-        return bytes(value.tolist()).decode()
+        return bytes(value.tolist()).decode("utf-8", "surrogatepass")
     return value.item()

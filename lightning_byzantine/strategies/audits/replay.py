@@ -20,6 +20,10 @@ from lightning_byzantine.utilities.rng import set_random_state
 __all__ = ["Gradients", "NotReplayableError", "Replay"]
 
 
+_FLOAT32, _TF32, _BFLOAT16 = torch.finfo(torch.float32).eps, 2.0**-10, torch.finfo(torch.bfloat16).eps
+_EPS_OF_FLOAT32 = {"ieee": _FLOAT32, "none": _FLOAT32, "tf32": _TF32, "bf16": _BFLOAT16}
+
+
 class NotReplayableError(Exception):
     """The training step can't be computed once more on this rank, whatever the batch."""
 
@@ -121,9 +125,21 @@ def _refuse_to_gather(*args: Any, **kwargs: Any) -> Any:
 
 
 def _precision(module: pl.LightningModule) -> float:
-    """Return the spacing of numbers around 1 in the coarsest dtype of a step."""
+    """Return the spacing of numbers around 1 in the coarsest dtype of a step, TF32 included."""
     device = module.device.type
     dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    spacings = [torch.finfo(dtype).eps for dtype in dtypes]
+    if torch.float32 in dtypes:
+        spacings += [_EPS_OF_FLOAT32[precision] for precision in _precisions_of_float32(device)]
+    return max(spacings)
+
+
+def _precisions_of_float32(device: str) -> list[str]:
+    """Return what products of float32 may be computed in: not the same on devices of different generations."""
+    # Modules that torch replaces by objects.
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    on_cuda, on_others = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn), (mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    return [operation.fp32_precision for operation in (on_cuda if device == "cuda" else on_others)]
