@@ -35,7 +35,7 @@ class Finding(IntEnum):
 _REASONS = {
     Finding.UNUSABLE: "its rows of the audit's two steps are not finite, or not known",
     Finding.OTHER_STRUCTURE: "its batch has another structure than those of others (keys, types, dtypes, dimensions,"
-    " buffers), or is much larger, or can't be sent as tensors, or as so many, or the module is too large to be restored",
+    " buffers), or is much larger, or can't be sent as tensors, or as so many, or the module is too large to restore",
     Finding.NOT_REPLAYABLE: "`training_step` can't be repeated: it keeps an iterator or a random generator, or gathers",
     Finding.OUT_OF_MEMORY: "the memory of the other ranks' devices does not suffice",
 }
