@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lightning_byzantine.aggregation.observers import Observers
 from lightning_byzantine.exchange.agreed_gather import agreed_gather
-from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.witnesses import Witnesses
 
 __all__ = ["Voters"]
@@ -32,7 +31,7 @@ class Voters:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the flat tensor [n] of each voter, [v, n]."""
-        return gather_rows(tensor) if self._witnesses is None else agreed_gather(tensor, self._witnesses)
+        return agreed_gather(tensor, self._witnesses)
 
     def note_outvoted(self, outvoted: Tensor) -> None:
         """Add to the next report which voters were outvoted, [v] bool."""

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byzantine.exchange.agreed_gather import agreed_gather
-from lightning_byzantine.exchange.collectives import gather_rows
 from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
@@ -137,8 +136,7 @@ class Exchange(ABC):
             flags: [n] bool.
 
         """
-        rows = gather_rows(flags.byte()) if self._witnesses is None else agreed_gather(flags.byte(), self._witnesses)
-        return rows.any(dim=0).cpu()
+        return agreed_gather(flags.byte(), self._witnesses).any(dim=0).cpu()
 
     def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None, segments: Segments | None) -> WorkerMatrix:
         """Return the matrix of the blocks."""
