@@ -106,29 +106,13 @@ def train(
     device: str, exchange: str, arguments: dict[str, Any], model: Classifier | None = None
 ) -> tuple[Tensor, float]:
     """Train in this process of several; return its parameters and buffers, and the seconds a step."""
-    be_quiet()
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-    # To Lightning, every process is the only one of its machine, for all to use the first GPU.
-    os.environ |= {"NODE_RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     torch.manual_seed(1)
     model = Classifier() if model is None else model
     strategy = ByzantineDDPStrategy(exchange=exchange, process_group_backend="gloo", **arguments)
     callbacks: list[pl.Callback] = [ByzantineMonitor()]
     if dist.get_world_size() > 2:
         callbacks.append(ByzantineSimulation(SignFlip(), workers=[0]))
-    trainer = pl.Trainer(
-        accelerator=device,
-        devices=1,
-        num_nodes=dist.get_world_size(),
-        strategy=strategy,
-        callbacks=callbacks,
-        max_steps=STEPS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=f"/tmp/cuda_processes_{os.getpid()}",
-    )
+    trainer = make_trainer(device, strategy, callbacks, STEPS)
     data = loader()
     start = time.perf_counter()
     trainer.fit(model, data)
@@ -136,6 +120,30 @@ def train(
     seconds = (time.perf_counter() - start) / STEPS
     values = [value.detach().double().cpu().flatten() for value in model.state_dict().values()]
     return torch.cat(values), seconds
+
+
+def make_trainer(
+    device: str, strategy: ByzantineDDPStrategy, callbacks: list[pl.Callback], num_steps: int, precision: Any = 32
+) -> pl.Trainer:
+    """Return a Trainer for this process of several that share the GPU."""
+    be_quiet()
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    # To Lightning, every process is the only one of its machine, for all to use the first GPU.
+    os.environ |= {"NODE_RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return pl.Trainer(
+        accelerator=device,
+        devices=1,
+        num_nodes=dist.get_world_size(),
+        strategy=strategy,
+        precision=precision,
+        callbacks=callbacks,
+        max_steps=num_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=f"/tmp/cuda_processes_{os.getpid()}",
+    )
 
 
 class Failing(Classifier):

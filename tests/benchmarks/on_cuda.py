@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from harness import Table, be_quiet
 
-SECTIONS = ["correctness", "training", "processes", "times", "waits", "steps"]
+SECTIONS = ["correctness", "training", "processes", "protection", "times", "waits", "steps"]
 
 
 class Section:
