@@ -13,10 +13,12 @@ from lightning_byzantine.errors import (
 from lightning_byzantine.fabric.registry import register_strategies as register_strategies_of_fabric
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
 from lightning_byzantine.strategies.registry import register_strategies
+from lightning_byzantine.strategies.sharded.byzantine_model_parallel import ByzantineModelParallelStrategy
 
 __all__ = [
     "ByzantineBreakdownError",
     "ByzantineDDPStrategy",
+    "ByzantineModelParallelStrategy",
     "ByzantineSuspectError",
     "EquivocationError",
     "InconsistentRanksError",

@@ -43,6 +43,20 @@ def three_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def six_ranks() -> Iterator[RankPool]:
+    pool = RankPool(6)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def five_ranks() -> Iterator[RankPool]:
     pool = RankPool(5)
     yield pool

@@ -160,7 +160,7 @@ class AggregationEngine:
         if self._sends is not None:
             together = zip(blocks, wholes, strict=True)
             estimates = {name: part for block, whole in together for name, part in block.by_name(whole).items()}
-            self._sends.limit(estimates, aggregated.scale)
+            self._sends.limit(estimates, aggregated.scale, self.exchange.norm_of_parts)
         for block, whole in zip(blocks, wholes, strict=True):
             self._write_gradient(block, whole)
 
@@ -177,7 +177,9 @@ class AggregationEngine:
         # Sorted by name, so that the last digit does not depend on DDP's buckets.
         return [
             clipping_factor(
-                [unscaled(self.local.of(worker, name, parts[name]), self._scale) for name in sorted(parts)], max_norm
+                [unscaled(self.local.of(worker, name, parts[name]), self._scale) for name in sorted(parts)],
+                max_norm,
+                self.exchange.norm_of_parts,
             )
             for worker in range(self.local.num_workers)
         ]
@@ -268,7 +270,8 @@ class AggregationEngine:
             return
         if unusable is None or self._attacks:
             # Nobody has looked at what these workers sent, or at something else in its place.
-            measured = WorkerMatrix([block.sent for block in blocks]).measure().is_measurable.tolist()
+            own = WorkerMatrix([block.sent for block in blocks], self.exchange.sum_of_parts)
+            measured = own.measure().is_measurable.tolist()
         else:
             first = self.exchange.rank * self.local.num_workers
             measured = [first + worker not in unusable for worker in range(self.local.num_workers)]

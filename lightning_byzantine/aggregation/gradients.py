@@ -1,5 +1,7 @@
 """Memory order, loss scale and clipping of raw gradients."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,9 @@ def unscaled(gradient: Tensor, scale: float | None) -> Tensor:
     return gradient if scale is None else gradient / scale
 
 
-def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
+def clipping_factor(
+    gradients: list[Tensor], max_norm: float, whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm
+) -> Tensor:
     """Return min(1, max_norm / (norm + 1e-6)), as in :func:`torch.nn.utils.clip_grad_norm_`, a tensor [].
 
     NaN if the norm overflows, so that all ranks drop this gradient instead of taking it for 0.
@@ -71,13 +75,14 @@ def clipping_factor(gradients: list[Tensor], max_norm: float) -> Tensor:
     Args:
         gradients: [n] each, together one vector; empty for the vector 0.
         max_norm: norm to clip to.
+        whole_norm: returns the norm of a vector, given that of the part of it that is on this rank.
 
     Example:
         >>> clipping_factor([torch.tensor([3.0]), torch.tensor([4.0])], max_norm=1.0)
         tensor(0.2000)
 
     """
-    norm = nn.utils.get_total_norm(gradients)
+    norm = whole_norm(nn.utils.get_total_norm(gradients))
     return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lightning_byzantine.aggregation.gradients import flat_size
 from lightning_byzantine.aggregators import Aggregator
@@ -46,18 +47,46 @@ class WorkerStates:
             alone: whether other ranks may not be saving as well. If so, only this rank's estimator is included.
 
         """
-        state: dict[str, Any] = {
+        state = self.settings() | {"shared": self.whole(self.shared()), "workers": {}}
+        if self.estimator is not None:
+            own = self.own()
+            gathered = alone or len(own) == self.num_workers
+            wholes = dict(zip(self.own_workers, map(self.whole, own), strict=True)) if gathered else self._gather(own)
+            state["workers"] = wholes
+        return state
+
+    def settings(self) -> dict[str, Any]:
+        """Return the rule's state, and what must be the same on resume."""
+        return {
             "num_workers": self.num_workers,
             "aggregator": self.aggregator.state_dict(),
             "estimator": repr(self.estimator),
-            "shared": {} if self.estimator is None else self.estimator.shared_state(),
-            "workers": {},
         }
-        if self.estimator is not None:
-            own = [self.estimator.worker_state(worker) for worker in range(len(self.own_workers))]
-            gathered = alone or len(own) == self.num_workers
-            state["workers"] = dict(zip(self.own_workers, own, strict=True)) if gathered else self._gather(own)
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return the part of the estimator's state that is the same for all workers."""
+        return {} if self.estimator is None else self.estimator.shared_state()
+
+    def own(self) -> list[dict[str, Tensor]]:
+        """Return the part of the estimator's state that each of this rank's workers has."""
+        return (
+            []
+            if self.estimator is None
+            else [self.estimator.worker_state(worker) for worker in range(len(self.own_workers))]
+        )
+
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of whole parameters, given this rank's part of them: here the same."""
         return state
+
+    def part(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's part, on its device, of the state of whole parameters."""
+        return {name: value.to(self.device) for name, value in state.items()}
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks that have one worker each, or several; None for all ranks."""
+        return None
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`save` returned.
@@ -67,12 +96,9 @@ class WorkerStates:
                 state.
 
         """
-        self._check("number of workers", state["num_workers"], self.num_workers)
-        self._check("estimator", state["estimator"], repr(self.estimator))
-        self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self.aggregator.state_dict()))
-        self.aggregator.load_state_dict(state["aggregator"])
+        self.load_settings(state)
         if self.aggregator.uses_previous and "previous" in state:  # where checkpoints of before had it
-            self.aggregator.last_aggregate.keep_parts(self._to_device(state["previous"]))
+            self.aggregator.last_aggregate.keep_parts(self.part(state["previous"]))
         if self.estimator is None:
             return
         if len(state["workers"]) != self.num_workers:
@@ -85,8 +111,20 @@ class WorkerStates:
                     stacklevel=3,
                 )
             return
-        own = [self._to_device(state["workers"][worker]) for worker in self.own_workers]
-        self.estimator.load_state(own, self._to_device(state["shared"]))
+        own = [self.part(state["workers"][worker]) for worker in self.own_workers]
+        self.estimator.load_state(own, self.part(state["shared"]))
+
+    def load_settings(self, state: dict[str, Any]) -> None:
+        """Restore the rule's state.
+
+        Raises:
+            ValueError: as :meth:`load` does.
+
+        """
+        self._check("number of workers", state["num_workers"], self.num_workers)
+        self._check("estimator", state["estimator"], repr(self.estimator))
+        self._check("state of the aggregator", sorted(state["aggregator"]), sorted(self.aggregator.state_dict()))
+        self.aggregator.load_state_dict(state["aggregator"])
 
     def _check(self, what: str, saved: Any, current: Any) -> None:
         if saved != current:
@@ -100,17 +138,19 @@ class WorkerStates:
         workers: dict[int, dict[str, Tensor]] = {worker: {} for worker in range(self.num_workers)}
         # On all ranks, so that they gather the same parameters even if one of them reports wrongly.
         known = torch.tensor([[name in state for name in self.parameters] for state in own], dtype=torch.uint8)
-        present = torch.stack(gather(known.flatten().to(self.device))).view(self.num_workers, len(self.parameters))
+        gathered = gather(known.flatten().to(self.device), self.group)
+        present = torch.stack(gathered).view(self.num_workers, len(self.parameters))
         for index, (name, parameter) in enumerate(self.parameters.items()):
             if not present[:, index].any():
                 continue
-            dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
-            zeros = torch.zeros(flat_size(parameter), dtype=dtype)
-            values = torch.stack([state.get(name, zeros).to(self.device) for state in own])
-            for worker, row in enumerate(chain.from_iterable(gather_to_first(values) or [])):
+            zeros = torch.zeros(self.size(name), dtype=torch.promote_types(parameter.dtype.to_real(), torch.float32))
+            wholes = [self.whole({name: state.get(name, zeros).to(self.device)}) for state in own]
+            values = torch.stack([whole[name] for whole in wholes])
+            for worker, row in enumerate(chain.from_iterable(gather_to_first(values, self.group) or [])):
                 if present[worker, index]:
                     workers[worker][name] = row
         return workers
 
-    def _to_device(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in state.items()}
+    def size(self, name: str) -> int:
+        """Return the number of elements of this rank's part of a parameter's state."""
+        return flat_size(self.parameters[name])

@@ -26,7 +26,7 @@ from lightning_byzantine.monitoring.suspect_log import Event, log_suspect
 from lightning_byzantine.monitoring.suspicion import Suspicion
 from lightning_byzantine.monitoring.worker_table import worker_table
 from lightning_byzantine.strategies.audits.verdict import Outcome, Verdict
-from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.strategies.robust_strategy import RobustStrategy
 from lightning_byzantine.utilities.checks import check_choice, check_integer_at_least
 from lightning_byzantine.utilities.replacing import replaced
 
@@ -106,7 +106,7 @@ class ByzantineMonitor(pl.Callback):
     Raises:
         ValueError: if ``on_suspect`` is unknown, or a number out of range, or ``punish_without_proof`` is given with
             an ``on_suspect`` that does not punish.
-        MisconfigurationException: in ``setup``, if the strategy is not ``ByzantineDDPStrategy``, or is in shadow mode
+        MisconfigurationException: in ``setup``, if the strategy is not one of this package, or is in shadow mode
             with ``on_suspect="quarantine"``, or if ``audit`` asks for audits where workers can't be audited.
 
     Example:
@@ -161,9 +161,10 @@ class ByzantineMonitor(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy = trainer.strategy
-        if not isinstance(strategy, ByzantineDDPStrategy):
+        if not isinstance(strategy, RobustStrategy):
             raise MisconfigurationException(
-                "ByzantineMonitor needs strategy='byzantine_ddp' or, to watch only, 'byzantine_ddp_shadow', got"
+                "ByzantineMonitor needs strategy='byzantine_ddp', 'byzantine_fsdp' or, to watch only,"
+                " 'byzantine_ddp_shadow', got"
                 f" {type(strategy).__name__}"
             )
         if strategy.shadow and self.on_suspect == "quarantine":
@@ -313,7 +314,7 @@ class ByzantineMonitor(pl.Callback):
             excluded=_strategy(trainer).quarantined | self._proofs.proofs.keys(),
         )
 
-    def _possible_audits(self, strategy: ByzantineDDPStrategy) -> Audited | None:
+    def _possible_audits(self, strategy: RobustStrategy) -> Audited | None:
         if self.audit is None:
             return None
         try:
@@ -375,19 +376,20 @@ class ByzantineMonitor(pl.Callback):
             bounds["byzantine/certificate_if_suspects_lie"] = report.certificate(liars)
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
-    def _suspect(self, strategy: ByzantineDDPStrategy, worker: int) -> Suspect:
-        rank = worker * strategy.world_size // strategy.num_workers
-        identity = self._identities[rank]
+    def _suspect(self, strategy: RobustStrategy, worker: int) -> Suspect:
+        ranks = strategy.ranks_of(worker)
+        identities = [self._identities[rank] for rank in ranks]
         evidence = self._evidence.of(worker)
         return Suspect(
             worker,
-            rank,
-            identity.host,
-            identity.device,
+            ranks.start,
+            ", ".join(dict.fromkeys(identity.host for identity in identities)),
+            ", ".join(dict.fromkeys(identity.device for identity in identities)),
             **evidence,
             shadow=strategy.shadow,
             proof=self._proofs.proofs.get(worker),
             verdict=self._proofs.verdicts.get(worker),
+            num_ranks=len(ranks),
         )
 
     def _act(self, trainer: pl.Trainer, suspect: Suspect, event: Literal["suspected", "proved"]) -> None:
@@ -411,7 +413,7 @@ class ByzantineMonitor(pl.Callback):
         self._write(trainer, "cleared", suspect)
         rank_zero_info(f"No longer under suspicion: {suspect}")
 
-    def _list_suspects(self, strategy: ByzantineDDPStrategy) -> None:
+    def _list_suspects(self, strategy: RobustStrategy) -> None:
         self.suspects = sorted(strategy.quarantined | self._suspicion.suspected | self._proofs.proofs.keys())
 
     def _with_suspects(self, get_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -434,6 +436,6 @@ class ByzantineMonitor(pl.Callback):
         log_suspect(self._log_path, event, trainer.global_step, suspect)
 
 
-def _strategy(trainer: pl.Trainer) -> ByzantineDDPStrategy:
-    assert isinstance(trainer.strategy, ByzantineDDPStrategy)  # see setup
+def _strategy(trainer: pl.Trainer) -> RobustStrategy:
+    assert isinstance(trainer.strategy, RobustStrategy)  # see setup
     return trainer.strategy

@@ -22,25 +22,27 @@ from lightning_byzantine.attacks import Attack
 from lightning_byzantine.exchange import make_exchange
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.strategies.robust_strategy import RobustStrategy
 from lightning_byzantine.utilities.replacing import replaced
 
 __all__ = ["ByzantineSimulation"]
 
 
 class ByzantineSimulation(pl.Callback):
-    """Makes some workers Byzantine during ``fit``, under ``byzantine_ddp`` or stock ``ddp``.
+    """Makes some workers Byzantine during ``fit``, under ``byzantine_ddp``, ``byzantine_fsdp`` or stock ``ddp``.
 
     Attacks on vectors replace the Byzantine workers' vectors, on every rank; attacks on data poison their batches
     before these are moved to the device. Logs nothing.
 
     Args:
         attack: what the Byzantine workers do.
-        workers: their indices. Rank r is worker r, or with ``workers_per_process=k`` the k workers from r k on.
+        workers: their indices. Rank r is worker r, or with ``workers_per_process=k`` the k workers from r k on. Under
+            ``byzantine_fsdp``, each replica is one worker.
 
     Raises:
         TypeError: if ``attack`` is not an Attack, or the Trainer is not ``lightning.pytorch``'s.
         ValueError: in ``setup``, unless the indices are one or more different workers that leave an honest one.
-        MisconfigurationException: in ``setup``, if the strategy is not from the DDP family.
+        MisconfigurationException: in ``setup``, if the strategy is neither one of this package nor from the DDP family.
 
     Example:
         >>> from lightning_byzantine.attacks import SignFlip
@@ -67,9 +69,10 @@ class ByzantineSimulation(pl.Callback):
                 "ByzantineSimulation needs a Trainer of `lightning.pytorch`, got one of"
                 f" `{type(trainer).__module__.partition('.')[0]}`. Import `lightning.pytorch` everywhere."
             )
-        if not isinstance(trainer.strategy, DDPStrategy):
+        if not isinstance(trainer.strategy, RobustStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"ByzantineSimulation needs strategy='byzantine_ddp' or 'ddp', got {type(trainer.strategy).__name__}"
+                "ByzantineSimulation needs strategy='byzantine_ddp', 'byzantine_fsdp' or 'ddp', got"
+                f" {type(trainer.strategy).__name__}"
             )
         self._bind(trainer.strategy)
         if stage == "fit" and self.attack.on_data:
@@ -80,7 +83,7 @@ class ByzantineSimulation(pl.Callback):
         if not self.attack.on_vectors:
             return
         strategy = trainer.strategy
-        if isinstance(strategy, ByzantineDDPStrategy):
+        if isinstance(strategy, RobustStrategy):
             assert strategy.engine is not None  # made in setup, just before
             strategy.engine.add_attack(self._tamper)
             return
@@ -120,10 +123,10 @@ class ByzantineSimulation(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.attack.load_state_dict(state_dict)
 
-    def _bind(self, strategy: DDPStrategy) -> None:
+    def _bind(self, strategy: RobustStrategy | DDPStrategy) -> None:
         """Give the rule to the attack, and check that the attack can run."""
         num_workers = strategy.world_size
-        if isinstance(strategy, ByzantineDDPStrategy):
+        if isinstance(strategy, RobustStrategy):
             num_workers = strategy.num_workers
             self.attack.bind(strategy.aggregator, strategy.num_byzantine)
         else:
@@ -132,7 +135,7 @@ class ByzantineSimulation(pl.Callback):
             if strategy.global_rank != 0:
                 warnings.simplefilter("ignore")  # rank 0 warns for all
             self.attack.check(num_workers, self.workers)
-        if isinstance(strategy, ByzantineDDPStrategy) and len(self.workers) > strategy.num_byzantine:
+        if isinstance(strategy, RobustStrategy) and len(self.workers) > strategy.num_byzantine:
             rank_zero_warn(
                 f"ByzantineSimulation makes {len(self.workers)} workers Byzantine, more than the strategy's"
                 f" num_byzantine={strategy.num_byzantine} allows for: no rule can be expected to survive."
@@ -148,7 +151,7 @@ class ByzantineSimulation(pl.Callback):
                 " `training_step(dataloader_iter)` that fetches its own. Take `batch` instead."
             )
         strategy, honest = trainer.strategy, trainer.strategy.batch_to_device
-        assert isinstance(strategy, DDPStrategy)
+        assert isinstance(strategy, RobustStrategy | DDPStrategy)
 
         def batch_to_device(batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
             if trainer.training:
@@ -161,8 +164,10 @@ class ByzantineSimulation(pl.Callback):
         self._until_teardown.enter_context(replaced(strategy, batch_to_device=batch_to_device))
 
 
-def _next_worker(strategy: DDPStrategy) -> int:
-    if not isinstance(strategy, ByzantineDDPStrategy):
-        return int(strategy.global_rank)
-    assert strategy.window is not None
-    return strategy.global_rank * strategy.workers_per_process + strategy.window.next_worker
+def _next_worker(strategy: RobustStrategy | DDPStrategy) -> int:
+    if isinstance(strategy, ByzantineDDPStrategy):
+        assert strategy.window is not None
+        return strategy.global_rank * strategy.workers_per_process + strategy.window.next_worker
+    if isinstance(strategy, RobustStrategy):
+        return strategy.global_rank * strategy.num_workers // strategy.world_size
+    return int(strategy.global_rank)

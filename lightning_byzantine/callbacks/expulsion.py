@@ -2,12 +2,12 @@
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.strategies.robust_strategy import RobustStrategy
 
 __all__ = ["expel"]
 
 
-def expel(strategy: ByzantineDDPStrategy, worker: int, *, proved: bool) -> bool:
+def expel(strategy: RobustStrategy, worker: int, *, proved: bool) -> bool:
     """Put a worker into quarantine on all ranks, or warn why not.
 
     Of those expelled by proof, there may be f, and f in all where there is none: statistics must not fill the places.

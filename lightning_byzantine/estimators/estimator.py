@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,12 +90,18 @@ class Estimator(ABC):
         """Where the step to the next aggregate starts, [n] by parameter name, 0 for others; None without a limit."""
         return None
 
-    def limit(self, aggregates: Mapping[str, Tensor], scale: Scale | None) -> None:  # noqa: B027  (most have no limit)
+    def limit(  # noqa: B027  (most have no limit)
+        self,
+        aggregates: Mapping[str, Tensor],
+        scale: Scale | None,
+        whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
+    ) -> None:
         """Prepare :meth:`gradient` for this step, in which Byzantine workers may have moved the aggregate.
 
         Args:
             aggregates: of all parameters, [n] by name, the same on every rank.
             scale: of the workers' vectors; None if nobody can be Byzantine, or the rule does not know it.
+            whole_norm: returns the norm of a vector, given that of the part of it that is on this rank.
 
         """
 

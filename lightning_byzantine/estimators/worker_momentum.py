@@ -1,6 +1,6 @@
 """Momentum of each worker's gradients."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import hypot
 
 import torch
@@ -103,7 +103,12 @@ class WorkerMomentum(Estimator):
         """Return v^_{t-1}; None if nothing is multiplied."""
         return self._aggregate if self.transparent and self.beta > 0 else None
 
-    def limit(self, aggregates: Mapping[str, Tensor], scale: Scale | None) -> None:
+    def limit(
+        self,
+        aggregates: Mapping[str, Tensor],
+        scale: Scale | None,
+        whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
+    ) -> None:
         """Choose how much of the step to take, with the longest that honest gradients explain."""
         if not self.transparent:
             return
@@ -114,7 +119,7 @@ class WorkerMomentum(Estimator):
         if scale is not None and aggregates and self.beta > 0:
             # Sorted by name, so that the last digit does not depend on DDP's buckets.
             lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
-            length = torch.stack(lengths).norm() / (1 - self.beta)
+            length = whole_norm(torch.stack(lengths).norm()) / (1 - self.beta)
             moved = torch.as_tensor(scale.moved / (1 - self.beta)).to(length)
             of_noise = self._longest_step(scale, aggregates)
             longest = moved.clamp(of_noise, _MORE * of_noise)

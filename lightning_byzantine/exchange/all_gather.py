@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_byzantine.exchange.case import Case
 from lightning_byzantine.exchange.collectives import start_gather
 from lightning_byzantine.exchange.exchange import AnyOutcome, Exchange, Wait
+from lightning_byzantine.exchange.shards import Shards
 from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 
@@ -23,11 +24,12 @@ class AllGather(Exchange):
     Args:
         num_ranks: number of processes, m / k.
         witnesses: compare what ranks tell each other; None for ranks that trust each other in this.
+        shards: where a rank holds a part of its worker's vector only.
 
     """
 
-    def __init__(self, num_ranks: int, witnesses: Witnesses | None = None) -> None:
-        super().__init__(witnesses)
+    def __init__(self, num_ranks: int, witnesses: Witnesses | None = None, shards: Shards | None = None) -> None:
+        super().__init__(witnesses, shards)
         self._num_ranks = num_ranks
         self._case: Case | None = None
         self._num_missing = 0
@@ -37,7 +39,7 @@ class AllGather(Exchange):
     def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
         """Gather one block asynchronously, while backward continues."""
         received = self._received.get(index, rows, self._num_ranks * rows.shape[0], rows.shape[1])
-        return received, start_gather(received.view(-1), rows.view(-1))
+        return received, start_gather(received.view(-1), rows.view(-1), self._group)
 
     def finish(
         self,

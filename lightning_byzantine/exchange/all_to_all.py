@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_byzantine.exchange.collectives import start_gather
-from lightning_byzantine.exchange.exchange import Exchange, KeptMemory, Wait
+from lightning_byzantine.exchange.exchange import Exchange, KeptMemory, Wait, num_columns
+from lightning_byzantine.exchange.shards import Shards
 from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
@@ -27,11 +28,12 @@ class AllToAll(Exchange):
         num_ranks: number of processes, m / k.
         witnesses: compare what ranks tell each other about :meth:`on_any_rank`; None for ranks that trust each other in
             this.
+        shards: where a rank holds a part of its worker's vector only, of which it aggregates its share of the columns.
 
     """
 
-    def __init__(self, num_ranks: int, witnesses: Witnesses | None = None) -> None:
-        super().__init__(witnesses)
+    def __init__(self, num_ranks: int, witnesses: Witnesses | None = None, shards: Shards | None = None) -> None:
+        super().__init__(witnesses, shards)
         self._num_ranks = num_ranks
         self._lengths: list[int] = []
         self._unsharded = KeptMemory()
@@ -56,14 +58,17 @@ class AllToAll(Exchange):
                 shard[:, : own.shape[1]] = own
             shard[:, own.shape[1] :] = 0  # padding, which changes neither norms nor distances
         shards = self._received.get(index, rows, self._num_ranks * num_local, width)
-        return shards, [dist.all_to_all_single(shards.view(-1), sent.view(-1), async_op=True).wait]
+        return shards, [dist.all_to_all_single(shards.view(-1), sent.view(-1), group=self._group, async_op=True).wait]
 
     def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None, segments: Segments | None) -> WorkerMatrix:
         """Return the matrix of the shards."""
         self._unsharded.truncate(len(blocks))
         if segments is not None:
             segments = segments.shard(self.rank, [block.shape[1] for block in blocks.memory])
-        return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout, segments)
+        if self._shards is None:
+            return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout, segments)
+        # The columns are divided among all ranks of all workers.
+        return WorkerMatrix(blocks, _sum_over_ranks, dist.get_rank(), layout, segments, num_columns(segments))
 
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
         """Return this rank's shard of each block, padded like those that were sent."""
@@ -81,7 +86,7 @@ class AllToAll(Exchange):
         wholes = [self._received.first(index, self._num_ranks * part.numel()) for index, part in enumerate(parts)]
         waits = [
             # The rule may have returned a received row itself.
-            start_gather(whole, part.clone() if _overlap(whole, part) else part)
+            start_gather(whole, part.clone() if _overlap(whole, part) else part, self._group)
             for whole, part in zip(wholes, parts, strict=True)
         ]
         for wait in chain.from_iterable(waits):
@@ -89,7 +94,7 @@ class AllToAll(Exchange):
         return [whole[:length] for whole, length in zip(wholes, self._lengths, strict=True)]
 
     def _width(self, length: int) -> int:
-        return -(-length // self._num_ranks)  # equal shards for all
+        return max(1, -(-length // self._num_ranks))  # equal shards for all, none of them empty
 
 
 def _sum_over_ranks(statistic: Tensor) -> Tensor:

@@ -17,16 +17,19 @@ __all__ = [
 ]
 
 
-def start_gather(received: Tensor, own: Tensor) -> list[Callable[[], object]]:
+def start_gather(received: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> list[Callable[[], object]]:
     """Start gathering every rank's flat tensor into ``received``, in the order of ranks; return what to wait for."""
+    if own.numel() == 0:
+        return []
     if not is_direct(own.device):
-        return [_all_gather(received, own, async_op=True).wait]
+        return [_all_gather(received, own, group=group, async_op=True).wait]
     # gloo's own all-gather uses twice the memory, at a third of the speed. Its sends support CPU tensors only.
-    rank, parts = dist.get_rank(), received.chunk(dist.get_world_size())
+    rank, parts = dist.get_rank(group), received.chunk(dist.get_world_size(group))
     works: list[dist.Work | None] = []
     for distance in range(1, len(parts)):
         sender, receiver = (rank - distance) % len(parts), (rank + distance) % len(parts)
-        works += [dist.irecv(parts[sender], sender), dist.isend(own, receiver)]
+        works.append(dist.irecv(parts[sender], group=group, group_src=sender))
+        works.append(dist.isend(own, group=group, group_dst=receiver))
     parts[rank].copy_(own)
     return [work.wait for work in works if work is not None]
 
@@ -51,26 +54,26 @@ def start_transfers(
     return [work.wait for work in works if work is not None]
 
 
-def gather(tensor: Tensor) -> list[Tensor]:
+def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Return every rank's flat tensor on every rank, moved to the CPU; lengths must agree."""
-    return list(gather_rows(tensor).cpu())
+    return list(gather_rows(tensor, group).cpu())
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
+def gather_rows(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return every rank's flat tensor [n] on every rank, as [m, n] where it was; lengths must agree."""
-    rows = tensor.new_empty(dist.get_world_size(), tensor.numel())
-    _all_gather(rows.view(-1), tensor)
+    rows = tensor.new_empty(dist.get_world_size(group), tensor.numel())
+    _all_gather(rows.view(-1), tensor, group=group)
     return rows
 
 
-def gather_to_first(tensor: Tensor) -> list[Tensor] | None:
-    """Return every rank's tensor on rank 0, moved to the CPU, and None elsewhere; shapes must agree."""
+def gather_to_first(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor] | None:
+    """Return every rank's tensor on the first, moved to the CPU, and None elsewhere; shapes must agree."""
     tensor = tensor.contiguous()
-    if dist.get_rank() != 0:
-        dist.gather(tensor, dst=0)
+    if dist.get_rank(group) != 0:
+        dist.gather(tensor, group=group, group_dst=0)
         return None
-    received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.gather(tensor, received, dst=0)
+    received = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.gather(tensor, received, group=group, group_dst=0)
     return [part.cpu() for part in received]
 
 

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byzantine.exchange.agreed_gather import agreed_gather
+from lightning_byzantine.exchange.shards import Shards
 from lightning_byzantine.exchange.witnesses import Witnesses
 from lightning_byzantine.matrix import Names, Segments, WorkerMatrix
 from lightning_byzantine.matrix.arriving import Arriving
 
-__all__ = ["Exchange", "KeptMemory", "Outcome", "Wait"]
+__all__ = ["Exchange", "KeptMemory", "Outcome", "Wait", "num_columns"]
 
 # Returns when what was started has been done.
 Wait = Callable[[], object]
@@ -59,19 +60,34 @@ class Exchange(ABC):
 
     Args:
         witnesses: compare what ranks tell each other; None for ranks that trust each other in this.
+        shards: where this rank holds a part of its worker's vector only; None if it holds all of it. The exchange is
+            then one between the ranks with the same part, and ``num_ranks`` their number.
 
     """
 
-    def __init__(self, witnesses: Witnesses | None = None) -> None:
+    def __init__(self, witnesses: Witnesses | None = None, shards: Shards | None = None) -> None:
         self._witnesses = witnesses
+        self._shards = shards
         self._started: list[tuple[Tensor, list[Wait]]] = []
         self._arriving = Arriving([])
         self._sent, self._received = KeptMemory(), KeptMemory()
 
     @property
     def rank(self) -> int:
-        """Rank r of this process, which acts as the k workers from r k on."""
-        return dist.get_rank()
+        """Rank r of this process in the exchange, which acts as the k workers from r k on."""
+        return dist.get_rank(self._group)
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self._shards is None else self._shards.across
+
+    def sum_of_parts(self, statistic: Tensor) -> Tensor:
+        """Return the sum of a float64 statistic of this process's vectors over the ranks that hold parts of them."""
+        return statistic if self._shards is None else self._shards.sum(statistic)
+
+    def norm_of_parts(self, norm: Tensor) -> Tensor:
+        """Return the norm of a vector, given that of the part of it that this rank holds."""
+        return norm if self._shards is None else self._shards.sum(norm.double().square()).sqrt().to(norm.dtype)
 
     @abstractmethod
     def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
@@ -130,7 +146,7 @@ class Exchange(ABC):
         return self.matrix(self._arriving, layout, segments)
 
     def on_any_rank(self, flags: Tensor) -> Tensor:
-        """Return which flags are set on any rank, [n] bool on the CPU: no rank can clear another's.
+        """Return which flags are set on any rank of any worker, [n] bool on the CPU: no rank can clear another's.
 
         Args:
             flags: [n] bool.
@@ -140,7 +156,9 @@ class Exchange(ABC):
 
     def matrix(self, blocks: Arriving, layout: tuple[Names, ...] | None, segments: Segments | None) -> WorkerMatrix:
         """Return the matrix of the blocks."""
-        return WorkerMatrix(blocks, layout=layout, segments=segments)
+        if self._shards is None:
+            return WorkerMatrix(blocks, layout=layout, segments=segments)
+        return WorkerMatrix(blocks, self._shards.sum, self._shards.index, layout, segments, num_columns(segments))
 
     def agreed(
         self,
@@ -166,3 +184,8 @@ class Exchange(ABC):
         """Return whole blocks [c], the same on every rank, given the aggregate of this rank's columns."""
         list(self._arriving)  # waits for blocks that the rule did not read, which would block other ranks
         return parts
+
+
+def num_columns(segments: Segments | None) -> int | None:
+    """Return the number of columns on all ranks together; None if it is not known."""
+    return None if segments is None else sum(segments.sizes)

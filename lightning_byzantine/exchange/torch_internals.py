@@ -8,8 +8,9 @@ import torch.distributed as dist
 # These three are in torch.distributed as well, but type checkers only find them here.
 from torch._C._distributed_c10d import GradBucket, PrefixStore, Store
 
-# The store of the process group's rendezvous, which all ranks can reach.
-from torch.distributed.distributed_c10d import _get_default_store
+# The store of the process group's rendezvous, which all ranks can reach; and the timeout of groups that a device mesh
+# has made, which has no argument for it.
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 # The argument of DistributedDataParallel's hook for buffers, which has no public name either.
@@ -21,6 +22,7 @@ __all__ = [
     "Store",
     "_BufferCommHookLocation",
     "_get_default_store",
+    "_set_pg_timeout",
     "detour_of",
     "syncs_buffers",
     "timeout_of",

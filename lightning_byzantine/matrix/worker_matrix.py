@@ -35,6 +35,8 @@ class WorkerMatrix(RowDistances):
         layout: for each block, the names of the parameters whose flattened values are its columns (before the matrix
             was divided into shards); None for a plain tensor. DDP changes it once, after a process's first step.
         segments: which columns belong to which parameter; None for a single segment.
+        most_columns: upper bound of the number of columns on all ranks together, the same on every rank; None for one
+            that holds if each has the same number, or all, and ranks are not more than rows.
 
     Attributes:
         previous: the aggregate of the previous step, one [c_b] tensor for each block; None in the first step, and if
@@ -57,11 +59,12 @@ class WorkerMatrix(RowDistances):
         shard: int = 0,
         layout: tuple[Names, ...] | None = None,
         segments: Segments | None = None,
+        most_columns: int | None = None,
     ) -> None:
         self.shard = shard
         self.layout = layout
         self.previous: list[Tensor] | None = None
-        super().__init__(RowView.of_all(Blocks(blocks, complete, segments)))
+        super().__init__(RowView.of_all(Blocks(blocks, complete, segments, most_columns=most_columns)))
 
     @property
     def blocks(self) -> list[Tensor]:

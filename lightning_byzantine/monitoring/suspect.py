@@ -14,9 +14,9 @@ class Suspect:
 
     Args:
         worker: its index.
-        rank: the process that acts as this worker.
-        host: the process's host.
-        device: its device.
+        rank: the process that acts as this worker, or the first of those that are this worker together.
+        host: the process's host; several are separated by commas.
+        device: its device, likewise.
         steps: number of steps that the evidence is from.
         trimmed: number of these in which it did not contribute to the aggregate, where a step in which it did to some
             columns only counts by the fraction of the others; None if unknown.
@@ -30,6 +30,7 @@ class Suspect:
         proof: what proves that it is faulty, see :class:`~lightning_byzantine.monitoring.proofs.Proofs`; None while
             there is no proof, and it may be an honest worker with unusual data, or one that liars stay away from.
         verdict: outcome of its last audit; None if there was none.
+        num_ranks: number of processes, of neighbouring ranks, that are this worker together.
 
     Example:
         >>> print(Suspect(3, 3, "node7", "cuda:3 NVIDIA H200 4ad1", 100, 98, 0, 41.0, None, 0, 0, shadow=False))
@@ -53,6 +54,12 @@ median
     equivocated: int = 0
     proof: Proof | None = None
     verdict: str | None = None
+    num_ranks: int = 1
+
+    @property
+    def ranks(self) -> str:
+        """The ranks in words, such as "3" or "6-7"."""
+        return f"{self.rank}-{self.rank + self.num_ranks - 1}" if self.num_ranks > 1 else str(self.rank)
 
     def __str__(self) -> str:
         """Return one line: the worker, where it runs, and the evidence."""
@@ -61,7 +68,8 @@ median
             parts.append(f"distance {self.distance:.3g} x the median")
         if self.norm is not None:
             parts.append(f"norm {self.norm:.3g} x the median")
-        return f"worker {self.worker} (rank {self.rank}, host {self.host}, {self.device}): {', '.join(parts)}"
+        ranks = f"rank{'s' * (self.num_ranks > 1)} {self.ranks}"
+        return f"worker {self.worker} ({ranks}, host {self.host}, {self.device}): {', '.join(parts)}"
 
     def _known(self) -> list[str]:
         """Return what is known for certain."""

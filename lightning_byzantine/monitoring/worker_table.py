@@ -47,7 +47,7 @@ def worker_table(
         trimmed = "" if one.trimmed is None else f"{evidence.trimmed[one.worker] / evidence.steps:.0%}"
         verdict = _verdict(one, is_suspect=one.worker in suspects, is_quarantined=one.worker in quarantined)
         lines.append(
-            f"| {one.worker} | {one.rank} | {one.host} | {one.device} | {trimmed} | {evidence.non_finite[one.worker]}"
+            f"| {one.worker} | {one.ranks} | {one.host} | {one.device} | {trimmed} | {evidence.non_finite[one.worker]}"
             f" | {_multiple(one.distance)} | {_multiple(one.norm)} | {verdict} |"
         )
     return "\n".join(lines)

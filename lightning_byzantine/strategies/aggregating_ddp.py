@@ -47,11 +47,11 @@ _DETOURS = (
 class AggregatingDDP(FaultTolerantDDP, ABC):
     """DDP in which every process acts as one worker or several, and an engine aggregates their gradients.
 
-    A subclass defines what is sent and how it is aggregated, and calls :meth:`aggregate_by` before training starts.
+    A subclass defines what is sent, how it is aggregated, and what to do when more workers send unusable vectors than
+    may be Byzantine, and calls :meth:`aggregate_by` before training starts.
 
     Args:
         workers_per_process: number of workers that each process acts as, k.
-        breakdown: what to do when more workers send unusable vectors than may be Byzantine.
         **kwargs: arguments of FaultTolerantDDP.
 
     Attributes:
@@ -63,9 +63,10 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
 
     """
 
+    _breakdown: Breakdown
     _skipped_steps: SkippedSteps
 
-    def __init__(self, workers_per_process: int, breakdown: Breakdown, **kwargs: Any) -> None:
+    def __init__(self, workers_per_process: int, **kwargs: Any) -> None:
         for name in _DETOURS:
             if kwargs.get(name):
                 raise MisconfigurationException(
@@ -76,7 +77,6 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         self.workers_per_process = check_integer_at_least("workers_per_process", workers_per_process, 1)
         self.engine: AggregationEngine | None = None
         self.window: AccumulationWindow | None = None
-        self._breakdown = breakdown
         self._unknown_to_ddp: dict[str, nn.Parameter] = {}
 
     @property
@@ -84,11 +84,6 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
     def num_workers(self) -> int:
         """Number of workers of all processes, m."""
         return self.world_size * self.workers_per_process
-
-    @property
-    def skipped_steps(self) -> int:
-        """Number of steps skipped in the whole run, by ``on_breakdown="skip"``."""
-        return self._breakdown.skipped
 
     def aggregate_by(
         self, aggregation: Aggregation, exchange: Exchange, estimator: Estimator | None, max_norm: float | None
@@ -114,11 +109,6 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         self.window = AccumulationWindow(trainer, self.workers_per_process)
         self._skipped_steps = SkippedSteps(trainer, self._breakdown)
         super().setup_optimizers(trainer)
-        if self.num_workers == 2:
-            rank_zero_warn(
-                "Two workers cannot outvote each other: byzantine_ddp withstands f < m / 2 Byzantine workers, which is"
-                " f=0 with 2 workers. Use 3 workers or more."
-            )
 
     @override
     def configure_ddp(self) -> None:

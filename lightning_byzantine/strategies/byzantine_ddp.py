@@ -16,35 +16,31 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorker
-from lightning_byzantine.aggregation.breakdown import Breakdown
-from lightning_byzantine.aggregation.defaults import (
-    aggregator_or_default,
-    estimator_or_default,
-    num_byzantine_or_default,
-)
-from lightning_byzantine.aggregation.quarantine import Quarantine, rank_errors
+from lightning_byzantine.aggregation.defaults import estimator_or_default
+from lightning_byzantine.aggregation.quarantine import rank_errors
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
 from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
 from lightning_byzantine.aggregation.worker_states import WorkerStates
-from lightning_byzantine.aggregators import Aggregator, Report
+from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
-from lightning_byzantine.exchange import EXCHANGES, make_exchange
+from lightning_byzantine.exchange import make_exchange
 from lightning_byzantine.optim import DoubleMomentum
 from lightning_byzantine.strategies.aggregating_ddp import AggregatingDDP
 from lightning_byzantine.strategies.audits.audits import Audits, check_auditable
 from lightning_byzantine.strategies.audits.verdict import Verdict
 from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedirection, _optimizer_to_device
+from lightning_byzantine.strategies.robust_strategy import RobustStrategy
 from lightning_byzantine.strategies.second_pass.redirection import PreviousPointRedirection
 from lightning_byzantine.strategies.second_pass.wrapping import find_or_wrap
-from lightning_byzantine.utilities.checks import check_choice, check_positive, check_worker_indices
+from lightning_byzantine.utilities.checks import check_worker_indices
 
 __all__ = ["ByzantineDDPStrategy"]
 
 _CHECKPOINT_KEY = "byzantine_ddp"
 
 
-class ByzantineDDPStrategy(AggregatingDDP):
+class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
     """DDP that survives Byzantine workers: gradients are gathered and aggregated by a robust rule, not averaged.
 
     Every rank is one worker, or several; see ``workers_per_process``. It sends an estimate of the gradient, receives
@@ -113,110 +109,44 @@ class ByzantineDDPStrategy(AggregatingDDP):
         restart_estimator: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(workers_per_process, Breakdown(on_breakdown, max_skips), **kwargs)
-        self.aggregator = aggregator_or_default(aggregator)
-        self.estimator = estimator_or_default(estimator)
-        if max_worker_grad_norm is not None:
-            check_positive("max_worker_grad_norm", max_worker_grad_norm)
-        self.exchange = check_choice("exchange", exchange, EXCHANGES)
+        super().__init__(
+            aggregator=aggregator,
+            num_byzantine=num_byzantine,
+            estimator=estimator,
+            max_worker_grad_norm=max_worker_grad_norm,
+            exchange=exchange,
+            on_breakdown=on_breakdown,
+            max_skips=max_skips,
+            restart_estimator=restart_estimator,
+            workers_per_process=workers_per_process,
+            **kwargs,
+        )
         self.shadow = shadow
         self._check_shadow()
-        self.restart_estimator = restart_estimator
-        self._num_byzantine = num_byzantine
-        self._max_worker_grad_norm = max_worker_grad_norm
         self._asked_for_estimator = estimator
-        self._quarantine = Quarantine()
         self._audits: Audits | None = None
         self._verdict_observers: dict[int, Callable[[Verdict], None]] = OrderedDict()
 
-    @property
-    def num_byzantine(self) -> int:
-        """Number of workers that may be Byzantine, f."""
-        return num_byzantine_or_default(self._num_byzantine, self.num_workers)
-
-    @property
-    def quarantined(self) -> frozenset[int]:
-        """Indices of the workers whose rows are dropped in every step; see :meth:`quarantine`."""
-        return self._quarantine.workers
-
-    @property
-    def quarantined_by_proof(self) -> frozenset[int]:
-        """Indices of those of them for which there is proof that they are faulty."""
-        return self._quarantine.proved
-
-    def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
-        """Call a function with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
-
-        It is called during backward, on every rank.
-
-        Args:
-            observer: takes the report.
-
-        Returns:
-            A handle, whose ``remove()`` ends the calls.
-
-        """
-        return self._observers.add(observer)
-
+    @override
     def quarantine(self, workers: Iterable[int], *, proved: bool = False) -> None:
-        """Drop the rows of these workers, in addition to those in quarantine, from the next step on.
-
-        Must be called on all ranks. Which workers are in quarantine, and for which there is proof, is saved in
-        checkpoints. In those of earlier versions, there is proof for none.
-
-        Args:
-            workers: indices.
-            proved: whether there is proof that all of them are faulty, so that f is reduced by one for each. Otherwise
-                an honest worker may be among them, so that f stays as it is, or becomes the largest that is under half
-                of the remaining workers; see :class:`~lightning_byzantine.aggregation.quarantine.Quarantine`.
-
-        Raises:
-            MisconfigurationException: in shadow mode.
-            ValueError: if the indices are wrong, or the rule does not support the remaining workers.
-
-        """
         if self.shadow:
             raise MisconfigurationException("Shadow mode trains as stock DDP does, and so can't quarantine workers.")
-        self._quarantine.add(workers, self.aggregator, self.num_workers, self.num_byzantine, proved=proved)
+        super().quarantine(workers, proved=proved)
         self._take_votes_away()
 
+    @override
     def audit(self, worker: int) -> None:
-        """Let all other ranks compute a worker's step once more, in one of the next steps, and compare.
-
-        They get its batches of that step, its random state and the module's buffers. Training, logs and random numbers
-        stay the same. Costs less than three steps' time, and on each rank memory for two rows and for a copy of what
-        the module holds besides its trainable parameters. Must be called on all ranks, during ``fit``. Does nothing if
-        an audit of this worker is to come already.
-
-        Args:
-            worker: its index.
-
-        Raises:
-            MisconfigurationException: where a step can't be computed once more, such as in manual optimization.
-            ValueError: if there is no such worker.
-
-        """
         self.check_audits()
         check_worker_indices("worker", [worker], self.num_workers)
         assert self._audits is not None
         self._audits.announce(worker)
 
+    @override
     def check_audits(self) -> None:
-        """Raise :class:`MisconfigurationException` if :meth:`audit` would, whatever the worker."""
         check_auditable(self._module, self.num_workers)
 
+    @override
     def observe_verdicts(self, observer: Callable[[Verdict], None]) -> RemovableHandle:
-        """Call a function with the :class:`~lightning_byzantine.strategies.audits.verdict.Verdict` of every audit.
-
-        It is called before the optimizer's step, on every rank alike.
-
-        Args:
-            observer: takes the verdict.
-
-        Returns:
-            A handle, whose ``remove()`` ends the calls.
-
-        """
         handle = RemovableHandle(self._verdict_observers)
         self._verdict_observers[handle.id] = observer
         return handle
@@ -258,8 +188,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
     @override
     def set_world_ranks(self) -> None:
         super().set_world_ranks()
-        # The number of workers is known from here on, while the Trainer is created.
-        self.aggregator.check(self.num_workers, self.num_byzantine)
         # Not `root_device`: a process may have a local rank for which there is no device, and not train.
         for kind in {device.type for device in self.parallel_devices or ()} - {"cpu", "cuda"}:
             raise MisconfigurationException(
@@ -283,9 +211,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
 
     @override
     def teardown(self) -> None:
-        # As Lightning does with optimizers: state for a checkpoint after fit need not stay on the device.
-        if self.estimator is not None:
-            self.estimator.to(torch.device("cpu"))
         for optimizer in self.optimizers:
             if isinstance(optimizer, DoubleMomentum):
                 _optimizer_to_device(optimizer.base, torch.device("cpu"))
@@ -315,19 +240,13 @@ class ByzantineDDPStrategy(AggregatingDDP):
             save, alone = self._states().save, self._has_failed()
             if not alone:
                 save = self._watched(save, "the gathering of states for a checkpoint")
-            state = save(alone=alone)
-            state |= {
-                "quarantined": sorted(self.quarantined),
-                "quarantined_by_proof": sorted(self._quarantine.proved),
-                "skipped": self._breakdown.skipped,
-            }
-            checkpoint[_CHECKPOINT_KEY] = state
+            checkpoint[_CHECKPOINT_KEY] = save(alone=alone) | self._counts()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         state = checkpoint.get(_CHECKPOINT_KEY, {})
-        self._load_quarantine(state)
+        self._load_counts(state)
         if state and not self.restart_estimator:
             self._states().load(state)
         elif not self.restart_estimator:
@@ -408,22 +327,6 @@ class ByzantineDDPStrategy(AggregatingDDP):
                 " momentum has values in every row. Make its module with sparse=False, with an optimizer such as Adam"
                 " instead of SparseAdam. With shadow=True, sparse gradients are averaged as by stock DDP."
             )
-
-    def _load_quarantine(self, state: dict[str, Any]) -> None:
-        self._breakdown.skipped = state.get("skipped", 0)
-        quarantined = state.get("quarantined", [])
-        if quarantined and state["num_workers"] != self.num_workers:
-            rank_zero_warn(
-                f"The checkpoint has workers {quarantined} of {state['num_workers']} in quarantine. With"
-                f" {self.num_workers} workers the indices refer to others, so the quarantine is empty now."
-            )
-        elif quarantined and self.shadow:
-            rank_zero_warn(f"The checkpoint has workers {quarantined} in quarantine, which shadow mode ignores.")
-        elif quarantined:
-            by_proof = state.get("quarantined_by_proof", [])
-            if by_proof:
-                self.quarantine(by_proof, proved=True)
-            self.quarantine(quarantined)
 
     def _states(self) -> WorkerStates:
         first = self.global_rank * self.workers_per_process

@@ -7,6 +7,9 @@ import lightning.pytorch as pl
 # Distinguish local paths from URLs of remote file systems in the same way as Lightning's own checkpoints do.
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 
+# The file that tells a distributed checkpoint, which is a folder, from others.
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+
 # Moves the states of optimizers to the CPU when a run ends, as Lightning does with the optimizers that it knows.
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 
@@ -17,6 +20,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 
 __all__ = [
+    "_METADATA_FILENAME",
     "_DDPForwardRedirection",
     "_WrappingCheckpointIO",
     "_is_local_file_protocol",

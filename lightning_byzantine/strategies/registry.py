@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 from lightning_byzantine.aggregators import CTMA, NNM, GeometricMedian
 from lightning_byzantine.optim import DoubleMomentumEstimator
 from lightning_byzantine.strategies.byzantine_ddp import ByzantineDDPStrategy
+from lightning_byzantine.strategies.sharded.byzantine_model_parallel import ByzantineModelParallelStrategy
 
 __all__ = ["register_strategies"]
 
@@ -45,7 +46,8 @@ def register_strategies() -> None:
       ``estimator=DoubleMomentumEstimator(min_beta=0.05, min_gamma=0.05, weighted=False)``;
     - ``byzantine_ddp_ctma`` and ``byzantine_ddp_ctma_sharded``: ``aggregator=CTMA(NNM(GeometricMedian()))``, the
       paper's composition;
-    - ``byzantine_ddp_shadow`` and ``byzantine_ddp_shadow_sharded``: ``shadow=True``.
+    - ``byzantine_ddp_shadow`` and ``byzantine_ddp_shadow_sharded``: ``shadow=True``;
+    - ``byzantine_fsdp``: :class:`ByzantineModelParallelStrategy`, with each node as one worker.
 
     Pass other arguments, such as ``start_method="spawn"`` for a variant, to :class:`ByzantineDDPStrategy` itself.
     """
@@ -54,7 +56,8 @@ def register_strategies() -> None:
             _register(f"byzantine_{name}", ByzantineDDPStrategy, entry["description"], **entry["init_params"])
     for name, (strategy, arguments) in _VARIANTS.items():
         _register(f"byzantine_ddp_{name}", strategy, f"DDP strategy, {name.replace('_', ' ')}", **arguments)
+    _register("byzantine_fsdp", ByzantineModelParallelStrategy, "FSDP2 strategy, across replicas")
 
 
-def _register(name: str, strategy: Callable[..., ByzantineDDPStrategy], description: str, **arguments: Any) -> None:
+def _register(name: str, strategy: Callable[..., Strategy], description: str, **arguments: Any) -> None:
     StrategyRegistry.register(name, strategy, f"Byzantine-robust {description}", override=True, **arguments)

@@ -48,7 +48,7 @@ class Watched(WorkerMomentum):
         self.num_limited = 0
         self.aggregates: dict[str, Tensor] = {}
 
-    def limit(self, aggregates: Mapping[str, Tensor], scale: Any) -> None:
+    def limit(self, aggregates: Mapping[str, Tensor], scale: Any, whole_norm: Any) -> None:
         self.num_limited += self.was_limited()
         self.aggregates = {name: aggregate.clone() for name, aggregate in aggregates.items()}
         super().limit(aggregates, scale)
@@ -59,7 +59,7 @@ class Watched(WorkerMomentum):
 
 
 class Unlimited(WorkerMomentum):
-    def limit(self, aggregates: Mapping[str, Tensor], scale: Any) -> None:
+    def limit(self, aggregates: Mapping[str, Tensor], scale: Any, whole_norm: Any) -> None:
         pass
 
 

@@ -57,7 +57,8 @@ def test_every_variant_has_one_name(name: str) -> None:
 
 def test_there_are_no_other_names() -> None:
     ours = {name for name in StrategyRegistry if "byzantine" in name}
-    assert ours == {f"byzantine_{name}" for name in NAMES_OF_DDP} | {f"byzantine_ddp_{name}" for name in VARIANTS}
+    of_ddp = {f"byzantine_{name}" for name in NAMES_OF_DDP} | {f"byzantine_ddp_{name}" for name in VARIANTS}
+    assert ours == of_ddp | {"byzantine_fsdp"}
     register_strategies()
     assert ours == {name for name in StrategyRegistry if "byzantine" in name}
 

@@ -1,0 +1,81 @@
+"""The gradients of a model of which each rank holds a part, on their way through the engine."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byzantine.aggregation.engine import AggregationEngine
+from lightning_byzantine.aggregation.gradient_block import GradientBlock
+from lightning_byzantine.aggregation.shard_layout import ShardLayout
+
+__all__ = ["ShardedGradients"]
+
+# Elements on all ranks from which on a gradient is a block of its own, in place, instead of a copy among others.
+_LARGE = 2**18
+
+
+class ShardedGradients:
+    """Replaces each rank's part of its replica's mean gradient by the same part of the aggregate.
+
+    What is in ``parameter.grad`` after the last backward of a step is sent, in the same blocks on all ranks, of which
+    some may have no columns. A parameter that no rank has used takes no part in the step.
+
+    Args:
+        engine: aggregates the blocks.
+        layout: the parameters.
+
+    """
+
+    def __init__(self, engine: AggregationEngine, layout: ShardLayout) -> None:
+        self._engine = engine
+        self._layout = layout
+
+    @torch.no_grad()
+    def aggregate(self) -> None:
+        """Aggregate all gradients."""
+        trainable = {name: parameter for name, parameter in self._layout.parameters.items() if parameter.requires_grad}
+        sent = {name: self._sent(name, parameter) for name, parameter in trainable.items()}
+        blocks = [_block({name: sent[name] for name in names}) for names in _grouped(trainable)]
+        for block in blocks:
+            self._engine.send(block)
+        self._engine.aggregate({name for name, parameter in trainable.items() if parameter.grad is not None})
+        for block in blocks:
+            for name, result in block.parts(block.buffer):
+                self._receive(name, trainable[name], result)
+
+    def _sent(self, name: str, parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is None:
+            part = self._layout.part(name, parameter.detach())
+            return torch.zeros_like(part)
+        return self._layout.part(name, parameter.grad)
+
+    def _receive(self, name: str, parameter: nn.Parameter, result: Tensor) -> None:
+        if parameter.grad is None:  # used in another replica
+            parameter.grad = torch.zeros_like(parameter)
+        local = self._layout.local(parameter.grad)
+        if self._layout.has_part(name) and local.data_ptr() != result.data_ptr():
+            local.copy_(result.view_as(local))
+        self._layout.spread(name, local)
+
+
+def _grouped(parameters: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """Yield the names of each block: one large parameter, or neighbours of the same dtype. The same on all ranks."""
+    group: list[str] = []
+    size = 0
+    for name, parameter in parameters.items():
+        is_full = size + parameter.numel() > _LARGE
+        if group and (is_full or parameters[group[0]].dtype != parameter.dtype):
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += parameter.numel()
+    if group:
+        yield group
+
+
+def _block(gradients: dict[str, Tensor]) -> GradientBlock:
+    if len(gradients) > 1:
+        return GradientBlock.of(gradients)
+    ((name, gradient),) = gradients.items()
+    return GradientBlock((name,), [gradient.numel()], gradient)

@@ -1,0 +1,56 @@
+"""A resumed run continues exactly, from distributed checkpoints and from whole ones."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rank_pool import RankPool
+from sharded_models import fit
+from torch import Tensor
+
+from lightning_byzantine import ByzantineModelParallelStrategy
+
+SHAPE = (3, 2)
+
+
+def fit_and_resume(
+    folder: Path, resumes: bool, arguments: dict[str, Any], of_resumed: dict[str, Any]
+) -> tuple[Tensor, frozenset[int]]:
+    """Train for two epochs, or for the second one only, from the checkpoint of the first."""
+    checkpoints = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    strategy = ByzantineModelParallelStrategy(**arguments | (of_resumed if resumes else {}))
+    history = fit(
+        strategy,
+        "FrozenOrNotAlwaysUsed",
+        "Adam",
+        num_steps=4,
+        max_epochs=2,
+        callbacks=[] if resumes else [checkpoints, Quarantines()],
+        enable_checkpointing=not resumes,
+        ckpt_path=str(folder / "epoch=0.ckpt") if resumes else None,
+    )
+    return history, strategy.quarantined
+
+
+class Quarantines(pl.Callback):
+    """Puts a worker into quarantine, which the checkpoint has to remember."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            assert isinstance(trainer.strategy, ByzantineModelParallelStrategy)
+            trainer.strategy.quarantine([1])
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_resumes_exactly(six_ranks: RankPool, tmp_path: Path, distributed: bool, exchange: str) -> None:
+    arguments = {"replicate_size": 3, "save_distributed_checkpoint": distributed, "exchange": exchange}
+    arguments["data_parallel_size"] = 2
+    whole = six_ranks.run(fit_and_resume, tmp_path, False, arguments, {})
+    resumed = six_ranks.run(fit_and_resume, tmp_path, True, arguments, {})
+    for (history, _), (rest, quarantined) in zip(whole, resumed, strict=True):
+        assert torch.equal(history[4:], rest)
+        assert quarantined == {1}
