@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -109,7 +110,7 @@ class ByzantineSimulation(pl.Callback):
         # Lightning does not tear callbacks down after an exception. Labels flipped twice would be the true ones.
         self.teardown(trainer, pl_module, "fit")
 
-    @property
+    @cached_property  # Lightning asks around every hook
     @override
     def state_key(self) -> str:
         # One Trainer may run several simulations.
