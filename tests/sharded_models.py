@@ -140,15 +140,27 @@ class WholeParameters(pl.Callback):
         self.history.append(whole(pl_module))
 
 
-def fit(strategy: Any, name: str = "Sharded", optimizer: str = "SGD", num_steps: int = 10, **arguments: Any) -> Tensor:
+def train(
+    strategy: Any,
+    model: pl.LightningModule,
+    dataset: TensorDataset | None = None,
+    num_steps: int = 10,
+    batch_size: int = BATCH,
+    ckpt_path: str | None = None,
+    **arguments: Any,
+) -> Tensor:
     """Train by Lightning; return the parameters after each batch."""
-    torch.manual_seed(1)
     history = WholeParameters()
-    ckpt_path = arguments.pop("ckpt_path", None)
     callbacks = [history, *arguments.pop("callbacks", [])]
-    fitted = trainer(strategy, callbacks=callbacks, **arguments)
-    fitted.fit(MODELS[name](optimizer), DataLoader(data(num_steps), batch_size=BATCH), ckpt_path=ckpt_path)
+    batches = DataLoader(data(num_steps) if dataset is None else dataset, batch_size=batch_size)
+    trainer(strategy, callbacks=callbacks, **arguments).fit(model, batches, ckpt_path=ckpt_path)
     return torch.stack(history.history)
+
+
+def fit(strategy: Any, name: str = "Sharded", optimizer: str = "SGD", **arguments: Any) -> Tensor:
+    """Do the same with one of ``MODELS``, which starts with the same parameters every time."""
+    torch.manual_seed(1)
+    return train(strategy, MODELS[name](optimizer), **arguments)
 
 
 def fit_replicas(shape: tuple[int, int], name: str = "Sharded", optimizer: str = "SGD", **arguments: Any) -> Tensor:

@@ -104,10 +104,26 @@ class Heartbeat:
         """
         if self.error is not None:
             raise self.error
-        began = time.monotonic()
         outer = self._waits_since
         self._here = self._here.entering(place)
-        self._waits_since = began
+        self._waits_since = time.monotonic()
+        try:
+            with self.naming():
+                yield
+        finally:
+            self._waits_since = outer
+            self._here = replace(self._here, waits=outer is not None)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Wrap collectives that other ranks may never enter, so that they fail with an error that names ranks.
+
+        Raises:
+            WorkerLostError: if a rank has failed or is missing.
+            DesynchronizedRanksError: if ranks wait for each other in different collectives.
+
+        """
+        began = time.monotonic()
         try:
             yield
             if self._has_aborted and self.error is not None:
@@ -121,9 +137,6 @@ class Heartbeat:
             if lost is None:
                 raise
             raise lost from error
-        finally:
-            self._waits_since = outer
-            self._here = replace(self._here, waits=outer is not None)
 
     def retract(self) -> None:
         """Take back the last collective: nothing was sent in it, and other ranks may still wait there."""
@@ -215,7 +228,9 @@ class Heartbeat:
         if places is not None:
             self._end(DesynchronizedRanksError(places))
         elif inquiry is not None and inquiry.age > _PATIENCE:
-            silent, late, last = self._signs.silent(), self._signs.late(self._here.entered), self._signs.last_places()
+            # A collective that is not watched comes after the last one.
+            late = self._signs.late(self._here.entered + (not self._here.waits))
+            silent, last = self._signs.silent(), self._signs.last_places()
             if silent:
                 reason = f"no sign of life for {_PATIENCE:g} s. The process has ended, is stopped, or can't be reached."
                 self._end(WorkerLostError(silent, reason))

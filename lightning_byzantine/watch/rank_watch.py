@@ -58,6 +58,23 @@ class RankWatch:
 
         return watched  # type: ignore[return-value]
 
+    def named(self, function: _Collective) -> _Collective:
+        """Return the same function, except that its collectives fail with an error that names the missing ranks.
+
+        It counts as computing: ranks that are still in it are late for those that wait elsewhere.
+
+        Args:
+            function: the function, whose collectives may be of some ranks only.
+
+        """
+
+        @wraps(function)
+        def named(*args: Any, **kwargs: Any) -> Any:
+            with self._heartbeat.naming():
+                return function(*args, **kwargs)
+
+        return named  # type: ignore[return-value]
+
     def any_rank(self, what: str, flag: bool) -> bool:
         """Return on all ranks whether any of them has called this with True."""
         with self._watching(what) as place:

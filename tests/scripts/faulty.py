@@ -22,17 +22,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fit import data
-from training import Regression, parameters
+from sharded_models import Sharded, whole
+from training import Regression
 
-from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine import ByzantineDDPStrategy, ByzantineModelParallelStrategy
 
-NUM_RANKS = 3
+NUM_RANKS = {"ddp": 3, "fsdp": 6}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fault", choices=["none", "kill", "stop", "hang"], default="none")
     parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--strategy", choices=list(NUM_RANKS), default="ddp")
     parser.add_argument("--timeout", type=float, default=60)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--fork", nargs="*", metavar="FAULT:RANK", help="start all ranks for each of these, at once")
@@ -51,10 +53,11 @@ def fork_all(arguments: argparse.Namespace) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for rank in range(NUM_RANKS):
+        for rank in range(NUM_RANKS[arguments.strategy]):
             process = os.fork()
             if process == 0:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(NUM_RANKS)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ["WORLD_SIZE"] = str(NUM_RANKS[arguments.strategy])
                 os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
                 log = os.open(arguments.folder / f"{case}.{rank}.log", os.O_WRONLY | os.O_CREAT)
                 os.dup2(log, 1)
@@ -70,17 +73,22 @@ def fork_all(arguments: argparse.Namespace) -> None:
         case, rank = processes.pop(process)
         codes[case][rank] = os.waitstatus_to_exitcode(status)
         faulty = by_name[(case, int(case.split(":")[1]))]
-        if len(codes[case]) == NUM_RANKS - 1 and faulty in processes:  # stopped, or hangs
+        if len(codes[case]) == NUM_RANKS[arguments.strategy] - 1 and faulty in processes:  # stopped, or hangs
             os.kill(faulty, signal.SIGKILL)
     print(json.dumps(codes))
 
 
 def train(arguments: argparse.Namespace) -> None:
     pl.seed_everything(1)
+    timeout = timedelta(seconds=arguments.timeout)
+    is_ddp = arguments.strategy == "ddp"
+    strategy: Any = ByzantineModelParallelStrategy(3, 2, timeout=timeout)
+    if is_ddp:
+        strategy = ByzantineDDPStrategy(timeout=timeout)
     trainer = pl.Trainer(
-        strategy=ByzantineDDPStrategy(timeout=timedelta(seconds=arguments.timeout)),
+        strategy=strategy,
         accelerator="cpu",
-        devices=NUM_RANKS,
+        devices=NUM_RANKS[arguments.strategy],
         max_steps=10,
         logger=False,
         enable_progress_bar=False,
@@ -88,12 +96,14 @@ def train(arguments: argparse.Namespace) -> None:
         callbacks=[ModelCheckpoint(arguments.folder, save_last=True, every_n_train_steps=2)],
     )
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    model = Faulty(arguments.fault if first else "none", arguments.rank)
+    model = (Faulty if is_ddp else FaultyPart)(arguments.fault if first else "none", arguments.rank)
     trainer.fit(model, data(), ckpt_path="last")
     torch.distributed.destroy_process_group()
 
 
-class Faulty(Regression):
+class HasFault(pl.LightningModule):
+    """One rank of it has a fault."""
+
     def __init__(self, fault: str, rank: int) -> None:
         super().__init__()
         self.fault, self.rank = fault, rank
@@ -116,12 +126,20 @@ class Faulty(Regression):
         return super().training_step([inputs, inputs.sum(1, keepdim=True)], batch_idx)
 
     def on_train_end(self) -> None:
-        self.say(f"ends with {parameters(self).sum().item()!r}")
+        self.say(f"ends with {whole(self).sum().item()!r}")
 
     def say(self, what: str) -> None:
         # One write, so that lines of several processes do not mix.
         sys.stdout.write(f"rank {self.global_rank} {what}\n")
         sys.stdout.flush()
+
+
+class Faulty(HasFault, Regression):
+    pass
+
+
+class FaultyPart(HasFault, Sharded):
+    pass
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The Lightning strategy for models divided by FSDP2: the mean within a replica, a robust rule across replicas."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -161,7 +163,7 @@ class ByzantineModelParallelStrategy(RobustStrategy, ReplicatedModelParallel):
 
     @override
     def observe_verdicts(self, observer: Callable[[Verdict], None]) -> RemovableHandle:
-        return RemovableHandle({})  # there are none
+        return RemovableHandle(OrderedDict())  # there are none
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -192,6 +194,13 @@ class ByzantineModelParallelStrategy(RobustStrategy, ReplicatedModelParallel):
             on_skip=self._skipping.skip,
         )
         self._gradients = ShardedGradients(self.engine, self._layout)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        step = super().training_step
+        if self._watch is not None:
+            step = self._watch.named(step)  # its replica's ranks wait for each other's parameters
+        return step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
