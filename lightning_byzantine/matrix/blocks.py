@@ -37,8 +37,8 @@ class Blocks:
         complete: sums a float64 statistic over all ranks, if these hold different columns of the same rows.
         segments: which columns belong to which parameter; None for a single segment.
         are_quick: whether float32 arithmetic is faster than float64's and as good; None to look at the blocks: they are
-            if they are float32 on a CPU. Collectives depend on it, so it has to be the same on every rank, even if some
-            have none of these columns.
+            if they are float32. Collectives depend on it, so it has to be the same on every rank, even if some have
+            none of these columns.
         most_columns: upper bound of the number of columns on all ranks together, the same on every rank; None for one
             that holds if each has the same number, or all.
 
@@ -62,7 +62,7 @@ class Blocks:
         self.segments = segments
         self._agreed = are_quick, most_columns
         if are_quick is None:
-            are_quick = self.device.type == "cpu" and all(part.dtype == torch.float32 for part in self.memory)
+            are_quick = all(part.dtype == torch.float32 for part in self.memory)
         if most_columns is None:  # there are no more ranks than rows
             most_columns = self.num_rows * sum(part.shape[1] for part in self.memory)
         self.are_quick, self.most_columns = are_quick, most_columns

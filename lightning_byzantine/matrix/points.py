@@ -176,13 +176,13 @@ class Coordinatewise(LazyPoint):
                 difference -= (center - out).to(out.dtype)
             # Float32 within a chunk, float64 over the chunks.
             measured.append(torch.linalg.vector_norm(difference, dim=1))
-            lengths.append(torch.linalg.vector_norm(chunk, dim=1) if is_mixed else torch.zeros(len(chunk)))
+            lengths.append(torch.linalg.vector_norm(chunk, dim=1) if is_mixed else chunk.new_zeros(len(chunk)))
 
         lengths: list[Tensor] = []
         self._values = view.compute(measure)
         squared = torch.stack(measured).double().square()
         squared_lengths = torch.stack(lengths).double().square().sum(0)
-        sums = view.blocks.complete(torch.cat([squared.sum(0), squared.square().sum(0), squared_lengths]))
+        sums = view.blocks.complete(torch.cat([squared.sum(0), squared.square().sum(0), squared_lengths])).cpu()
         squared, squares, squared_lengths = torch.split(sums, [view.num_rows, view.num_rows, len(shares)])
         # The point and the rows may be off by what products of float32 round: n terms of the same size, of which the
         # partial sums are half of the whole on average.

@@ -42,7 +42,7 @@ class StoredProducts:
         if not self.blocks.are_quick:
             return None
         sums = self.blocks.complete(torch.stack([quick_products(block) for block in self.blocks.arriving]).sum(0))
-        return quick_gram(sums, self.blocks.most_columns)
+        return quick_gram(sums.cpu(), self.blocks.most_columns)
 
     @cached_property
     def parts(self) -> list["StoredProducts"]:

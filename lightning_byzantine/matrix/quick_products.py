@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def quick_products(rows: Tensor) -> Tensor:
     4096 columns at a time are multiplied and summed in float32; these sums are added up in float64.
 
     Args:
-        rows: [m, c] float32 on the CPU. Non-finite rows only affect their own products.
+        rows: [m, c] float32. Non-finite rows only affect their own products.
 
     Returns:
         [2, m, m] float64: the products, and the sums over all pieces of ||x_i||^2 ||x_j||^2. Both may be summed over
@@ -38,7 +39,7 @@ def quick_products(rows: Tensor) -> Tensor:
     """
     whole = rows.shape[1] // _PIECE * _PIECE
     rest = rows[None, :, whole:]
-    with all_digits():
+    with all_digits(rows.device.type):
         products = _products(rest)
         if whole:
             pieces = rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1)
@@ -62,16 +63,21 @@ def quick_gram(sums: Tensor, num_columns: int) -> Gram:
 
 
 @contextmanager
-def all_digits() -> Iterator[None]:
-    """Disable autocast and `torch.set_float32_matmul_precision`, which would round factors to three digits."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no stub of it
-    setting = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+def all_digits(device: str) -> Iterator[None]:
+    """Disable autocast and `torch.set_float32_matmul_precision`, which would round factors to three digits.
+
+    Args:
+        device: type of the device, "cpu" or "cuda".
+
+    """
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    setting = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
     try:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             yield
     finally:
-        matmul.fp32_precision = setting
+        backend.matmul.fp32_precision = setting
 
 
 def _products(pieces: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class RowView:
             for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                 origin = start[columns].to(chunk.dtype)
                 step = point[columns].to(chunk.dtype) - origin
-                with all_digits():
+                with all_digits(chunk.device.type):
                     total[0] += step.dot(step)
                     total[1:] += chunk @ step - origin.dot(step)
         total = self.blocks.complete(total)
@@ -184,7 +184,7 @@ class RowView:
             for index in range(len(self.blocks.memory))
             for _, chunk in self.blocks.chunks(index, self.rows, at_least_float32)
         ]
-        return self.blocks.complete(torch.stack(norms).double().square().sum(0))
+        return self.blocks.complete(torch.stack(norms).double().square().sum(0)).cpu()
 
     def _points(self, gram: Gram) -> Gram:
         return gram if self.mixing is None else gram.points(self.mixing)
@@ -199,7 +199,7 @@ class RowView:
         # last digits that depend on the chunk.
         missing = -chunk.shape[1] % _REGISTERS
         padded = nn.functional.pad(chunk, (0, missing)) if missing else chunk
-        with all_digits():
+        with all_digits(chunk.device.type):
             product = torch.mm(mixing.to(chunk.dtype), padded, out=scratch.rows(self.num_rows, padded))
         return product[:, : chunk.shape[1]]
 
