@@ -120,7 +120,7 @@ def measure(
             contenders[name, "compiled"] = lambda rule=COMPILED[name]: rule(vectors, f)
         if plain and straightforward is not None:
             contenders[name, "straightforward"] = lambda rule=straightforward: rule(vectors, f)
-    return by_turns(contenders, turns)
+    return by_turns(contenders, turns, warm_up=1)  # the one before has left the caches and the allocator as it likes
 
 
 def worst_error(num_workers: int, dimension: int, name: str) -> float:
