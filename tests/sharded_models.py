@@ -113,11 +113,11 @@ MODELS = {
 }
 
 
-def data(num_steps: int) -> TensorDataset:
-    """Return examples for all ranks, which differ."""
-    world_size = torch.distributed.get_world_size()
+def data(num_steps: int, num_shares: int | None = None) -> TensorDataset:
+    """Return examples for all ranks, which differ, or for a number of groups of ranks."""
+    num_shares = num_shares or torch.distributed.get_world_size()
     generator = torch.Generator().manual_seed(7)
-    inputs = torch.randn(BATCH * num_steps * world_size, 8, generator=generator)
+    inputs = torch.randn(BATCH * num_steps * num_shares, 8, generator=generator)
     targets = torch.sin(inputs.sum(1, keepdim=True)) + 0.1 * torch.randn(len(inputs), 1, generator=generator)
     return TensorDataset(inputs, targets)
 

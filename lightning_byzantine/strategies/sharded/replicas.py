@@ -1,6 +1,7 @@
 """Lightning's strategy for models divided among ranks, in several replicas of such ranks."""
 
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +16,10 @@ from lightning_byzantine.utilities.checks import check_integer_at_least
 __all__ = ["ReplicatedModelParallel"]
 
 _NAMES = ("replicate", "data_parallel", "tensor_parallel")
+
+# A model keeps its mesh after `fit`, so nobody can say when its process groups, with their threads and connections, are
+# not needed any more. So there is only one mesh for each shape.
+_known_meshes: WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[DeviceMesh, DeviceMesh]]] = WeakKeyDictionary()
 
 
 class ReplicatedModelParallel(ModelParallelStrategy):
@@ -51,7 +56,6 @@ class ReplicatedModelParallel(ModelParallelStrategy):
         check_integer_at_least("tensor_parallel_size", tensor_parallel_size, 1)
         super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
         self._replicate_size = replicate_size
-        self._mesh: DeviceMesh | None = None
         self._groups: DeviceMesh | None = None
 
     @property
@@ -117,13 +121,22 @@ class ReplicatedModelParallel(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # As the overridden method does, with another mesh.
         self._setup_distributed()
-        kind, (replicas, data, tensor) = self.root_device.type, self.shape
-        self._mesh = init_device_mesh(kind, (replicas, data, tensor), mesh_dim_names=_NAMES)
-        self._groups = init_device_mesh(kind, (replicas, data * tensor), mesh_dim_names=("across", "within"))
-        for mesh in (self._mesh, self._groups):
-            for group in mesh.get_all_groups():
-                if self._timeout is not None:
-                    _set_pg_timeout(self._timeout, group)
-        self._device_mesh = self._mesh[_NAMES[1:]]
+        mesh, self._groups = _meshes(self.root_device.type, self.shape)
+        for group in (*mesh.get_all_groups(), *self._groups.get_all_groups()):
+            if self._timeout is not None:
+                _set_pg_timeout(self._timeout, group)
+        self._device_mesh = mesh[_NAMES[1:]]
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+
+def _meshes(kind: str, shape: tuple[int, int, int]) -> tuple[DeviceMesh, DeviceMesh]:
+    """Return the mesh of all ranks, and one of replicas and the ranks in each."""
+    assert dist.group.WORLD is not None
+    known = _known_meshes.setdefault(dist.group.WORLD, {})
+    if (kind, shape) not in known:
+        replicas, data, tensor = shape
+        ranks = init_device_mesh(kind, shape, mesh_dim_names=_NAMES)
+        groups = init_device_mesh(kind, (replicas, data * tensor), mesh_dim_names=("across", "within"))
+        known[kind, shape] = ranks, groups
+    return known[kind, shape]
