@@ -230,7 +230,9 @@ class ByzantineModelParallelStrategy(RobustStrategy, ReplicatedModelParallel):
             checkpoint[_CHECKPOINT_KEY] = save(alone=False) | self._counts()
         elif has_states:
             path = Path(self.broadcast(filepath))
-            path.unlink(missing_ok=True) if path.is_file() else None
+            if self.is_global_zero and path.is_file():
+                path.unlink()  # a whole one of before, whose place a folder takes
+            self.barrier()
             save_parts = self._watched(self._states().save_parts, "the saving of states in a checkpoint")
             checkpoint[_CHECKPOINT_KEY] = save_parts(path / _FOLDER) | self._counts()
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -251,7 +253,8 @@ class ByzantineModelParallelStrategy(RobustStrategy, ReplicatedModelParallel):
 
     @override
     def teardown(self) -> None:
-        self.engine = self._gradients = self._skipping = self._layout = None
+        # The layout stays, for a checkpoint after fit.
+        self.engine = self._gradients = self._skipping = None
         super().teardown()
 
     def _aggregation(self) -> Aggregation:
