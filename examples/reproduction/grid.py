@@ -29,12 +29,17 @@ class Method:
         estimator: what a worker sends. None for its gradient.
         momentum: of the SGD that receives the aggregate.
         learning_rate_factor: multiplies the learning rate. 1 - momentum makes steps as long as without momentum.
+        dampening: of the SGD that receives the aggregate.
+        radius: of the ball around 0 that each parameter tensor is projected onto after every step; None for no
+            projection. Double momentum's estimator has a radius of its own.
 
     """
 
     estimator: Estimator | None = None
     momentum: float = 0.0
     learning_rate_factor: float = 1.0
+    dampening: float = 0.0
+    radius: float | None = None
 
 
 @dataclass
@@ -122,6 +127,9 @@ class Run(Training):
     seed: int
 
 
+# Options of a method that are newer than some finished cells, which they leave the same at these values.
+_NEWER = {"dampening": 0.0, "radius": None}
+
 _AXES = ("settings", "partitions", "attacks", "methods", "rules", "learning_rates", "seeds")
 GRID_ARGUMENTS = tuple(entry.name for entry in fields(Grid))
 
@@ -197,7 +205,7 @@ def cells(config: Namespace) -> list[Cell]:
                 "data": _divided(plain["data"], plain["partitions"][partition]),
                 "setting": setting,
                 "attack": plain["attacks"][attack],
-                "method": plain["methods"][method],
+                "method": _without_newer(plain["methods"][method]),
                 "rule": plain["rules"][rule],
                 "learning_rate": learning_rate,
                 "seed": seed,
@@ -244,3 +252,7 @@ def byzantine_workers(setting: Setting) -> list[int]:
 
 def _divided(data: dict[str, Any], partition: dict[str, Any]) -> dict[str, Any]:
     return {**data, "init_args": {**data["init_args"], "partition": partition}}
+
+
+def _without_newer(method: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in method.items() if name not in _NEWER or value != _NEWER[name]}

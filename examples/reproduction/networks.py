@@ -4,6 +4,18 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 
+class LogisticRegression(nn.Sequential):
+    """One linear layer, which makes the loss convex.
+
+    Args:
+        pixels: of an image, over all its channels.
+
+    """
+
+    def __init__(self, pixels: int = 28 * 28) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(pixels, 10))
+
+
 class DigitNetwork(nn.Sequential):
     """Two 5 x 5 convolutions with batch normalisation and 2 x 2 max pooling, then a linear layer, for 28 x 28 pixels.
 

@@ -48,9 +48,7 @@ def train(config: dict[str, Any]) -> tuple[list[float], float]:
     torch.set_num_threads(1)
     pl.seed_everything(config["seed"], verbose=False)
     run = make_run(config)
-    learning_rate = run.learning_rate * run.method.learning_rate_factor
-    model = Classifier(run.network, learning_rate, run.method.momentum, run.weight_decay)
-    trainer = _trainer(run)
+    model, trainer = make_model(run), make_trainer(run)
     start = time.perf_counter()
     trainer.fit(model, datamodule=run.data)
     seconds = time.perf_counter() - start
@@ -58,7 +56,15 @@ def train(config: dict[str, Any]) -> tuple[list[float], float]:
     return model.accuracies, seconds
 
 
-def _trainer(run: Run) -> pl.Trainer:
+def make_model(run: Run) -> Classifier:
+    """Return the module of a cell, with the optimizer of its method."""
+    method = run.method
+    learning_rate = run.learning_rate * method.learning_rate_factor
+    return Classifier(run.network, learning_rate, method.momentum, run.weight_decay, method.dampening, method.radius)
+
+
+def make_trainer(run: Run) -> pl.Trainer:
+    """Return the Trainer of a cell, with its strategy and attack."""
     strategy = ByzantineDDPStrategy(
         aggregator=run.rule,
         num_byzantine=run.setting.assumed,
