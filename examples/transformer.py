@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_byzantine.callbacks  # noqa: F401  (registers the strategies and the class names)
@@ -65,6 +65,8 @@ class Transformer(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Divide each layer, and what is left, among the ranks of a replica: as for ModelParallelStrategy."""
+        if isinstance(self, FSDPModule):  # called once more, to test
+            return
         mesh = self.device_mesh["data_parallel"]
         for layer in self.layers:
             fully_shard(layer, mesh=mesh)

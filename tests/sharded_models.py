@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from training import trainer
@@ -27,6 +27,8 @@ class Sharded(pl.LightningModule):
         self.network = nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 17), nn.Tanh(), nn.Linear(17, 1))
 
     def configure_model(self) -> None:
+        if isinstance(self, FSDPModule):  # called once more, to evaluate
+            return
         self.shard(self.device_mesh["data_parallel"])
 
     def shard(self, mesh: DeviceMesh) -> None:
@@ -46,6 +48,9 @@ class Sharded(pl.LightningModule):
         loss = self.loss(batch, batch_idx)
         self.log("loss", loss, sync_dist=True)
         return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch, batch_idx), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.optimizer == "Adam":

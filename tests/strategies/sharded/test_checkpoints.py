@@ -16,12 +16,10 @@ from lightning_byzantine import ByzantineModelParallelStrategy
 SHAPE = (3, 2)
 
 
-def fit_and_resume(
-    folder: Path, resumes: bool, arguments: dict[str, Any], of_resumed: dict[str, Any]
-) -> tuple[Tensor, frozenset[int]]:
+def fit_and_resume(folder: Path, resumes: bool, arguments: dict[str, Any]) -> tuple[Tensor, frozenset[int]]:
     """Train for two epochs, or for the second one only, from the checkpoint of the first."""
     checkpoints = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    strategy = ByzantineModelParallelStrategy(**arguments | (of_resumed if resumes else {}))
+    strategy = ByzantineModelParallelStrategy(*SHAPE, **arguments)
     history = fit(
         strategy,
         "FrozenOrNotAlwaysUsed",
@@ -44,13 +42,19 @@ class Quarantines(pl.Callback):
             trainer.strategy.quarantine([1])
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize(
+    ("distributed", "exchange"),
+    [
+        (True, "all_gather"),
+        (False, "all_to_all"),
+        pytest.param(True, "all_to_all", marks=pytest.mark.slow),
+        pytest.param(False, "all_gather", marks=pytest.mark.slow),
+    ],
+)
 def test_resumes_exactly(six_ranks: RankPool, tmp_path: Path, distributed: bool, exchange: str) -> None:
-    arguments = {"replicate_size": 3, "save_distributed_checkpoint": distributed, "exchange": exchange}
-    arguments["data_parallel_size"] = 2
-    whole = six_ranks.run(fit_and_resume, tmp_path, False, arguments, {})
-    resumed = six_ranks.run(fit_and_resume, tmp_path, True, arguments, {})
+    arguments = {"save_distributed_checkpoint": distributed, "exchange": exchange}
+    whole = six_ranks.run(fit_and_resume, tmp_path, False, arguments)
+    resumed = six_ranks.run(fit_and_resume, tmp_path, True, arguments)
     for (history, _), (rest, quarantined) in zip(whole, resumed, strict=True):
         assert torch.equal(history[4:], rest)
         assert quarantined == {1}
