@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 # By name: a file. That of "cuda" would hide NVIDIA's package of that name, which torch imports.
-NAMES = {name: name for name in ["rules", "steps", "price", "certificate", "monitor", "double_momentum", "sharded"]}
+NAMES = {name: name for name in ["rules", "steps", "price", "certificate", "monitor", "double_momentum"]}
 NAMES |= {name: name for name in ["faults", "false_alarms", "framing", "errors"]}
 NAMES["cuda"] = "on_cuda"
 ROOT = Path(__file__).resolve().parents[2]

@@ -116,11 +116,7 @@ def measure_floor(turns: int, steps: int) -> dict[str, float]:
 
 def memory(variant: str, network: str) -> tuple[float, float]:
     """Return how much the process grew at most during steps, and how large it is between them, in gradients."""
-    return memory_of(*make(variant, network))
-
-
-def memory_of(step: Callable[[], None], num_parameters: int) -> tuple[float, float]:
-    """Do the same for any step of a model."""
+    step, num_parameters = make(variant, network)
     for _ in range(3):
         step()
     before = _resident()
