@@ -149,7 +149,7 @@ def test_the_attacked_config_is_four_attacks_over_the_papers_rule_and_the_defaul
     assert {cell.attack for cell in grid} == {"label flip", "sign flip", "ALIE", "IPM(0.5)"}
     assert {(cell.num_workers, cell.num_byzantine) for cell in grid} == {(17, 8)}
     rates = [cell.learning_rate for cell in grid]
-    assert max(rates) / min(rates) >= 1e6
+    assert max(rates) / min(rates) >= 1e4
     runs = [make_run(cell.run) for cell in {cell.rule: cell for cell in grid}.values()]
     default = type(ByzantineDDPStrategy().aggregator)
     assert [type(run.rule) is default for run in runs] == [False, True]
