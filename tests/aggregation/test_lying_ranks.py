@@ -115,8 +115,10 @@ def random_lie(seed: int) -> Lie:
 def lying(lie: Lie, witnesses: Witnesses) -> ExitStack:
     send, broadcast, transfer = dist.isend, witnesses.broadcast, witnesses.channel.transfer
 
-    def isend(tensor: Tensor, dst: int) -> Any:
-        return send(lie.forge(tensor.clone(), dst) if lie.when(tensor) and dst in lie.to else tensor, dst)
+    def isend(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
+        receiver = group_dst if dst is None else dst
+        lies = lie.when(tensor) and receiver in lie.to
+        return send(lie.forge(tensor.clone(), receiver) if lies else tensor, group=group, group_dst=receiver)
 
     def transferring(sent: list[tuple[Tensor, int]], received: list[tuple[Tensor, int]]) -> None:
         transfer([(lie.transfer(rows), rank) for rows, rank in sent], received)

@@ -76,9 +76,10 @@ def fit_beside_liar(device: str) -> tuple[Tensor, list[int]]:
 def lies() -> Iterator[None]:
     send, start = dist.isend, collectives.start_gather
 
-    def lying_send(tensor: Tensor, dst: int) -> Any:
+    def lying_send(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
+        receiver = group_dst if dst is None else dst
         is_lie = dist.get_rank() == LIAR and tensor.is_floating_point() and tensor.numel() > 100
-        return send(tensor + dst if is_lie else tensor, dst)
+        return send(tensor + receiver if is_lie else tensor, receiver)
 
     def gather_with_lies(received: Tensor, own: Tensor, *group: Any) -> list[Callable[[], object]]:
         # Where the backend gathers, no rank can tell each another row by itself, but all that pass it on can.

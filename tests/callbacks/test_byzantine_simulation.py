@@ -228,7 +228,9 @@ def test_needs_ddp() -> None:
         enable_checkpointing=False,
         callbacks=[ByzantineSimulation(SignFlip(), [0])],
     )
-    with pytest.raises(MisconfigurationException, match="strategy='byzantine_ddp' or 'ddp', got SingleDeviceStrategy"):
+    with pytest.raises(
+        MisconfigurationException, match="strategy='byzantine_ddp', 'byzantine_fsdp' or 'ddp', got SingleDeviceStrategy"
+    ):
         runner.fit(Regression(), DataLoader(TensorDataset(torch.zeros(4, 8), torch.zeros(4, 1))))
 
 

@@ -170,8 +170,9 @@ def test_a_simulated_attack_is_survived(five_ranks: RankPool) -> None:
 def train_with_a_liar() -> tuple[Tensor, list[list[int]], list[int]]:
     send, named = dist.isend, []
 
-    def lie(tensor: Tensor, dst: int) -> Any:
-        return send(tensor + dst if tensor.is_floating_point() else tensor, dst)
+    def lie(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
+        receiver = group_dst if dst is None else dst
+        return send(tensor + receiver if tensor.is_floating_point() else tensor, receiver)
 
     with mock.patch("torch.distributed.isend", lie if dist.get_rank() == 1 else send):
         loop = Loop()

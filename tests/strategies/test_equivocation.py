@@ -28,9 +28,10 @@ def lying(forge: Forge | None, when: Callable[[Tensor], bool]) -> Iterator[None]
     """Let rank 1 send each other one something else, of what ``when`` chooses by its looks."""
     send = dist.isend
 
-    def isend(tensor: Tensor, dst: int) -> Any:
+    def isend(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
+        receiver = group_dst if dst is None else dst
         lies = forge is not None and dist.get_rank() == LIAR and when(tensor)
-        return send(forge(tensor.clone(), dst) if lies else tensor, dst)
+        return send(forge(tensor.clone(), receiver) if lies else tensor, group=group, group_dst=receiver)
 
     with mock.patch("torch.distributed.isend", isend):
         yield
