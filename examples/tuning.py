@@ -95,6 +95,8 @@ def draw_tuning(curves: Curves) -> Figure:
     )
     for panel in panels.flat[len(curves) :]:
         panel.set_axis_off()
+    for panel in panels.flat[max(0, len(curves) - beside) : len(curves)]:
+        panel.set_xlabel("learning rate")
     for ((attack, rule), of_case), panel in zip(curves.items(), panels.flat, strict=False):
         for method, curve in of_case.items():
             color = f"C{methods.index(method)}"
@@ -107,7 +109,6 @@ def draw_tuning(curves: Curves) -> Figure:
         panel.grid(alpha=0.3)
     for row in panels:
         row[0].set_ylabel("final test accuracy")
-    figure.supxlabel("learning rate", fontsize=10)
     lines = {
         label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }

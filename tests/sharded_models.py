@@ -1,5 +1,6 @@
 """Small models that FSDP2 divides, trained by Lightning in replicas, and by a plain loop with PyTorch's own HSDP."""
 
+from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,12 @@ from training import trainer
 from lightning_byzantine import ByzantineModelParallelStrategy
 
 BATCH = 4
+
+
+@cache
+def mesh_of(shape: tuple[int, int], names: tuple[str, str]) -> DeviceMesh:
+    """Return the same mesh each time: a process's groups have threads that go on after the test."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 class Sharded(pl.LightningModule):
@@ -188,7 +195,7 @@ def fit_hsdp(
     torch.manual_seed(1)
     module = MODELS[name](optimizer)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    module.shard(init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+    module.shard(mesh_of(shape, ("replicate", "shard")))
     steps = module.configure_optimizers()
     # As Lightning deals the examples.
     dataset = data(num_steps)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import name_of
 from rank_pool import RankPool
+from sharded_models import mesh_of
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_byzantine.aggregation.engine import AggregationEngine
@@ -64,7 +64,7 @@ def vectors(offset: float) -> Tensor:
 
 def choose_in_parts(rule: Aggregator, exchange: str, offset: float) -> tuple[list[Report], Tensor]:
     """Return the reports and the results, [steps, d], of 3 replicas of 2 ranks."""
-    mesh = init_device_mesh("cpu", (NUM_WORKERS, 2), mesh_dim_names=("across", "within"))
+    mesh = mesh_of((NUM_WORKERS, 2), ("across", "within"))
     shards = Shards(mesh.get_group("across"), mesh.get_group("within"))
     own = mesh["within"]
     parameters = {
