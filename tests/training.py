@@ -37,7 +37,8 @@ class Regression(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.optimizer == "Adam":
-            return torch.optim.Adam(self.parameters(), lr=1e-2)
+            # Otherwise, where a gradient is 0 but for rounding, its sign would decide a whole step.
+            return torch.optim.Adam(self.parameters(), lr=1e-2, eps=1e-3)
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
