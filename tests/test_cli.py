@@ -8,6 +8,7 @@ import yaml
 from digits import DigitClassifier
 from lightning.pytorch.cli import LightningCLI
 from training import Regression
+from transformer import Transformer
 
 import lightning_byzantine.callbacks  # noqa: F401
 from lightning_byzantine import ByzantineDDPStrategy
@@ -133,9 +134,10 @@ def test_a_typo_is_named(arguments: list[str], message: str, capsys: pytest.Capt
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_config_parses(config: Path) -> None:
-    cli = LightningCLI(DigitClassifier, run=False, save_config_callback=None, args=["--config", str(config)])
+    model = Transformer if config.stem == "transformer" else DigitClassifier
+    cli = LightningCLI(model, run=False, save_config_callback=None, args=["--config", str(config)])
     assert cli.trainer.strategy.num_nodes == (2 if config.stem == "two_hosts" else 1)
-    assert cli.trainer.world_size == (4 if config.stem == "two_hosts" else 5)
+    assert cli.trainer.world_size == {"two_hosts": 4, "transformer": 6}.get(config.stem, 5)
 
 
 def test_the_attacked_configs_differ_by_one_word() -> None:
