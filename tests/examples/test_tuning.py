@@ -133,6 +133,7 @@ def train_both_ways(cell: Cell, lr: float) -> tuple[Tensor, Tensor]:
     return torch.stack(steps.history), torch.stack(list(islice(by_hand, STEPS)))
 
 
+@pytest.mark.slow
 def test_all_methods_follow_their_recursions(one_rank: RankPool) -> None:
     grid = of_config("tuning.yaml", "--learning_rates=[1]", "--seeds=[1]")
     assert {cell.method.replace(", projected", "") for cell in grid} == set(RECURSIONS)
