@@ -46,8 +46,7 @@ class ShardedGradients:
 
     def _sent(self, name: str, parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
-            part = self._layout.part(name, parameter.detach())
-            return torch.zeros_like(part)
+            return torch.zeros_like(self._layout.part(name, parameter.detach()))
         return self._layout.part(name, parameter.grad)
 
     def _receive(self, name: str, parameter: nn.Parameter, result: Tensor) -> None:
