@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,13 @@ def process_context() -> multiprocessing.context.ForkServerContext:
 
 
 class RankPool:
-    """Runs module-level functions on every rank at once."""
+    """Runs module-level functions on every rank at once.
+
+    Only the pool that was used last has processes: those of the others would take time from it, since gloo's threads
+    do not rest.
+    """
+
+    _open: ClassVar["RankPool | None"] = None
 
     def __init__(self, num_ranks: int, backend: str = "gloo") -> None:
         self.num_ranks = num_ranks
@@ -67,6 +73,9 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
+        if RankPool._open is not None:
+            RankPool._open.close()
+        RankPool._open = self
         context = process_context()
         rendezvous = tempfile.mktemp(dir=self._folder.name)
         for rank in range(self.num_ranks):

@@ -9,10 +9,11 @@ import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "faulty.py"
+TIMEOUT = 20
 MESSAGES = {
     "kill:3": r"Lost rank 3: no sign of life for 3 s",
     # Its replica's other rank waits for it in the forward pass, and has as little come to the end of it.
-    "hang:1": r"Lost ranks? (0, )?1: alive, but the others waited for it for more than the timeout of 10 s",
+    "hang:1": r"Lost ranks? (0, )?1: alive, but the others waited for it for more than the timeout of 20 s",
 }
 
 
@@ -22,26 +23,19 @@ def run(*command: str) -> str:
     return output
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    output = run(str(SCRIPT), "--strategy=fsdp", "--timeout=10", f"--folder={folder}", "--fork", *MESSAGES)
-    (folder / "codes.json").write_text(output.splitlines()[-1])
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MESSAGES)
-def test_the_others_name_the_rank_and_its_replica(folder: Path, case: str) -> None:
-    codes = json.loads((folder / "codes.json").read_text())[case]
+def test_the_others_name_the_rank_and_its_replica(tmp_path: Path, case: str) -> None:
+    output = run(str(SCRIPT), "--strategy=fsdp", f"--timeout={TIMEOUT}", f"--folder={tmp_path}", "--fork", case)
+    codes = json.loads(output.splitlines()[-1])[case]
     faulty = case.partition(":")[2]
     assert codes.pop(faulty) == -signal.SIGKILL
     for rank, code in codes.items():
-        output = (folder / f"{case}.{rank}.log").read_text()
+        output = (tmp_path / f"{case}.{rank}.log").read_text()
         assert re.search(f"WorkerLostError: {MESSAGES[case]}", output), output
         assert f"Of replica {int(faulty) // 2}." in output
         assert code == 1, output
-    assert (folder / case / "last.ckpt").exists()
+    assert (tmp_path / case / "last.ckpt").exists()
 
 
 @pytest.mark.slow
