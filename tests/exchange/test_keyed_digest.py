@@ -7,20 +7,21 @@ from torch import Tensor
 
 from lightning_byzantine.exchange.keyed_digest import digest_of, keyed_digest
 
-WIDTH, KEY = 1 << 14, b"key"
+WIDTH, KEY = 1 << 13, b"key"
 
 
 def by_hand(tensors: list[Tensor]) -> bytes:
-    stream = shake_256(KEY).digest(8 * WIDTH)
-    keys = [int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(WIDTH)]
+    stream = shake_256(KEY).digest(16 * WIDTH)
+    keys = [int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(2 * WIDTH)]
     digest = sha256()
     for tensor in tensors:
         content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        content += bytes(-len(content) % (4 * WIDTH))
-        words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
+        content += bytes(-len(content) % (8 * WIDTH))
+        words = [int.from_bytes(content[i : i + 8], "little", signed=True) for i in range(0, len(content), 8)]
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for start in range(0, len(words), WIDTH):
-            total = sum(k * x for k, x in zip(keys, words[start : start + WIDTH], strict=True))
+            chunk = words[start : start + WIDTH]
+            total = sum(key * word for key, word in zip(keys, chunk + [word >> 32 for word in chunk], strict=True))
             digest.update((total % (1 << 64)).to_bytes(8, "little"))
     return digest.digest()
 
@@ -45,9 +46,13 @@ def test_every_bit_counts(digest: Callable[[list[Tensor]], bytes]) -> None:
             other = values.clone()
             other.view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(1 << 31)
             seen.add(digest([other]))
+    # In two words, where what the sums gain from their highest bits is the same or cancels out.
+    other = values.clone()
+    other[[1, 3]] *= -1
+    seen.add(digest([other]))
     seen.add(digest([values.roll(WIDTH)]))
     seen.add(digest([values[:-1]]))
     seen.add(digest([values[:10], values[10:]]))
     seen.add(digest([values.view(torch.int32)]))
-    assert len(seen) == 1 + 25 + 4
+    assert len(seen) == 1 + 25 + 5
     assert digest([values.clone()]) in seen
