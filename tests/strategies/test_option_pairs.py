@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
-from pairs import pairs
+from pairs import covering
 from rank_pool import RankPool
 from torch import Tensor, nn
 from training import ParametersOfEveryStep, Regression, loader, trainer
@@ -63,7 +63,7 @@ def goes_together(row: Row) -> bool:
 
 
 PLAIN: Row = {name: values[0] for name, values in OPTIONS.items()}
-ROWS = pairs(OPTIONS, goes_together)
+ROWS = covering(OPTIONS, is_allowed=goes_together)
 # Breakdowns need more than two: where the run is one of stock DDP, there are none.
 ROWS += [PLAIN | {"on_breakdown": policy, "fault": "two ranks"} for policy in OPTIONS["on_breakdown"]]
 
