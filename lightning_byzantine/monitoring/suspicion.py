@@ -23,6 +23,8 @@ _ALLOWANCE = 1.0
 _STEPS = 25
 # A worker's change has vanished if it is below this fraction of the median worker's.
 _VANISHED = 0.01
+# A worker is loud if its norm and its change are over this many times the median worker's.
+_LOUD = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
     """
     measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
     vanished = _vanished(norms, state.norms, memory)
-    certain = _certain(report, vanished)
+    certain = _certain(report, vanished, _loud(norms, state.norms, memory))
 
     values, before = (norms, state.norms) if all(map(isnan, distances)) else (distances, state.distances)
     values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
@@ -105,6 +107,8 @@ class Suspicion:
 
     - whose row can't be measured,
     - whose norm did not change, while those of the others did,
+    - whose norm and its change are both over 5 times the median worker's: less than half of the workers can't move that
+      out of the range of the honest ones, so that all f liars can be named by it, and nobody who is not loud,
     - that points away from the others, see :attr:`~lightning_byzantine.aggregators.Report.opposed`: as long as
       gradients shrink faster than momentum forgets, u does not show a flipped sign,
     - whose process was outvoted in buffers or metrics.
@@ -216,9 +220,16 @@ def _vanished(norms: list[float], before: list[float], memory: float) -> list[bo
     return [change < hardly_any for change in changes]
 
 
-def _certain(report: Report, vanished: list[bool]) -> list[bool]:
+def _loud(norms: list[float], before: list[float], memory: float) -> list[bool]:
+    """Return which norms are far above the others', and not only by what momentum has kept of one step, [m]."""
+    changes = [norm - memory * previous for norm, previous in zip(norms, before, strict=True)]
+    most, most_changed = _LOUD * known_median(norms), _LOUD * known_median(map(abs, changes))
+    return [norm > most and change > most_changed for norm, change in zip(norms, changes, strict=True)]
+
+
+def _certain(report: Report, vanished: list[bool], loud: list[bool]) -> list[bool]:
     """Return which workers stand out regardless of their distance, [m]."""
-    reasons = [_beside_statistics(report), vanished, report.opposed.tolist()]
+    reasons = [_beside_statistics(report), vanished, loud, report.opposed.tolist()]
     return list(map(any, zip(*reasons, strict=True)))
 
 

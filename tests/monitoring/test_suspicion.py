@@ -340,6 +340,39 @@ def test_as_many_as_leave_two_that_are_no_copies_are_named_at_once(bad: tuple[in
     assert suspected(reports_of(1, 30, "x10", bad))[-1] == list(bad)
 
 
+def reports_of_five(liars: str, steps: int = 60) -> list[Report]:
+    """Return what the default rule says of five workers, of which 1 and 4 send noise or next to nothing.
+
+    In step 30, the gradient of worker 2 is 30 times as long as usual, which momentum keeps for a while.
+    """
+    generator, rule, momentum = torch.Generator().manual_seed(11), PersistentFilter(), torch.zeros(5, 300).double()
+    common, reports = 0.3 * torch.randn(300, generator=generator, dtype=torch.float64), []
+    for step in range(steps):
+        sizes = torch.randn(5, 1, generator=generator, dtype=torch.float64).mul(0.5).exp()
+        sizes[2] *= 30 if step == 30 else 1
+        gradients = common + sizes * torch.randn(5, 300, generator=generator, dtype=torch.float64)
+        momentum = BETA * momentum + (1 - BETA) * gradients
+        sent = momentum.clone()
+        noise = torch.randn(2, 300, generator=generator, dtype=torch.float64)
+        sent[[1, 4]] = 10 * noise if liars == "loud" else 1e-3 * noise
+        reports.append(rule.decide(WorkerMatrix([sent]), 2).report())
+    return reports
+
+
+def test_all_f_workers_that_are_loud_are_named() -> None:
+    suspicion = Suspicion(5)
+    for report in reports_of_five("loud"):
+        suspicion.update(report, BETA)
+    assert suspicion.suspected == {1, 4}
+
+
+def test_f_workers_that_are_silent_make_no_other_loud() -> None:
+    suspicion = Suspicion(5)
+    for report in reports_of_five("silent"):
+        suspicion.update(report, BETA)
+        assert suspicion.suspected <= {1, 4}
+
+
 def test_who_was_cleared_is_suspected_for_other_reasons_only() -> None:
     suspicion, reports = Suspicion(8), reports_of(2, 90, "x10", (3,))
     for report in reports[:30]:
