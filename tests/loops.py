@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training import Regression, loader, parameters
 
-from lightning_byzantine.hooks import RobustHook, robust_ddp
+from lightning_byzantine.hooks import DDPHook, robust_ddp
 
 Tamper = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ class Loop:
         self.module = Regression() if model is None else model
         self.model = DistributedDataParallel(self.module, **(ddp or {}))
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1, momentum=0.9)
-        self.hook: RobustHook = robust_ddp(self.model, **arguments) if robust else None  # type: ignore[assignment]
+        self.hook: DDPHook = robust_ddp(self.model, **arguments) if robust else None  # type: ignore[assignment]
         self.history: list[Tensor] = []
 
     def run(

@@ -46,21 +46,37 @@ class AggregationHook:
 
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
         """Send one bucket, and aggregate after the last one."""
-        buffer, parameters = bucket.buffer(), bucket.parameters()
-        names = tuple(self._names[parameter] for parameter in parameters)
-        if buffer.is_sparse:  # that of a single parameter
-            buffer = flattened(buffer, parameters[0])
-        block = GradientBlock(names, [flat_size(parameter) for parameter in parameters], buffer)
-        devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
+        device = bucket.buffer().device
+        devices: list[int | str | torch.device] = [device] if device.type != "cpu" else []
         future: Future[Tensor] = Future(devices=devices)
-        self._waiting.append((bucket, block, future))
-        self._engine.send(block)
+        self._waiting.append((bucket, self.send(bucket), future))
         if bucket.is_last():
             waiting, self._waiting = self._waiting, []
-            self._engine.aggregate(None if self._used is None else self._used.take())
+            self.aggregate()
             for sent, done, claim in waiting:
-                claim.set_result(self._sparse_result(sent, done.buffer) if sent.buffer().is_sparse else done.buffer)
+                claim.set_result(self.result(sent, done))
         return future
+
+    def names_in(self, bucket: GradBucket) -> tuple[str, ...]:
+        """Return the names of a bucket's parameters, in order."""
+        return tuple(self._names[parameter] for parameter in bucket.parameters())
+
+    def send(self, bucket: GradBucket) -> GradientBlock:
+        """Start sending a bucket; return what it is to the engine."""
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        if buffer.is_sparse:  # that of a single parameter
+            buffer = flattened(buffer, parameters[0])
+        block = GradientBlock(self.names_in(bucket), [flat_size(parameter) for parameter in parameters], buffer)
+        self._engine.send(block)
+        return block
+
+    def aggregate(self) -> None:
+        """Aggregate all buckets that were sent."""
+        self._engine.aggregate(None if self._used is None else self._used.take())
+
+    def result(self, bucket: GradBucket, block: GradientBlock) -> Tensor:
+        """Return what DDP gets for a bucket."""
+        return self._sparse_result(bucket, block.buffer) if bucket.buffer().is_sparse else block.buffer
 
     def _sparse_result(self, bucket: GradBucket, result: Tensor) -> Tensor:
         # Of the rows that any rank has touched, as by DDP's all-reduce: optimizers leave the others alone.

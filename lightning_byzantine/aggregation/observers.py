@@ -67,8 +67,15 @@ class Observers:
             named[list(equivocated)] = True
             made = replace(made, equivocated=named)
         if outvoted is not None and outvoted.any():
-            workers = outvoted.cpu().repeat_interleave(len(made.measurable) // len(outvoted))
+            workers = _of_workers(outvoted.cpu(), len(made.measurable))
             workers[list(cleared)] = False
             made = replace(made, outvoted=workers)
         for function in list(self._functions.values()):  # one of them may remove itself
             function(made)
+
+
+def _of_workers(ranks: Tensor, num_workers: int) -> Tensor:
+    """Return which workers are meant, [m] bool, given the ranks, [n] bool: one of several of each, or each several."""
+    if num_workers < len(ranks):
+        return ranks.view(num_workers, -1).any(dim=1)
+    return ranks.repeat_interleave(num_workers // len(ranks))

@@ -1,6 +1,6 @@
 """Which part of each parameter a rank holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,16 @@ class ShardLayout:
         """Overwrite what other ranks hold of a parameter or gradient, [..], by what the one with this part has."""
         if name in self.duplicates and tensor.numel() > 0:
             dist.broadcast(tensor, group=self.duplicates[name], group_src=0)
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor], across: dist.ProcessGroup) -> None:
+        """Overwrite parameters and buffers by what the first worker's rank with the same part has, as DDP does."""
+        for tensor in tensors:
+            local = self.local(tensor)
+            if local.numel() > 0:
+                copied = local.contiguous()
+                dist.broadcast(copied, group=across, group_src=0)
+                local.copy_(copied)
 
     def sharded(self, name: str, part: Tensor) -> Tensor:
         """Return a part [n] of a vector as a tensor of the parameter's shape, sharded like the parameter."""

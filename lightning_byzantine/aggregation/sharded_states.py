@@ -1,4 +1,4 @@
-"""The workers' states where each rank holds a part of its worker's."""
+"""The workers' states of models that are divided among the ranks of each worker."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,15 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from typing_extensions import override
 
+from lightning_byzantine.aggregation.divided_states import DividedStates
 from lightning_byzantine.aggregation.shard_layout import ShardLayout
-from lightning_byzantine.aggregation.worker_states import WorkerStates
-from lightning_byzantine.exchange import Shards
 
 __all__ = ["ShardedStates"]
 
@@ -22,17 +19,15 @@ _SHARED = "shared"
 
 
 @dataclass(frozen=True)
-class ShardedStates(WorkerStates):
+class ShardedStates(DividedStates):
     """Saves the states as whole tensors, as of models that are not divided, or each rank's part in a folder.
 
     Args:
         layout: the parameters.
-        shards: the ranks.
 
     """
 
     layout: ShardLayout
-    shards: Shards
 
     def save_parts(self, folder: Path) -> dict[str, Any]:
         """Write all ranks' parts as a distributed checkpoint; must be called on all ranks.
@@ -63,33 +58,6 @@ class ShardedStates(WorkerStates):
         load(flat, checkpoint_id=folder)
         shared, *own = (self._parts(state) for state in states.values())
         self.estimator.load_state(own, shared | saved["numbers"])
-
-    @override
-    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        wholes = {name: self.layout.whole(name, state[name]) for name in self.parameters if name in state}
-        return wholes | self._numbers(state)
-
-    @override
-    def part(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        parts = {
-            name: self.layout.part_of_whole(name, state[name].to(self.device))
-            for name in self.parameters
-            if name in state
-        }
-        return parts | self._numbers(state)
-
-    @property
-    @override
-    def group(self) -> ProcessGroup:
-        return self.shards.across
-
-    @override
-    def size(self, name: str) -> int:
-        return self.layout.num_columns(name)
-
-    def _numbers(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what in the state is of no parameter."""
-        return {name: value for name, value in state.items() if name not in self.parameters}
 
     def _sharded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.layout.sharded(name, state[name]) for name in self.parameters if name in state}

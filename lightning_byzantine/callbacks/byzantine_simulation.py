@@ -166,7 +166,7 @@ class ByzantineSimulation(pl.Callback):
 
 
 def _next_worker(strategy: RobustStrategy | DDPStrategy) -> int:
-    if isinstance(strategy, ByzantineDDPStrategy):
+    if isinstance(strategy, ByzantineDDPStrategy) and strategy.workers == "rank":
         assert strategy.window is not None
         return strategy.global_rank * strategy.workers_per_process + strategy.window.next_worker
     if isinstance(strategy, RobustStrategy):

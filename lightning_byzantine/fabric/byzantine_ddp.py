@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator
-from lightning_byzantine.hooks import RobustHook, robust_ddp
-from lightning_byzantine.hooks.robust_ddp import check_arguments
+from lightning_byzantine.hooks import DDPHook, robust_ddp
+from lightning_byzantine.hooks.arguments import check_arguments
 
 __all__ = ["ByzantineDDPStrategy"]
 
@@ -41,7 +41,7 @@ class ByzantineDDPStrategy(DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Attributes:
-        hooks: one :class:`~lightning_byzantine.hooks.RobustHook` for each module, in the order of ``fabric.setup``, for
+        hooks: one :class:`~lightning_byzantine.hooks.DDPHook` for each module, in the order of ``fabric.setup``, for
             reports, quarantine and simulated attacks.
 
     Raises:
@@ -71,7 +71,7 @@ class ByzantineDDPStrategy(DDPStrategy):
     ) -> None:
         super().__init__(**kwargs)
         check_arguments(aggregator, estimator, exchange, max_worker_grad_norm, on_breakdown)
-        self.hooks: list[RobustHook] = []
+        self.hooks: list[DDPHook] = []
         self.restart_estimator = restart_estimator
         self._arguments: dict[str, Any] = {
             "aggregator": aggregator,
@@ -125,6 +125,6 @@ class ByzantineDDPStrategy(DDPStrategy):
                 )
         return remainder
 
-    def _hooks_in(self, state: dict[str, Any]) -> dict[str, RobustHook]:
+    def _hooks_in(self, state: dict[str, Any]) -> dict[str, DDPHook]:
         """Return the hooks of all modules in a state, by their names there."""
         return {name: hook for name, module in state.items() for hook in self.hooks if hook.model is module}

@@ -1,7 +1,5 @@
 """Robust aggregation for a model in DistributedDataParallel."""
 
-import warnings
-from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -9,21 +7,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.breakdown import Breakdown
-from lightning_byzantine.aggregation.defaults import (
-    aggregator_or_default,
-    estimator_or_default,
-    num_byzantine_or_default,
-)
+from lightning_byzantine.aggregation.defaults import num_byzantine_or_default
 from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
 from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator
-from lightning_byzantine.exchange import EXCHANGES
 from lightning_byzantine.exchange.torch_internals import detour_of
-from lightning_byzantine.hooks.robust_hook import RobustHook
-from lightning_byzantine.optim import DoubleMomentumEstimator
-from lightning_byzantine.utilities.checks import check_choice, check_positive
+from lightning_byzantine.hooks.arguments import check_arguments, own_copies, warn_of_two
+from lightning_byzantine.hooks.ddp_hook import DDPHook
 
-__all__ = ["check_arguments", "robust_ddp"]
+__all__ = ["robust_ddp"]
 
 
 def robust_ddp(
@@ -37,7 +29,7 @@ def robust_ddp(
     robust_buffers: bool = True,
     on_breakdown: Literal["raise", "propagate"] = "raise",
     scaler: torch.amp.GradScaler | None = None,
-) -> RobustHook:
+) -> DDPHook:
     """Aggregate a model's gradients by a robust rule instead of their mean, from the next backward on.
 
     Must be called on all ranks at once, before the first step; each rank is one worker. The loop and the optimizer stay
@@ -85,12 +77,9 @@ def robust_ddp(
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
     num_workers = dist.get_world_size()
     num_byzantine = num_byzantine_or_default(num_byzantine, num_workers)
-    rule, own = deepcopy(aggregator_or_default(aggregator)), deepcopy(estimator_or_default(estimator))
+    rule, own = own_copies(aggregator, estimator)
     rule.check(num_workers, num_byzantine)
-    rule.reset()
-    if own is not None:
-        own.reset()
-    hook = RobustHook(
+    hook = DDPHook(
         model,
         rule,
         num_byzantine,
@@ -101,39 +90,8 @@ def robust_ddp(
         breakdown=Breakdown(on_breakdown),
         loss_scale=lambda: float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None,
     )
-    if num_workers == 2 and dist.get_rank() == 0:
-        warnings.warn(
-            "Two workers cannot outvote each other: robust_ddp withstands f < m / 2 Byzantine workers, which is f=0"
-            " with 2 workers. Use 3 workers or more.",
-            stacklevel=2,
-        )
+    warn_of_two("robust_ddp", num_workers)
     return hook
-
-
-def check_arguments(
-    aggregator: Aggregator | None,
-    estimator: Estimator | Literal["auto"] | None,
-    exchange: str,
-    max_worker_grad_norm: float | None,
-    on_breakdown: str,
-) -> None:
-    """Raise what :func:`robust_ddp` would, as far as that is known before there are processes or a model."""
-    aggregator_or_default(aggregator)
-    if isinstance(estimator, DoubleMomentumEstimator):
-        raise ValueError(
-            "estimator must need one gradient of a batch only, got DoubleMomentumEstimator, which needs another one at"
-            " a second point. Use WorkerMomentum(), or the Trainer with `byzantine_ddp_double_momentum`."
-        )
-    estimator_or_default(estimator)
-    check_choice("exchange", exchange, EXCHANGES)
-    if max_worker_grad_norm is not None:
-        check_positive("max_worker_grad_norm", max_worker_grad_norm)
-    if on_breakdown == "skip":
-        raise ValueError(
-            "on_breakdown must be 'raise' or 'propagate', got 'skip', for which the hook would need your optimizer. A"
-            " torch.amp.GradScaler given as `scaler` skips such steps, with `init_scale=1.0` too."
-        )
-    check_choice("on_breakdown", on_breakdown, ("raise", "propagate"))
 
 
 def _check_model(model: DistributedDataParallel) -> None:

@@ -1,93 +1,54 @@
 """What makes one model's training robust, in a loop that is not ours."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorker
-from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregation.engine import AggregationEngine
 from lightning_byzantine.aggregation.observers import Observers
-from lightning_byzantine.aggregation.quarantine import Quarantine, rank_errors
+from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
-from lightning_byzantine.aggregation.voters import Voters
 from lightning_byzantine.aggregation.worker_states import WorkerStates
 from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.attacks import Attack
 from lightning_byzantine.estimators import Estimator
-from lightning_byzantine.exchange import make_exchange
-from lightning_byzantine.exchange.robust_buffers import RobustBuffers
-from lightning_byzantine.exchange.witnesses import Witnesses
 
 __all__ = ["RobustHook"]
 
 
-class RobustHook:
-    """The robust aggregation of one model's gradients; made by :func:`~lightning_byzantine.hooks.robust_ddp`.
+class RobustHook(ABC):
+    """The robust aggregation of one model's gradients, by :func:`~.robust_ddp` or :func:`~.robust_fsdp`.
 
     Args:
-        model: the module wrapped in DDP.
+        num_workers: number of workers, m.
         aggregator: the rule, not shared with other models.
         num_byzantine: number of workers that may be Byzantine, f.
         estimator: what this rank sends, not shared with other models; None for raw gradients.
-        exchange: "all_gather" or "all_to_all".
-        robust_buffers: whether all ranks vote on buffers.
-        **engine: other arguments of :class:`~lightning_byzantine.aggregation.engine.AggregationEngine`.
 
     Attributes:
-        model: as given.
+        num_workers: as given.
         aggregator: as given.
         num_byzantine: as given.
         estimator: as given.
 
     """
 
+    _engine: AggregationEngine
+
     def __init__(
-        self,
-        model: DistributedDataParallel,
-        aggregator: Aggregator,
-        num_byzantine: int,
-        estimator: Estimator | None,
-        exchange: str,
-        robust_buffers: bool,
-        **engine: Any,
+        self, num_workers: int, aggregator: Aggregator, num_byzantine: int, estimator: Estimator | None
     ) -> None:
-        self.model = model
+        self.num_workers = num_workers
         self.aggregator = aggregator
         self.num_byzantine = num_byzantine
         self.estimator = estimator
-        self._parameters = dict(model.module.named_parameters())
-        self._device = next(iter(self._parameters.values())).device
         self._quarantine = Quarantine()
         self._observers = Observers()
-        self._witnesses: Witnesses | None = None
-        if num_byzantine > 0:
-            self._witnesses = Witnesses(num_byzantine, self._device, self._exclude)
-        self._engine = AggregationEngine(
-            self._parameters,
-            self._aggregation(),
-            make_exchange(exchange, self.num_workers, self._witnesses),
-            estimator,
-            **engine,
-        )
-        AggregationHook(self._engine, model.module).register(model)
-        self._buffers: RobustBuffers | None = None
-        if robust_buffers and self.num_workers > 1:
-            voters = Voters(self._witnesses, self._observers)
-            self._buffers = RobustBuffers(model, voters.gather, voters.ranks, voters.note_outvoted)
-        frozen = {name: parameter for name, parameter in self._parameters.items() if not parameter.requires_grad}
-        model.register_forward_pre_hook(partial(_check_still_frozen, frozen))
-
-    @property
-    def num_workers(self) -> int:
-        """Number of workers, m: each rank is one."""
-        return dist.get_world_size()
 
     @property
     def quarantined(self) -> frozenset[int]:
@@ -97,7 +58,7 @@ class RobustHook:
     def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
         """Call a function with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
 
-        It is called during backward, on every rank alike, and never with a single worker.
+        It is called on every rank alike, before the optimizer's step, and never with a single worker.
 
         Args:
             observer: takes the report.
@@ -123,8 +84,6 @@ class RobustHook:
 
         """
         self._quarantine.add(workers, self.aggregator, self.num_workers, self.num_byzantine, proved=proved)
-        if self._witnesses is not None:
-            self._witnesses.exclude(self._quarantine.proved)
 
     def add_attack(self, attack: Attack, workers: Sequence[int]) -> None:
         """Simulate an attack from now on: replace what these workers send, on every rank.
@@ -155,21 +114,12 @@ class RobustHook:
             )
         self._engine.add_attack(lambda matrix: attack.tamper(matrix, workers))
 
-    def synchronize_buffers(self) -> None:
-        """Let all ranks vote on buffers now instead of before the next forward, such as after the last step.
-
-        Must be called on all ranks. :meth:`state_dict` does it as well.
-        """
-        if self._buffers is not None:
-            self._buffers.synchronize()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all workers' estimators, of the rule and of the quarantine; empty except on rank 0.
 
-        Must be called on all ranks, which vote on buffers first, in place. For an exact resume, save it on rank 0
-        together with the states of the model and the optimizer, and load it on all ranks.
+        Must be called on all ranks. For an exact resume, save it on rank 0 together with the states of the model and
+        the optimizer, and load it on all ranks.
         """
-        self.synchronize_buffers()
         state = self._states().save(alone=False)
         state |= {"quarantined": sorted(self.quarantined), "quarantined_by_proof": sorted(self._quarantine.proved)}
         return state if dist.get_rank() == 0 else {}
@@ -198,32 +148,6 @@ class RobustHook:
             return SingleWorker()
         return RobustAggregation(self.aggregator, self.num_byzantine, self._quarantine, self._observers)
 
-    def _exclude(self, ranks: Collection[int]) -> None:
-        """Drop the rows of ranks that are proved to have told others different things, and report them."""
-        self._observers.note_equivocated(ranks)
-        with rank_errors(ranks):
-            self.quarantine(ranks, proved=True)
-
+    @abstractmethod
     def _states(self) -> WorkerStates:
-        own = range(dist.get_rank(), dist.get_rank() + 1)
-        return WorkerStates(
-            self._parameters,
-            self.aggregator,
-            self.estimator,
-            own,
-            self.num_workers,
-            self._device,
-            remedy=(
-                "start from zero: leave out `hook.load_state_dict(state)`, or with Fabric give `restart_estimator=True`"
-                " to the strategy."
-            ),
-        )
-
-
-def _check_still_frozen(frozen: dict[str, nn.Parameter], model: nn.Module, inputs: Any) -> None:
-    for name, parameter in frozen.items():
-        if parameter.requires_grad:
-            raise RuntimeError(
-                f"The parameter {name!r} was frozen when `robust_ddp` was called, so DDP may not know it, and its"
-                " gradient would bypass the aggregation. Freeze after `robust_ddp`, with find_unused_parameters=True."
-            )
+        """Return what converts the workers' states to plain tensors, and back."""

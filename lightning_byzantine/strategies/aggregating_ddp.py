@@ -18,6 +18,8 @@ from lightning_byzantine.aggregation.aggregation import Aggregation
 from lightning_byzantine.aggregation.breakdown import Breakdown
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook
 from lightning_byzantine.aggregation.engine import AggregationEngine
+from lightning_byzantine.aggregation.node_hook import NodeHook
+from lightning_byzantine.aggregation.slices import Slices
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
 from lightning_byzantine.exchange.collectives import gather_rows
@@ -86,9 +88,17 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
         return self.world_size * self.workers_per_process
 
     def aggregate_by(
-        self, aggregation: Aggregation, exchange: Exchange, estimator: Estimator | None, max_norm: float | None
+        self,
+        aggregation: Aggregation,
+        exchange: Exchange,
+        estimator: Estimator | None,
+        max_norm: float | None,
+        slices: Slices | None,
     ) -> None:
-        """Aggregate the gradients of this ``fit`` with an engine, which has the same arguments."""
+        """Aggregate the gradients of this ``fit`` with an engine, which has the same arguments.
+
+        With slices, workers are nodes.
+        """
         assert isinstance(self.model, DistributedDataParallel)
         self.engine = AggregationEngine(
             dict(self._module.named_parameters()),
@@ -101,7 +111,10 @@ class AggregatingDDP(FaultTolerantDDP, ABC):
             breakdown=self._breakdown,
             on_skip=self._skipped_steps.skip,
         )
-        AggregationHook(self.engine, self._module).register(self.model)
+        if slices is None:
+            AggregationHook(self.engine, self._module).register(self.model)
+        else:
+            NodeHook(self.engine, self._module, slices).register(self.model)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

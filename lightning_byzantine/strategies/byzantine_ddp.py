@@ -17,15 +17,21 @@ from typing_extensions import override
 
 from lightning_byzantine.aggregation.aggregation import Aggregation, SingleWorker
 from lightning_byzantine.aggregation.defaults import estimator_or_default
+from lightning_byzantine.aggregation.divided_states import DividedStates
+from lightning_byzantine.aggregation.gradients import flat_size
 from lightning_byzantine.aggregation.quarantine import rank_errors
 from lightning_byzantine.aggregation.robust_aggregation import RobustAggregation
 from lightning_byzantine.aggregation.shadow_aggregation import ShadowAggregation
+from lightning_byzantine.aggregation.slices import Slices
 from lightning_byzantine.aggregation.sparse_gradients import sparse_parameters
 from lightning_byzantine.aggregation.worker_states import WorkerStates
 from lightning_byzantine.aggregators import Aggregator
 from lightning_byzantine.estimators import Estimator, WorkerMomentum
-from lightning_byzantine.exchange import make_exchange
+from lightning_byzantine.exchange import Exchange, make_exchange
+from lightning_byzantine.exchange.torch_internals import _set_pg_timeout
+from lightning_byzantine.exchange.worker_groups import groups_of_workers
 from lightning_byzantine.optim import DoubleMomentum
+from lightning_byzantine.strategies import nodes
 from lightning_byzantine.strategies.aggregating_ddp import AggregatingDDP
 from lightning_byzantine.strategies.audits.audits import Audits, check_auditable
 from lightning_byzantine.strategies.audits.verdict import Verdict
@@ -33,7 +39,7 @@ from lightning_byzantine.strategies.lightning_internals import _DDPForwardRedire
 from lightning_byzantine.strategies.robust_strategy import RobustStrategy
 from lightning_byzantine.strategies.second_pass.redirection import PreviousPointRedirection
 from lightning_byzantine.strategies.second_pass.wrapping import find_or_wrap
-from lightning_byzantine.utilities.checks import check_worker_indices
+from lightning_byzantine.utilities.checks import check_choice, check_worker_indices
 
 __all__ = ["ByzantineDDPStrategy"]
 
@@ -57,6 +63,9 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
         max_worker_grad_norm: clips each worker's raw gradient to this norm, before the estimator. None for no clipping.
         exchange: "all_gather" for every rank to aggregate for itself, without trusting others; "all_to_all" for every
             rank to aggregate its share of the columns, which trusts it with them, at the traffic of a ring all-reduce.
+        workers: "rank", or "node" for all processes of a node to be one worker: its vector is the mean of their
+            gradients, of which each exchanges its part with the processes of the same local rank on other nodes, who
+            are believed to send all others the same.
         workers_per_process: number of workers that each process acts as, k, so that m is k times the number of
             processes: batch j of an epoch belongs to the process's worker j mod k, and ``accumulate_grad_batches``
             becomes k if it is 1. Fewer than k batches at the end of an epoch are dropped.
@@ -77,11 +86,13 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
 
     Raises:
         TypeError: if the aggregator is not an Aggregator, or the estimator not an Estimator.
-        ValueError: if the exchange or ``on_breakdown`` is unknown, or ``workers_per_process`` or ``max_skips`` under 1;
-            and when the Trainer is created, if f is not under m / 2, or the aggregator does not support m and f.
+        ValueError: if the exchange, ``workers`` or ``on_breakdown`` is unknown, or ``workers_per_process`` or
+            ``max_skips`` under 1; and when the Trainer is created, if f is not under m / 2, or the aggregator does not
+            support m and f.
         MisconfigurationException: if another communication hook is given, or an argument with which gradients bypass
-            this one, or the accelerator is neither CPU nor CUDA; and when fit starts, if ``accumulate_grad_batches`` is
-            neither 1 nor a multiple of ``workers_per_process``.
+            this one, or one that does not go with ``workers="node"``, or with that there is a single node, or the
+            accelerator is neither CPU nor CUDA; and when fit starts, if ``accumulate_grad_batches`` is neither 1 nor a
+            multiple of ``workers_per_process``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -102,6 +113,7 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
         estimator: Estimator | Literal["auto"] | None = "auto",
         max_worker_grad_norm: float | None = None,
         exchange: Literal["all_gather", "all_to_all"] = "all_gather",
+        workers: Literal["rank", "node"] = "rank",
         workers_per_process: int = 1,
         shadow: bool = False,
         on_breakdown: Literal["raise", "skip", "propagate"] = "raise",
@@ -122,10 +134,28 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
             **kwargs,
         )
         self.shadow = shadow
+        self.workers = check_choice("workers", workers, ("rank", "node"))
+        if self.workers == "node":
+            nodes.check_arguments(
+                self.aggregator,
+                {
+                    "workers_per_process": workers_per_process if workers_per_process > 1 else 0,
+                    "shadow": shadow,
+                    "check_consistency_every_n_steps": self._check_every,
+                },
+            )
+            nodes.check_estimator(self.estimator)
         self._check_shadow()
         self._asked_for_estimator = estimator
+        self._slices: Slices | None = None
         self._audits: Audits | None = None
         self._verdict_observers: dict[int, Callable[[Verdict], None]] = OrderedDict()
+
+    @property
+    @override
+    def num_workers(self) -> int:
+        """Number of workers of all processes, m."""
+        return self.num_nodes if self.workers == "node" else super().num_workers
 
     @override
     def quarantine(self, workers: Iterable[int], *, proved: bool = False) -> None:
@@ -143,6 +173,10 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
 
     @override
     def check_audits(self) -> None:
+        if self.workers == "node":
+            raise MisconfigurationException(
+                "Audits compute a worker's step once more on each other rank, which needs workers='rank'."
+            )
         check_auditable(self._module, self.num_workers)
 
     @override
@@ -187,6 +221,8 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
 
     @override
     def set_world_ranks(self) -> None:
+        if self.workers == "node":
+            nodes.check_num_nodes(self.num_nodes, self.num_nodes * self.num_processes)
         super().set_world_ranks()
         # Not `root_device`: a process may have a local rank for which there is no device, and not train.
         for kind in {device.type for device in self.parallel_devices or ()} - {"cpu", "cuda"}:
@@ -203,10 +239,9 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
         if self.estimator is not None:
             self.estimator.reset()
         self.aggregator.reset()
-        # In shadow mode, gradients are averaged as by stock DDP, whatever they are.
-        witnesses = None if self.shadow else self._witnesses
-        exchange, aggregation = make_exchange(self.exchange, self.world_size, witnesses), self._aggregation()
-        self.aggregate_by(aggregation, exchange, self.estimator, self._max_worker_grad_norm)
+        self._slices = self._slices_of_nodes() if self.workers == "node" else None
+        aggregation, exchange = self._aggregation(), self._exchange()
+        self.aggregate_by(aggregation, exchange, self.estimator, self._max_worker_grad_norm, self._slices)
         self._set_up_audits(self.estimator if aggregation.takes_estimates else None)
 
     @override
@@ -217,7 +252,7 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
                 optimizer.take_back()
         self._forward_redirection = _DDPForwardRedirection()
         self._audits = None
-        super().teardown()
+        super().teardown()  # the slices stay, for a checkpoint after fit
 
     @override
     def shared_state(self) -> dict[str, Any]:
@@ -255,6 +290,21 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
                 " from zero."
             )
         super().load_optimizer_state_dict(checkpoint)
+
+    def _exchange(self) -> Exchange:
+        """Return the exchange for the strategy's arguments."""
+        if self._slices is not None:
+            return make_exchange(self.exchange, self.num_workers, None, self._slices.shards)
+        # In shadow mode, gradients are averaged as by stock DDP, whatever they are.
+        return make_exchange(self.exchange, self.world_size, None if self.shadow else self._witnesses)
+
+    def _slices_of_nodes(self) -> Slices:
+        nodes.check_estimator(self.estimator)  # `configure_optimizers` may have chosen another one
+        shards = groups_of_workers(self.root_device.type, self.num_nodes)
+        for group in (shards.across, shards.within):
+            if self._timeout is not None:
+                _set_pg_timeout(self._timeout, group)
+        return Slices({name: flat_size(parameter) for name, parameter in self._module.named_parameters()}, shards)
 
     def _aggregation(self) -> Aggregation:
         """Return the aggregation for the strategy's arguments."""
@@ -329,13 +379,14 @@ class ByzantineDDPStrategy(RobustStrategy, AggregatingDDP):
             )
 
     def _states(self) -> WorkerStates:
-        first = self.global_rank * self.workers_per_process
-        own = range(first, first + self.workers_per_process)
+        (first, *others) = self._workers_of([self.global_rank])
+        own = range(first, first + 1 + len(others))
         parameters = dict(self._module.named_parameters())
         remedy = (
             "reset the estimators and the aggregator with `restart_estimator=True` among the strategy's arguments, here"
             f" `ByzantineDDPStrategy(..., estimator={self.estimator!r}, restart_estimator=True)`."
         )
-        return WorkerStates(
-            parameters, self.aggregator, self.estimator, own, self.num_workers, self.root_device, remedy
-        )
+        arguments = parameters, self.aggregator, self.estimator, own, self.num_workers, self.root_device, remedy
+        if self._slices is None:
+            return WorkerStates(*arguments)
+        return DividedStates(*arguments, self._slices, self._slices.shards)

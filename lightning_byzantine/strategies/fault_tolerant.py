@@ -46,6 +46,11 @@ class FaultTolerant(ParallelStrategy, ABC):
     def num_byzantine(self) -> int:
         """Number of workers that may be Byzantine, f."""
 
+    def ranks_of(self, worker: int) -> range:
+        """Return the ranks that are a worker together, or the one that acts as this worker among others."""
+        first = worker * self.world_size // self.num_workers
+        return range(first, max(first + 1, (worker + 1) * self.world_size // self.num_workers))
+
     @override
     def setup_environment(self) -> None:
         super().setup_environment()

@@ -104,8 +104,8 @@ class FaultTolerantDDP(FaultTolerant, DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         if self.world_size > 1:
-            # A process that lies does so as all of its workers.
-            max_faulty = self.num_byzantine // (self.num_workers // self.world_size)
+            # A process that lies does so as all of its workers; a worker, with all of its processes.
+            max_faulty = self.num_byzantine * self.world_size // self.num_workers
             if max_faulty > 0:
                 meet = self._watched(Witnesses, "the exchange of keys", meets=False)
                 self._witnesses = meet(max_faulty, self.root_device, self._exclude)
@@ -158,8 +158,9 @@ class FaultTolerantDDP(FaultTolerant, DDPStrategy):
         is_robust = by_name and self._robust_metrics and self.world_size > 1
         if not is_robust or not is_of_all_ranks(group) or self._has_failed():
             return super().reduce(tensor, group, reduce_op)
-        # Ranks may be fewer than workers.
-        most = min(self.num_byzantine, (self.world_size - 1) // 2)
+        # Ranks may be fewer than workers, or more.
+        most = max(self.num_byzantine, self.num_byzantine * self.world_size // self.num_workers)
+        most = min(most, (self.world_size - 1) // 2)
         reduced = self._watched(robust_reduce, f"a reduction{size_of(tensor)}")
         return reduced(tensor, reduce_op, most, self._voters.gather, self._voters.note_outvoted)
 
@@ -206,5 +207,6 @@ class FaultTolerantDDP(FaultTolerant, DDPStrategy):
         self._observers.note_equivocated(self._workers_of(ranks))
 
     def _workers_of(self, ranks: Iterable[int]) -> list[int]:
-        per_rank = self.num_workers // self.world_size
-        return [rank * per_rank + worker for rank in ranks for worker in range(per_rank)]
+        """Return the workers that these ranks act as, alone or with others."""
+        named = set(ranks)
+        return [worker for worker in range(self.num_workers) if not named.isdisjoint(self.ranks_of(worker))]

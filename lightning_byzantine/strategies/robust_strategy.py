@@ -102,11 +102,6 @@ class RobustStrategy(FaultTolerant, ABC):
         """Number of steps skipped in the whole run, by ``on_breakdown="skip"``."""
         return self._breakdown.skipped
 
-    def ranks_of(self, worker: int) -> range:
-        """Return the ranks that are a worker together, or the one that acts as this worker among others."""
-        first = worker * self.world_size // self.num_workers
-        return range(first, max(first + 1, (worker + 1) * self.world_size // self.num_workers))
-
     def observe(self, observer: Callable[[Report], None]) -> RemovableHandle:
         """Call a function with the :class:`~lightning_byzantine.aggregators.Report` of every aggregation.
 

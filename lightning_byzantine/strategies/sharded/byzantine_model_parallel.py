@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -173,7 +171,8 @@ class ByzantineModelParallelStrategy(RobustStrategy, ReplicatedModelParallel):
                 " automatic optimization, got automatic_optimization=False."
             )
         self._layout = layout_of(self._module, self.replica, self.shape, self.tensor_parallel_group, self.root_device)
-        self._copy_first_replica()
+        # All replicas start from the first one.
+        self._layout.copy_first((*self._module.parameters(), *self._module.buffers()), self.shards.across)
         super().setup_optimizers(trainer)
         if any(isinstance(optimizer, DoubleMomentum) for optimizer in self.optimizers):
             raise MisconfigurationException(
@@ -261,17 +260,6 @@ class ByzantineModelParallelStrategy(RobustStrategy, ReplicatedModelParallel):
         if self.num_workers == 1 and (self.estimator is None or self.estimator.transparent):
             return SingleWorker()
         return RobustAggregation(self.aggregator, self.num_byzantine, self._quarantine, self._observers)
-
-    @torch.no_grad()
-    def _copy_first_replica(self) -> None:
-        """Let all replicas start from the first one's parameters and buffers, as DDP does from rank 0's."""
-        assert self._layout is not None
-        for tensor in (*self._module.parameters(), *self._module.buffers()):
-            local = self._layout.local(tensor)
-            if local.numel() > 0:
-                copied = local.contiguous()
-                dist.broadcast(copied, group=self.shards.across, group_src=0)
-                local.copy_(copied)
 
     def _load_states(self, checkpoint: dict[str, Any], path: Path) -> None:
         state = checkpoint.get(_CHECKPOINT_KEY, {})

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_byzantine.exchange import Shards
 from lightning_byzantine.exchange.torch_internals import _set_pg_timeout
+from lightning_byzantine.exchange.worker_groups import groups_of_workers
 from lightning_byzantine.utilities.checks import check_integer_at_least
 
 __all__ = ["ReplicatedModelParallel"]
@@ -19,7 +20,7 @@ _NAMES = ("replicate", "data_parallel", "tensor_parallel")
 
 # A model keeps its mesh after `fit`, so nobody can say when its process groups, with their threads and connections, are
 # not needed any more. So there is only one mesh for each shape.
-_known_meshes: WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[DeviceMesh, DeviceMesh]]] = WeakKeyDictionary()
+_known_meshes: WeakKeyDictionary[dist.ProcessGroup, dict[Any, DeviceMesh]] = WeakKeyDictionary()
 
 
 class ReplicatedModelParallel(ModelParallelStrategy):
@@ -56,7 +57,7 @@ class ReplicatedModelParallel(ModelParallelStrategy):
         check_integer_at_least("tensor_parallel_size", tensor_parallel_size, 1)
         super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
         self._replicate_size = replicate_size
-        self._groups: DeviceMesh | None = None
+        self._shards: Shards | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,8 +89,8 @@ class ReplicatedModelParallel(ModelParallelStrategy):
     @property
     def shards(self) -> Shards:
         """How the model is divided, once processes have met."""
-        assert self._groups is not None
-        return Shards(self._groups.get_group("across"), self._groups.get_group("within"))
+        assert self._shards is not None
+        return self._shards
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -121,8 +122,9 @@ class ReplicatedModelParallel(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # As the overridden method does, with another mesh.
         self._setup_distributed()
-        mesh, self._groups = _meshes(self.root_device.type, self.shape)
-        for group in (*mesh.get_all_groups(), *self._groups.get_all_groups()):
+        mesh = _mesh(self.root_device.type, self.shape)
+        self._shards = groups_of_workers(self.root_device.type, self.num_replicas)
+        for group in (*mesh.get_all_groups(), self._shards.across, self._shards.within):
             if self._timeout is not None:
                 _set_pg_timeout(self._timeout, group)
         self._device_mesh = mesh[_NAMES[1:]]
@@ -130,13 +132,10 @@ class ReplicatedModelParallel(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
 
-def _meshes(kind: str, shape: tuple[int, int, int]) -> tuple[DeviceMesh, DeviceMesh]:
-    """Return the mesh of all ranks, and one of replicas and the ranks in each."""
+def _mesh(kind: str, shape: tuple[int, int, int]) -> DeviceMesh:
+    """Return the mesh of all ranks."""
     assert dist.group.WORLD is not None
     known = _known_meshes.setdefault(dist.group.WORLD, {})
     if (kind, shape) not in known:
-        replicas, data, tensor = shape
-        ranks = init_device_mesh(kind, shape, mesh_dim_names=_NAMES)
-        groups = init_device_mesh(kind, (replicas, data * tensor), mesh_dim_names=("across", "within"))
-        known[kind, shape] = ranks, groups
+        known[kind, shape] = init_device_mesh(kind, shape, mesh_dim_names=_NAMES)
     return known[kind, shape]
