@@ -24,7 +24,7 @@ _STEPS = 25
 # A worker's change has vanished if it is below this fraction of the median worker's.
 _VANISHED = 0.01
 # A worker is loud if its norm and its change are over this many times the median worker's.
-_LOUD = 5.0
+_LOUD = 20.0
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Suspicion:
 
     - whose row can't be measured,
     - whose norm did not change, while those of the others did,
-    - whose norm and its change are both over 5 times the median worker's: less than half of the workers can't move that
-      out of the range of the honest ones, so that all f liars can be named by it, and nobody who is not loud,
+    - whose norm and its change are both over 20 times the median worker's: f liars can't move the medians out of the
+      range of the honest workers, so that all of them can be named by this at once, and nobody who is not loud,
     - that points away from the others, see :attr:`~lightning_byzantine.aggregators.Report.opposed`: as long as
       gradients shrink faster than momentum forgets, u does not show a flipped sign,
     - whose process was outvoted in buffers or metrics.
