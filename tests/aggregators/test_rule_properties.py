@@ -27,7 +27,7 @@ SIZES = [(1, 0), (2, 0), (3, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 1), (8, 2),
 every_case = pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 
 few_or_many_examples = pytest.mark.parametrize(
-    "examples", [pytest.param(15, id="few"), pytest.param(60, id="many", marks=pytest.mark.slow)]
+    "examples", [pytest.param(15, id="few"), pytest.param(30, id="many", marks=pytest.mark.slow)]
 )
 
 
