@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120.0
+TIMEOUT = 240.0
 
 # Nothing of this repository: where it is imported from is for each process to find out.
 PRELOADED = ["lightning.pytorch", "torch.distributed", "torch.testing", "torchmetrics", "torch._dynamo"]
