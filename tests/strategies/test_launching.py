@@ -19,7 +19,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 def finish(*processes: subprocess.Popen[str]) -> dict[int, str]:
     """Return what each rank printed at the end."""
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     found = re.findall(r"rank (\d+) of (\d+): (\S+)", "\n".join(outputs))
