@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from training import trainer
 
@@ -116,12 +117,22 @@ class Nested(Sharded):
         fully_shard(self, mesh=mesh)
 
 
+class Checkpointed(Sharded):
+    """Activations are computed once more in backward, in which FSDP2 gathers parameters again."""
+
+    def forward(self, inputs: Tensor, batch_idx: int) -> Tensor:
+        for layer in self.network:
+            inputs = checkpoint(layer, inputs, use_reentrant=False)
+        return inputs
+
+
 class InBfloat16(Sharded):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 MODELS = {
-    model.__name__: model for model in (Sharded, OneUnit, FrozenOrNotAlwaysUsed, Unused, Tied, Nested, InBfloat16)
+    model.__name__: model
+    for model in (Sharded, OneUnit, FrozenOrNotAlwaysUsed, Unused, Tied, Nested, Checkpointed, InBfloat16)
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # By name: a file. That of "cuda" would hide NVIDIA's package of that name, which torch imports.
 NAMES = {name: name for name in ["rules", "steps", "price", "certificate", "monitor", "double_momentum"]}
-NAMES |= {name: name for name in ["faults", "false_alarms", "framing", "errors"]}
+NAMES |= {name: name for name in ["faults", "false_alarms", "framing", "errors", "hsdp"]}
 NAMES["cuda"] = "on_cuda"
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -137,7 +137,7 @@ def test_a_bad_rank_spoils_its_replica_only(six_ranks: RankPool) -> None:
 
 
 def misuse(kind: str) -> str:
-    mesh = mesh_of((2, 2), NAMES)
+    mesh = mesh_of(SHAPE, NAMES)
     module = Sharded()
     wrong: dict[str, Callable[[], Any]] = {
         "not divided": lambda: robust_fsdp(nn.Linear(2, 2), mesh),
@@ -145,7 +145,7 @@ def misuse(kind: str) -> str:
         "one dimension": lambda: robust_fsdp(module, mesh["shard"]),
         "whole mesh": lambda: robust_fsdp(module, mesh),
         "rule": lambda: robust_fsdp(module, mesh, aggregator=CenteredClipping(tau=0.1)),
-        "f": lambda: robust_fsdp(module, mesh, aggregator=PersistentFilter(), num_byzantine=1),
+        "f": lambda: robust_fsdp(module, mesh, aggregator=PersistentFilter(), num_byzantine=2),
     }
     module.shard(mesh if kind == "whole mesh" else mesh["shard"])
     try:
@@ -163,8 +163,8 @@ def misuse(kind: str) -> str:
         ("one dimension", "ValueError: mesh must be of all ranks in order, with two dimensions"),
         ("whole mesh", "ValueError: module must be divided among the ranks of one replica, here [0, 1]"),
         ("rule", "ValueError: aggregator must not start from the previous aggregate"),
-        ("f", "ValueError: num_byzantine must satisfy 0 <= f < m / 2, got f=1 with m=2 workers"),
+        ("f", "ValueError: num_byzantine must satisfy 0 <= f < m / 2, got f=2 with m=3 workers"),
     ],
 )
-def test_refuses_with_a_clear_error(four_ranks: RankPool, kind: str, message: str) -> None:
-    assert four_ranks.run(misuse, kind)[0].startswith(message)
+def test_refuses_with_a_clear_error(six_ranks: RankPool, kind: str, message: str) -> None:
+    assert six_ranks.run(misuse, kind)[0].startswith(message)

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen and unused": ("Unused", {}),
     "tied": ("Tied", {}),
     "nested": ("Nested", {}),
+    "activation checkpointing": ("Checkpointed", {}),
     "bf16": ("InBfloat16", {}),
 }
 SHAPES = {"2 x 2": ("four_ranks", (2, 2)), "3 x 2": ("six_ranks", (3, 2))}

@@ -1,5 +1,6 @@
 """Replicas whose layers are divided by tensor parallelism, with and without FSDP2."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,3 +58,18 @@ def test_trains_as_one_process_would(four_ranks: RankPool, exchange: str, estima
     first, *others = four_ranks.run(fit_tensor_parallel, (2, 1, 2), exchange=exchange, estimator=estimator)
     assert all(torch.equal(first, other) for other in others)
     torch.testing.assert_close(first, fit_whole(2), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def eight_ranks() -> Iterator[RankPool]:
+    pool = RankPool(8)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_fsdp_and_tensor_parallelism_together(eight_ranks: RankPool, exchange: str) -> None:
+    first, *others = eight_ranks.run(fit_tensor_parallel, (2, 2, 2), exchange=exchange)
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, fit_whole(4), atol=1e-5, rtol=0)
