@@ -118,13 +118,16 @@ class RobustAggregation(Aggregation):
 
 
 def _plain(found: Any) -> Any:
-    """Return what was found as nested dicts and lists of tensors and numbers."""
+    """Return what was found as nested lists of tensors and numbers."""
     if isinstance(found, Decision):
         return [found.dropped, _plain(found.report())]
-    if isinstance(found, Report | Scale):
-        return {field.name: _plain(getattr(found, field.name)) for field in fields(found)}
-    if isinstance(found, tuple):
-        # Reports on parameters have the same fields; a few large tensors are faster than many small ones.
-        columns = zip(*(_plain(part).values() for part in found), strict=True)
-        return [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
+    if isinstance(found, Report):
+        # A few large tensors: there may be hundreds of parts.
+        reports = (found, *found.parts)
+        statistics = [(each.norms, each.weights, each.distances, each.measurable.double()) for each in reports]
+        numbers = [(each.share, each.num_honest, each.from_aggregate) for each in reports]
+        beside = [found.products, found.outvoted, found.equivocated]
+        return [torch.stack([torch.stack(each) for each in statistics]), torch.tensor(numbers), *beside]
+    if isinstance(found, Scale):
+        return [getattr(found, field.name) for field in fields(found)]
     return found

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 __all__ = ["digest_of", "keyed_digest"]
 
-# Words of 64 bits in a chunk, each with two keys, and as many chunks at once as fit the cache.
+# Words of 64 bits in a chunk, bytes in it, and as many chunks at once as fit the cache.
 _WIDTH = 1 << 13
+_CHUNK = 8 * _WIDTH
 _CHUNKS = {"cpu": 32, "cuda": 256}
+_LATER = 4  # bytes
 
 
 def keyed_digest(tensors: Sequence[Tensor], key: bytes) -> bytes:
@@ -19,11 +21,11 @@ def keyed_digest(tensors: Sequence[Tensor], key: bytes) -> bytes:
     ::
 
         s_c = sum_i k_i x_ci + l_i y_ci  mod 2^64       x_ci: the i-th of the 2^13 words of 64 bits in chunk c
-        SHA-256 of all s_c                              y_ci: its upper 32 bits
+        SHA-256 of all s_c                              y_ci: the word that begins 32 bits later
 
-    For values that were fixed before the keys k_i and l_i were drawn at random, s_c is the same for two different chunks
+    For values that were fixed before the keys k_i and l_i were drawn at random, s_c is the same for different chunks
     with a probability of at most 2^-33: the difference of two words has no more than 31 factors of 2 if their lower 32
-    bits differ, and otherwise that of their upper bits, which is less than 2^32, hasn't. That is enough where each try
+    bits differ, and what are the upper 32 bits of one word are the lower ones of another. That is enough where each try
     that fails gives away who has made it.
 
     Args:
@@ -78,25 +80,30 @@ def _keys(key: bytes) -> Tensor:
 
 def _sums(content: Tensor, keys: Tensor) -> Tensor:
     """Return s_c for all chunks, [c] int64; the last one is filled up with zeros."""
-    if content.storage_offset() % 8:
-        content = content.clone()  # a view as words needs aligned memory
-    length = content.numel() - content.numel() % (8 * _WIDTH)
-    whole, rest = content[:length], content[length:]
-    sums = [_sums_of_chunks(whole, keys)]
-    if rest.numel():
-        sums.append(_sums_of_chunks(nn.functional.pad(rest, (0, 8 * _WIDTH - rest.numel())), keys))
+    # The last word of a chunk that begins later needs something behind the chunk.
+    length = max(0, content.numel() - _LATER) // _CHUNK * _CHUNK
+    rest = content[length:]
+    num_last = max(1, -(-rest.numel() // _CHUNK))
+    padded = nn.functional.pad(rest, (0, num_last * _CHUNK + _LATER - rest.numel()))
+    sums = [_sums_of_chunks(padded, num_last, keys)]
+    if length:
+        sums.insert(0, _sums_of_chunks(content, length // _CHUNK, keys))
     return torch.cat(sums)
 
 
-def _sums_of_chunks(content: Tensor, keys: Tensor) -> Tensor:
-    chunks = content.view(torch.int64).view(-1, _WIDTH)
-    at_once = _CHUNKS.get(content.device.type, 1)
-    memory = chunks.new_empty(min(at_once, len(chunks)), _WIDTH)
-    sums = [
-        _product(words, keys[0]) + _product(torch.bitwise_right_shift(words, 32, out=memory[: len(words)]), keys[1])
-        for words in chunks.split(at_once)
-    ]
-    return torch.cat(sums)
+def _sums_of_chunks(content: Tensor, num_chunks: int, keys: Tensor) -> Tensor:
+    words = [_words(content, start, num_chunks).split(_CHUNKS.get(content.device.type, 1)) for start in (0, _LATER)]
+    return torch.cat([_product(some, keys[0]) + _product(later, keys[1]) for some, later in zip(*words, strict=True)])
+
+
+def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
+    """Return the words of the chunks that begin at a byte, [num_chunks, 2^13]."""
+    if content.device.type == "cpu":
+        # Wherever the bytes are: a view by PyTorch would have to be a copy unless they begin at a multiple of 8.
+        words = torch.frombuffer(content.numpy().data, dtype=torch.int64, count=num_chunks * _WIDTH, offset=start)
+    else:
+        words = content[start : start + num_chunks * _CHUNK].clone().view(torch.int64)
+    return words.view(num_chunks, _WIDTH)
 
 
 def _product(words: Tensor, keys: Tensor) -> Tensor:

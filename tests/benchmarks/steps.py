@@ -1,12 +1,15 @@
 """Whole training steps under stock DDP and under the default rule.
 
 ``unchecked`` is ``all_gather`` without the digests by which ranks find out who tells others different things. Gloo
-processes on this machine train a network of ten million parameters by turns with each strategy; a step is
+processes on this machine train a network of about ten million parameters by turns with each strategy; a step is
 forward, backward with its exchange, and the optimizer. Times are medians over all steps but each turn's first, on rank
 0, as ratios to stock DDP. ``memory`` is the most that a process grows by during a step, in units of the gradient, and
 ``kept`` is by how much it is larger than under stock DDP between steps; the momentum's two copies are among that.
-Networks: ``resnet``, a ResNet-18 on 32 images of 32 x 32 pixels a process; ``linear``, three square layers on 8
+Networks: ``resnet``, a ResNet-18 on 32 images of 32 x 32 pixels a process; ``linear``, ten square layers on 16
 vectors, which does hardly anything but exchange gradients.
+
+``--digests`` measures what it takes under ``all_gather`` to find out whether all ranks have aggregated the same (digests,
+messages about them, and what a second attempt would need), in a rank's processor time, and as a share of a step's.
 
 ``--floor`` measures an exchange of ten million random numbers a worker alone, with ``all_gather`` and the default rule,
 as a ratio to what it can't do without: gathering the same bytes, one matrix of inner products, and one combination.
@@ -14,9 +17,12 @@ as a ratio to what it can't do without: gathering the same bytes, one matrix of 
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,7 +44,7 @@ from lightning_byzantine.hooks import robust_ddp
 
 # Measured by turns in the same processes: all together would need more memory than a small machine has.
 TOGETHER = [["ddp", "shadow", "all_to_all"], ["ddp", "all_gather", "unchecked"]]
-WIDTH = 1824  # three square layers: 10 million parameters
+WIDTH = 900  # ten square layers: 8 million parameters
 BLOCK = 2_500_000
 
 
@@ -47,8 +53,8 @@ def make_network(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name == "resnet":
         return ResNet18(), torch.randn(32, 3, 32, 32, generator=generator)
-    layers = [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-    return nn.Sequential(*layers), torch.randn(8, WIDTH, generator=generator)
+    layers = [layer for _ in range(10) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(16, WIDTH, generator=generator)
 
 
 def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
@@ -86,6 +92,38 @@ def _aggregate_by_parts(variant: str, model: DistributedDataParallel, network: n
 def measure(network: str, variants: list[str], turns: int, steps: int) -> dict[str, float]:
     contenders = {variant: make(variant, network)[0] for variant in variants}
     return by_turns(contenders, turns, steps, warm_up=1, ready=dist.barrier)
+
+
+def measure_digests(network: str, steps: int) -> tuple[float, float]:
+    """Return seconds of a rank's processor time for digests, and for all of a step."""
+    step, _ = make("all_gather", network)
+    in_all, in_attempts = Stopwatch(), Stopwatch()
+    agreed = AllGather.agreed
+
+    def timed(exchange: AllGather, matrix: Any, attempt: Callable[[Any], Any], save: Callable[[], Any]) -> Any:
+        return in_all.time(agreed, exchange, matrix, lambda received: in_attempts.time(attempt, received), save)
+
+    step()
+    with mock.patch.object(AllGather, "agreed", timed):
+        began = time.process_time()
+        for _ in range(steps):
+            step()
+        total = time.process_time() - began
+    return (in_all.seconds - in_attempts.seconds) / steps, total / steps
+
+
+class Stopwatch:
+    """Adds up the processor time of calls in their thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def time(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return function(*arguments)
+        finally:
+            self.seconds += time.thread_time() - began
 
 
 def measure_floor(turns: int, steps: int) -> dict[str, float]:
@@ -143,12 +181,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of one turn")
     parser.add_argument("--floor", action="store_true", help="measure the exchange alone")
+    parser.add_argument("--digests", action="store_true", help="measure digests alone")
     parser.add_argument("--csv", type=Path)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.floor:
         run_floor(arguments)
+        return
+    if arguments.digests:
+        run_digests(arguments)
         return
     columns = {"processes": "{}", "network": "{}", "strategy": "`{}`", "time of a step": "{:.2f}", "memory": "{:.1f}"}
     table = Table(columns | {"kept": "{:.1f}", "seconds": "{:.3f}"}, arguments.csv)
@@ -161,6 +203,17 @@ def run(arguments: argparse.Namespace) -> None:
                     grown, size = in_new_ranks(num_processes, memory, variant, network)
                     ratio, seconds = times[variant] / times["ddp"], times[variant]
                     table.add(num_processes, network, variant, ratio, grown, size - stock, seconds)
+
+
+def run_digests(arguments: argparse.Namespace) -> None:
+    columns = {"processes": "{}", "network": "{}", "digests, ms": "{:.1f}", "step, ms": "{:.0f}", "share": "{:.2%}"}
+    table = Table(columns, arguments.csv)
+    for num_processes in arguments.processes:
+        for network in arguments.networks:
+            with ranks(num_processes) as pool:
+                measured = pool.run(measure_digests, network, arguments.turns * arguments.steps)
+            digests, total = map(mean, zip(*measured, strict=True))
+            table.add(num_processes, network, 1000 * digests, 1000 * total, digests / total)
 
 
 def run_floor(arguments: argparse.Namespace) -> None:

@@ -16,18 +16,25 @@ def by_hand(tensors: list[Tensor]) -> bytes:
     digest = sha256()
     for tensor in tensors:
         content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        content += bytes(-len(content) % (8 * WIDTH))
-        words = [int.from_bytes(content[i : i + 8], "little", signed=True) for i in range(0, len(content), 8)]
+        content += bytes(-len(content) % (8 * WIDTH) if content else 8 * WIDTH)
+        padded = content + bytes(4)
+        words, later = (
+            [
+                int.from_bytes(padded[i + start : i + start + 8], "little", signed=True)
+                for i in range(0, len(content), 8)
+            ]
+            for start in (0, 4)
+        )
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for start in range(0, len(words), WIDTH):
-            chunk = words[start : start + WIDTH]
-            total = sum(key * word for key, word in zip(keys, chunk + [word >> 32 for word in chunk], strict=True))
+            both = words[start : start + WIDTH] + later[start : start + WIDTH]
+            total = sum(key * word for key, word in zip(keys, both, strict=True))
             digest.update((total % (1 << 64)).to_bytes(8, "little"))
     return digest.digest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("length", [0, 1, 7, WIDTH, 3 * WIDTH + 5])
+@pytest.mark.parametrize("length", [0, 1, 7, 4 * WIDTH, 4 * WIDTH + 1, 6 * WIDTH + 5])
 def test_follows_the_formula(dtype: torch.dtype, length: int) -> None:
     values = torch.randn(length, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert keyed_digest([values], KEY) == by_hand([values])
