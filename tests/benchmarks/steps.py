@@ -8,8 +8,8 @@ forward, backward with its exchange, and the optimizer. Times are medians over a
 Networks: ``resnet``, a ResNet-18 on 32 images of 32 x 32 pixels a process; ``linear``, ten square layers on 16
 vectors, which does hardly anything but exchange gradients.
 
-``--digests`` measures what it takes under ``all_gather`` to find out whether all ranks have aggregated the same (digests,
-messages about them, and what a second attempt would need), in a rank's processor time, and as a share of a step's.
+``--digests`` measures what it takes under ``all_gather`` to find out whether all ranks have aggregated the same, in a
+rank's processor time, and as a share of a step's: digests, messages about them, and what a second attempt would need.
 
 ``--floor`` measures an exchange of ten million random numbers a worker alone, with ``all_gather`` and the default rule,
 as a ratio to what it can't do without: gathering the same bytes, one matrix of inner products, and one combination.
