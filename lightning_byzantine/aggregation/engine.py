@@ -14,6 +14,7 @@ from lightning_byzantine.aggregation.gradient_block import GradientBlock
 from lightning_byzantine.aggregation.gradients import clipping_factor, flat_size, unscaled
 from lightning_byzantine.aggregation.local_gradients import LocalGradients
 from lightning_byzantine.aggregation.outcome import Outcome
+from lightning_byzantine.aggregation.own_columns import OwnColumns
 from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators import Estimator
 from lightning_byzantine.exchange import Exchange
@@ -84,6 +85,7 @@ class AggregationEngine:
         self._breakdown = Breakdown() if breakdown is None else breakdown
         self._on_skip = on_skip
         self.num_aggregated = 0
+        self._own_columns = OwnColumns(exchange)
         self._scale: float | None = None
         self._attacks: list[Callable[[WorkerMatrix], WorkerMatrix]] = []
         self._row_observers: dict[int, Callable[[Sequence[GradientBlock], WorkerMatrix], None]] = OrderedDict()
@@ -140,6 +142,8 @@ class AggregationEngine:
             factors = self._clipping_factors(blocks, self._max_norm)
             for block in blocks:
                 self._send(block, factors)
+        if self._sends is not None:
+            self._sends.place(self._own_columns.of(blocks))
         outcome = self._outcome(blocks)
         self._aggregation.announce()
         aggregated = self._result_of(outcome)
@@ -155,14 +159,23 @@ class AggregationEngine:
     def _finish(self, blocks: list[GradientBlock], matrix: WorkerMatrix, aggregated: Aggregated) -> None:
         for observer in self._row_observers.values():
             observer(blocks, matrix)
-        wholes = self.exchange.collect(aggregated.parts)
+        self.exchange.wait()
         self._commit(blocks, aggregated.unusable)
         if self._sends is not None:
-            together = zip(blocks, wholes, strict=True)
-            estimates = {name: part for block, whole in together for name, part in block.by_name(whole).items()}
-            self._sends.limit(estimates, aggregated.scale, self.exchange.norm_of_parts)
-        for block, whole in zip(blocks, wholes, strict=True):
-            self._write_gradient(block, whole)
+            self._sends.limit([name for block in blocks for name in block.layout if name is not None], aggregated.scale)
+        # Into the blocks' own buffers, like DDP's all-reduce, to save a copy.
+        divides = self.exchange.divides_columns
+        targets = [torch.empty_like(block.buffer) if divides and block.unused else block.buffer for block in blocks]
+        for block, target, part in zip(blocks, targets, aggregated.parts, strict=True):
+            self._write_gradient(block, target, part)
+        self.exchange.complete(targets)
+        for block, target in zip(blocks, targets, strict=True):
+            if target is not block.buffer:
+                for _, received, part in block.parts(target, block.buffer):
+                    part.copy_(received)
+        if self._aggregation.last_aggregate is not None:
+            for block, whole in zip(blocks, self.exchange.collect(aggregated.parts), strict=True):
+                self._aggregation.last_aggregate.keep_parts(block.by_name(whole))
 
     def _leave_out_unused(self, blocks: list[GradientBlock], used: Collection[str]) -> None:
         names = [name for block in blocks for name in block.names]
@@ -239,7 +252,8 @@ class AggregationEngine:
         last = self._aggregation.last_aggregate
         if last is None or not last.parts:
             return matrix
-        return matrix.with_previous(self.exchange.own_columns([_values_of(block, last.parts) for block in blocks]))
+        wholes = [_values_of(block, last.parts, like=block.sent) for block in blocks]
+        return matrix.with_previous(self.exchange.own_columns(wholes))
 
     def _attacked(self, matrix: WorkerMatrix) -> WorkerMatrix:
         for attack in self._attacks:
@@ -248,7 +262,13 @@ class AggregationEngine:
 
     def _since(self, blocks: list[GradientBlock]) -> list[Tensor] | None:
         starts = None if self._sends is None else self._sends.starts
-        return None if starts is None else self.exchange.own_columns([_values_of(block, starts) for block in blocks])
+        if starts is None or not any(block.unused for block in blocks):
+            return None if starts is None else starts.blocks
+        columns = [self.exchange.columns_of(block.buffer.numel()) for block in blocks]
+        return [
+            self.exchange.padded(_values_of(block.columns(own), starts.parts, like=block.sent), block.buffer.numel())
+            for block, own in zip(blocks, columns, strict=True)
+        ]
 
     def _result_of(self, outcome: Outcome) -> Aggregated | None:
         """Return the aggregate; None if there is none, and the run continues without this step."""
@@ -281,23 +301,23 @@ class AggregationEngine:
                 sent = {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
                 self._sends.commit(sent, worker)
 
-    def _write_gradient(self, block: GradientBlock, whole: Tensor) -> None:
-        if self._aggregation.last_aggregate is not None:
-            self._aggregation.last_aggregate.keep_parts(block.by_name(whole))
-        # Into the block's own buffer, like DDP's all-reduce, to save a copy.
-        for name, part, target in block.parts(whole, block.buffer):
+    def _write_gradient(self, block: GradientBlock, target: Tensor, aggregate: Tensor) -> None:
+        """Write this rank's columns of the gradient, given those of the aggregate."""
+        columns = self.exchange.columns_of(target.numel())
+        own = target[columns]
+        for name, part, out in block.columns(columns).parts(aggregate[: own.numel()], own):
             if self._sends is None:
-                target.copy_(part)
+                out.copy_(part)
             else:
-                self._sends.gradient(name, part, target)
+                self._sends.gradient(name, part, out)
             if self._scale is not None:
-                target.mul_(self._scale)
+                out.mul_(self._scale)
 
 
-def _values_of(block: GradientBlock, parts: Mapping[str, Tensor]) -> Tensor:
+def _values_of(block: GradientBlock, parts: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """Return the values for the parameters of a block, [c]; 0 where there are none."""
-    whole = block.sent.new_zeros(block.sent.shape[1])
-    for name, part in block.by_name(whole).items():
+    values = like.new_zeros(block.buffer.numel())
+    for name, part in block.by_name(values).items():
         if name in parts:
             part.copy_(parts[name])
-    return whole
+    return values

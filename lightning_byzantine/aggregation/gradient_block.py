@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -45,6 +46,29 @@ class GradientBlock:
         """
         flat = list(gradients.values())
         return cls(tuple(gradients), [gradient.numel() for gradient in flat], torch.cat(flat))
+
+    def columns(self, columns: slice) -> "GradientBlock":
+        """Return the block of some neighbouring columns, of the same parameters, of which some may have none there.
+
+        Example:
+            >>> part = GradientBlock.of({"weight": torch.ones(2), "bias": torch.zeros(3)}).columns(slice(1, 3))
+            >>> part.names, part.sizes, part.buffer
+            (('weight', 'bias'), [1, 1], tensor([1., 0.]))
+
+        """
+        sizes = [place.stop - place.start for place in self.places(columns).values()]
+        block = GradientBlock(self.names, sizes, self.buffer[columns])
+        block.unused = self.unused
+        return block
+
+    def places(self, columns: slice) -> dict[str, slice]:
+        """Return which elements of each parameter are in some neighbouring columns."""
+        stops = [0, *accumulate(self.sizes)]
+        places = {}
+        for name, (start, stop) in zip(self.names, pairwise(stops), strict=True):
+            low, high = (min(max(end, start), stop) - start for end in (columns.start, columns.stop))
+            places[name] = slice(low, high)
+        return places
 
     @property
     def layout(self) -> Names:

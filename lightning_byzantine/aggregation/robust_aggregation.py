@@ -16,7 +16,7 @@ from lightning_byzantine.errors import ByzantineBreakdownError
 from lightning_byzantine.estimators.estimator import Scale
 from lightning_byzantine.exchange.fingerprint import fingerprints
 from lightning_byzantine.matrix import WorkerMatrix
-from lightning_byzantine.utilities.few_digits import in_few_digits
+from lightning_byzantine.utilities.few_digits import in_few_digits, rounded
 
 __all__ = ["RobustAggregation"]
 
@@ -78,10 +78,12 @@ class RobustAggregation(Aggregation):
             # As all of the scale in few digits: what workers train would else depend on how DDP cuts its buckets.
             scale = Scale(in_few_digits(scale.length), in_few_digits(scale.noise))
         if scale is not None and since is not None:
-            moved = decision.seen.moved(values, since)
+            moved, step = decision.seen.moved(values, since)
             # The median of the honest workers if the others have gone farther.
             middle = max(1, (len(moved) - decision.num_byzantine + 1) // 2)
-            scale = replace(scale, moved=moved.kthvalue(middle).values.bfloat16())
+            moved = moved.kthvalue(middle).values.bfloat16()
+            # Summed in float64, it is known to more digits, and has to be exact: it says how much of the step is taken.
+            scale = replace(scale, moved=moved, step=rounded(step, digits=24))
         self._found = {"decision": decision, "scale": scale}
         return Aggregated(values, unusable, scale)
 

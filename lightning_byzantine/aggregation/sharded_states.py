@@ -36,11 +36,12 @@ class ShardedStates(DividedStates):
             The rest of the state.
 
         """
-        parts = {f"{_SHARED}.{name}": value for name, value in self._sharded(self.shared()).items()}
+        shared = self.shared()
+        parts = {f"{_SHARED}.{name}": value for name, value in self._sharded(shared).items()}
         for worker, own in zip(self.own_workers, self.own(), strict=False):
             parts |= {f"{worker}.{name}": value for name, value in self._sharded(own).items()}
         save(parts, checkpoint_id=folder)
-        return self.settings() | {"numbers": self._numbers(self.shared())}
+        return self.settings() | {"numbers": self._numbers(shared)}
 
     def load_parts(self, folder: Path, saved: dict[str, Any]) -> None:
         """Restore what :meth:`save_parts` has written, on any number of ranks for each worker.

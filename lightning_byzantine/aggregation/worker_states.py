@@ -44,15 +44,19 @@ class WorkerStates:
         """Return the state for the checkpoint; complete on rank 0, which writes it.
 
         Args:
-            alone: whether other ranks may not be saving as well. If so, only this rank's estimator is included.
+            alone: whether other ranks may not be saving as well. If so, only this rank's workers are included, and what
+                they share if they are all.
 
         """
-        state = self.settings() | {"shared": self.whole(self.shared()), "workers": {}}
+        state = self.settings() | {"shared": {}, "workers": {}}
         if self.estimator is not None:
             own = self.own()
-            gathered = alone or len(own) == self.num_workers
+            has_all = len(own) == self.num_workers
+            gathered = alone or has_all
             wholes = dict(zip(self.own_workers, map(self.whole, own), strict=True)) if gathered else self._gather(own)
             state["workers"] = wholes
+            if has_all or not alone:
+                state["shared"] = self.whole(self.shared())
         return state
 
     def settings(self) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class WorkerStates:
         }
 
     def shared(self) -> dict[str, Tensor]:
-        """Return the part of the estimator's state that is the same for all workers."""
+        """Return the part of the estimator's state that is the same for all workers; must be called on all ranks."""
         return {} if self.estimator is None else self.estimator.shared_state()
 
     def own(self) -> list[dict[str, Tensor]]:

@@ -66,8 +66,9 @@ def _widest_spread(squared: Tensor, weights: Tensor) -> tuple[float, Tensor]:
         return 0.0, torch.zeros_like(weights)
     # Inner products about the weighted mean, from distances, scaled so that they can't overflow.
     parts = weights / weights.sum()
-    centring = torch.eye(len(parts), dtype=torch.float64) - parts
-    products = -0.5 * centring @ (squared / unit) @ centring.T
+    squared = squared / unit
+    means = squared @ parts
+    products = -0.5 * (squared - means - means[:, None] + parts @ means)
     # X diag(c) X^T has the eigenvalues of sqrt(c) X^T X sqrt(c), and its vectors are combinations of the rows.
     roots = parts.sqrt()
     eigenvalues, vectors = torch.linalg.eigh(roots[:, None] * products * roots)

@@ -32,10 +32,12 @@ def explaining_workers(products: Tensor, among: Tensor, num_byzantine: int) -> T
     """
     usual = middle_of(distances_from(products, middle_weights(products, among)), among).square()
     threshold = usual * _thresholds(products, usual, num_byzantine)
-    # Few segments are loud when nobody attacks.
-    loudest = torch.linalg.eigvalsh(_without_mean(products, among))[:, -1:]
+    # Few segments are loud when nobody attacks. The largest eigenvalue is below the threshold t if t I - P is positive
+    # definite, which takes a tenth of the time that eigenvalues take.
+    below = threshold[..., None] * torch.eye(among.shape[1], dtype=products.dtype) - _without_mean(products, among)
+    are_loud = torch.linalg.cholesky_ex(below).info > 0
     explaining = torch.zeros_like(among)
-    for index in ((loudest > threshold) & (usual > 0)).flatten().nonzero().flatten().tolist():
+    for index in (are_loud & (usual[:, 0] > 0)).nonzero().flatten().tolist():
         explaining[index] = _explaining(products[index], among[index], float(threshold[index]), num_byzantine)
     return explaining
 

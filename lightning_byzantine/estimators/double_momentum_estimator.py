@@ -151,6 +151,11 @@ class DoubleMomentumEstimator(Estimator):
         self.step += 1
         self.begin()
 
+    def to(self, device: torch.device) -> None:
+        """Move all state to a device, and discard an unfinished step."""
+        super().to(device)
+        self.begin()
+
     def shared_state(self) -> dict[str, Tensor]:
         """Return the next t."""
         return {"step": torch.tensor(self.step)}

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_byzantine.estimators.shared_columns import Columns, SharedColumns
 from lightning_byzantine.utilities.copying import copy_into
 
 __all__ = ["Estimator", "Scale"]
@@ -20,13 +21,15 @@ class Scale:
     Args:
         length: the usual norm of a worker's vector.
         noise: the usual norm of what noise adds to the aggregate.
-        moved: [], how far the usual worker's vector is from where the step of the aggregate starts, along that step.
+        moved: [], how far the usual worker's vector is from where the step to the aggregate starts, along that step.
+        step: [], the length of that step, on all ranks together.
 
     """
 
     length: float
     noise: float
     moved: float | Tensor = 0.0
+    step: float | Tensor = 0.0
 
 
 class Estimator(ABC):
@@ -36,9 +39,10 @@ class Estimator(ABC):
     every worker whose estimates could be used, and then :meth:`gradient` for every parameter. Parameters are identified
     by name, because DDP moves them between buckets. All tensors are flat, [n] for a parameter of n elements, and
     float32 where the parameter has half precision. Workers are numbered within the process, from 0; usually there is
-    one.
+    one. Where every rank aggregates its share of the columns, what is said about the aggregate is about this share.
 
-    A subclass implements the formula in :meth:`follow` and :meth:`gradient`; this class keeps what was sent last.
+    A subclass implements the formula in :meth:`follow` and :meth:`gradient`; this class keeps what was sent last. What
+    a subclass keeps of the aggregate belongs into :class:`~.shared_columns.SharedColumns`, for :meth:`place`.
 
     Attributes:
         transparent: whether the optimizer receives exactly the mean gradient when the rule is the mean, so that a
@@ -85,23 +89,20 @@ class Estimator(ABC):
         """
         self.follow(self._estimates[worker].get(name), gradient, None, out)
 
+    def place(self, columns: Columns) -> None:  # noqa: B027  (some keep nothing of the aggregate)
+        """Begin a step, in which this rank has these columns of the aggregate, usually the same as before."""
+
     @property
-    def starts(self) -> Mapping[str, Tensor] | None:
-        """Where the step to the next aggregate starts, [n] by parameter name, 0 for others; None without a limit."""
+    def starts(self) -> SharedColumns | None:
+        """Where the step to the next aggregate starts; None without a limit."""
         return None
 
-    def limit(  # noqa: B027  (most have no limit)
-        self,
-        aggregates: Mapping[str, Tensor],
-        scale: Scale | None,
-        whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
-    ) -> None:
+    def limit(self, names: Collection[str], scale: Scale | None) -> None:  # noqa: B027  (most have no limit)
         """Prepare :meth:`gradient` for this step, in which Byzantine workers may have moved the aggregate.
 
         Args:
-            aggregates: of all parameters, [n] by name, the same on every rank.
+            names: the parameters that take part in the step.
             scale: of the workers' vectors; None if nobody can be Byzantine, or the rule does not know it.
-            whole_norm: returns the norm of a vector, given that of the part of it that is on this rank.
 
         """
 
@@ -111,14 +112,14 @@ class Estimator(ABC):
 
         Args:
             name: the parameter's name in the LightningModule.
-            aggregate: [n], the same on every rank.
+            aggregate: [n], this rank's columns of it.
             out: [n], in the dtype of the parameter.
 
         """
 
     @abstractmethod
     def shared_state(self) -> dict[str, Tensor]:
-        """Return the state that is the same on every rank, by parameter name."""
+        """Return the state that is the same for all workers, whole, by parameter name; must be called on all ranks."""
 
     @abstractmethod
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
@@ -150,7 +151,6 @@ class Estimator(ABC):
         self.load_shared_state(shared)
 
     def to(self, device: torch.device) -> None:
-        """Move all state to a device, and discard an unfinished step."""
-        workers = [self.worker_state(worker) for worker in range(1 + max(self._estimates, default=-1))]
-        shared = {name: value.to(device) for name, value in self.shared_state().items()}
-        self.load_state([{name: value.to(device) for name, value in state.items()} for state in workers], shared)
+        """Move all state to a device, and discard an unfinished step; other ranks need not do so."""
+        for state in self._estimates.values():
+            state.update({name: value.to(device) for name, value in state.items()})

@@ -1,14 +1,14 @@
 """Momentum of each worker's gradients."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from math import hypot
 
 import torch
 from torch import Tensor
 
 from lightning_byzantine.estimators.estimator import Estimator, Scale
+from lightning_byzantine.estimators.shared_columns import Columns, SharedColumns
 from lightning_byzantine.utilities.checks import check_number
-from lightning_byzantine.utilities.copying import copy_into
 
 __all__ = ["WorkerMomentum", "momentum"]
 
@@ -49,7 +49,8 @@ class WorkerMomentum(Estimator):
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
     with an optimizer without momentum.
 
-    Costs one parameter-sized buffer per worker, and one more when transparent; float32 for half-precision parameters.
+    Costs one parameter-sized buffer per worker and, when transparent, one more for the columns that the rank
+    aggregates; float32 for half-precision parameters.
 
     Args:
         beta: momentum factor in [0, 1).
@@ -74,7 +75,7 @@ class WorkerMomentum(Estimator):
             raise ValueError(f"beta must satisfy 0 <= beta < 1, got {beta}")
         self.beta = beta
         self.transparent = transparent
-        self._aggregate: dict[str, Tensor] = {}
+        self._aggregate = SharedColumns()
         self._num_steps: dict[str, int] = {}
         self._share: Tensor | None = None  # of the step that is taken; None for all of it
 
@@ -99,29 +100,28 @@ class WorkerMomentum(Estimator):
         momentum(last, gradient, self.beta, out, from_zero=self.transparent)
 
     @property
-    def starts(self) -> Mapping[str, Tensor] | None:
+    def starts(self) -> SharedColumns | None:
         """Return v^_{t-1}; None if nothing is multiplied."""
         return self._aggregate if self.transparent and self.beta > 0 else None
 
-    def limit(
-        self,
-        aggregates: Mapping[str, Tensor],
-        scale: Scale | None,
-        whole_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
-    ) -> None:
+    def place(self, columns: Columns) -> None:
+        """Keep these columns of v^_{t-1} only."""
+        if self.transparent:
+            self._aggregate.place(columns)
+
+    def limit(self, names: Collection[str], scale: Scale | None) -> None:
         """Choose how much of the step to take, with the longest that honest gradients explain."""
         if not self.transparent:
             return
-        for name in aggregates:
+        for name in names:
             self._num_steps[name] = self._num_steps.get(name, 0) + 1
         self._share = None
         # Without momentum, nothing is multiplied.
-        if scale is not None and aggregates and self.beta > 0:
-            # Sorted by name, so that the last digit does not depend on DDP's buckets.
-            lengths = [self._step_length(name, aggregates[name]) for name in sorted(aggregates)]
-            length = whole_norm(torch.stack(lengths).norm()) / (1 - self.beta)
-            moved = torch.as_tensor(scale.moved / (1 - self.beta)).to(length)
-            of_noise = self._longest_step(scale, aggregates)
+        if scale is not None and names and self.beta > 0:
+            length, moved = (
+                torch.as_tensor(of, dtype=torch.float64) / (1 - self.beta) for of in (scale.step, scale.moved)
+            )
+            of_noise = self._longest_step(scale, names)
             longest = moved.clamp(of_noise, _MORE * of_noise)
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
@@ -131,32 +131,37 @@ class WorkerMomentum(Estimator):
         if not self.transparent:
             out.copy_(aggregate)
             return
-        previous = self._aggregate.get(name)
-        if self._share is not None:
-            start = torch.zeros_like(aggregate) if previous is None else previous
-            aggregate = torch.lerp(start, aggregate, self._share.to(aggregate.dtype))
-        _undo_momentum(previous, aggregate, self.beta, out)
-        copy_into(self._aggregate, {name: aggregate})
+        previous = self._aggregate.parts.get(name)
+        share = 1.0 if self._share is None else self._share.to(aggregate.dtype)
+        if isinstance(share, Tensor) and share.device.type == "cpu":
+            share = float(share)  # which would make a GPU wait
+        if previous is None:
+            aggregate = aggregate * share
+        _undo_momentum(previous, aggregate, self.beta, out, share)
+        if previous is None or self._share is None:
+            self._aggregate.keep(name, aggregate)
+        else:
+            previous.lerp_(aggregate, share)
 
     def shared_state(self) -> dict[str, Tensor]:
         """Return v^_t, and t of the same parameters, sorted by name; empty when not transparent."""
-        num_steps = [self._num_steps.get(name, 0) for name in sorted(self._aggregate)]
-        return self._aggregate | ({_STEPS: torch.tensor(num_steps)} if self._aggregate else {})
+        aggregate = self._aggregate.whole()
+        num_steps = [self._num_steps.get(name, 0) for name in sorted(aggregate)]
+        return aggregate | ({_STEPS: torch.tensor(num_steps)} if aggregate else {})
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore v^_t and t."""
-        copy_into(self._aggregate, {name: value for name, value in state.items() if name != _STEPS})
-        names = sorted(self._aggregate)
+        self._aggregate.load({name: value for name, value in state.items() if name != _STEPS})
+        names = sorted(self._aggregate.parts)
         num_steps = state[_STEPS].tolist() if _STEPS in state else [_MANY] * len(names)
         self._num_steps = dict(zip(names, num_steps, strict=True))
 
-    def _step_length(self, name: str, aggregate: Tensor) -> Tensor:
-        previous = self._aggregate.get(name)
-        step = aggregate if previous is None else aggregate - previous
-        length: Tensor = torch.linalg.vector_norm(step, dtype=torch.float64)
-        return length
+    def to(self, device: torch.device) -> None:
+        """Move all state to a device."""
+        super().to(device)
+        self._aggregate.to(device)
 
-    def _longest_step(self, scale: Scale, names: Iterable[str]) -> float:
+    def _longest_step(self, scale: Scale, names: Collection[str]) -> float:
         # Those that have begun last have the shortest momentum.
         decay = self.beta ** min(self._num_steps[name] for name in names)
         signal, noise = scale.length / (1 - decay), scale.noise / (1 - decay * decay) ** 0.5
@@ -180,11 +185,13 @@ def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor
         torch.lerp(gradient, previous, beta, out=out)
 
 
-def _undo_momentum(previous: Tensor | None, aggregate: Tensor, beta: float, out: Tensor) -> None:
-    # g^_t = (v^_t - beta v^_{t-1}) / (1 - beta) = v^_{t-1} + (v^_t - v^_{t-1}) / (1 - beta)
+def _undo_momentum(
+    previous: Tensor | None, aggregate: Tensor, beta: float, out: Tensor, share: float | Tensor = 1.0
+) -> None:
+    # g^_t = (v^_t - beta v^_{t-1}) / (1 - beta) = v^_{t-1} + (v^_t - v^_{t-1}) / (1 - beta), of a share of the step
     if previous is None:
         torch.div(aggregate, 1 - beta, out=out)
     elif out.dtype == aggregate.dtype:
-        torch.lerp(previous, aggregate, 1 / (1 - beta), out=out)
+        torch.lerp(previous, aggregate, share / (1 - beta), out=out)
     else:
-        out.copy_(torch.lerp(previous, aggregate, 1 / (1 - beta)))
+        out.copy_(torch.lerp(previous, aggregate, share / (1 - beta)))

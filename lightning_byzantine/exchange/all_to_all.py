@@ -1,11 +1,13 @@
 """The exchange in which every rank aggregates its share of the columns."""
 
+from collections.abc import Sequence
 from itertools import chain
+from typing import Self
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_byzantine.exchange.collectives import start_gather
+from lightning_byzantine.exchange.collectives import start_gather, start_gather_of_parts
 from lightning_byzantine.exchange.exchange import Exchange, KeptMemory, Wait, num_columns
 from lightning_byzantine.exchange.shards import Shards
 from lightning_byzantine.exchange.witnesses import Witnesses
@@ -19,10 +21,10 @@ class AllToAll(Exchange):
     """Every rank receives its share of the columns from all workers, aggregates it, and sends the result to all.
 
     With one worker per rank, a rank receives about 2 d elements, as in a ring all-reduce, and holds about as many: its
-    vector in equal shards, and its columns of all vectors, which the result overwrites. Each statistic of whole rows is
-    completed by a small float64 all-reduce, so that all ranks make the same decisions as under
-    :class:`~lightning_byzantine.exchange.all_gather.AllGather`. Every rank is trusted to aggregate its own columns, and
-    to report their statistics, correctly.
+    vector in equal shards, and its columns of all vectors. Each statistic of whole rows is completed by a small float64
+    all-reduce, so that all ranks make the same decisions as under
+    :class:`~lightning_byzantine.exchange.all_gather.AllGather`. Every rank is trusted to aggregate its own columns, to
+    undo their momentum, and to report their statistics, correctly.
 
     Args:
         num_ranks: number of processes, m / k.
@@ -31,6 +33,8 @@ class AllToAll(Exchange):
         shards: where a rank holds a part of its worker's vector only, of which it aggregates its share of the columns.
 
     """
+
+    divides_columns = True
 
     def __init__(self, num_ranks: int, witnesses: Witnesses | None = None, shards: Shards | None = None) -> None:
         super().__init__(witnesses, shards)
@@ -70,14 +74,29 @@ class AllToAll(Exchange):
         # The columns are divided among all ranks of all workers.
         return WorkerMatrix(blocks, _sum_over_ranks, dist.get_rank(), layout, segments, num_columns(segments))
 
-    def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return this rank's shard of each block, padded like those that were sent."""
-        shards = []
-        for whole in wholes:
-            width = self._width(whole.numel())
-            own = whole[self.rank * width :][:width]
-            shards.append(nn.functional.pad(own, (0, width - own.numel())))
-        return shards
+    def without_memory(self) -> Self:
+        """Return another exchange between the same ranks, which does not keep this one's memory from being freed."""
+        other = super().without_memory()
+        other._unsharded = KeptMemory()
+        return other
+
+    def columns_of(self, length: int) -> slice:
+        """Return which columns are in this rank's shard."""
+        start, stop = (min(rank * self._width(length), length) for rank in (self.rank, self.rank + 1))
+        return slice(start, stop)
+
+    def padded(self, own: Tensor, length: int) -> Tensor:
+        """Return this rank's shard of a block of this length, padded like those that were sent."""
+        return nn.functional.pad(own, (0, self._width(length) - own.numel()))
+
+    def complete(self, wholes: Sequence[Tensor]) -> None:
+        """Fill in the other ranks' shards of whole blocks."""
+        widths = [self._width(whole.numel()) for whole in wholes]
+        started = [
+            start_gather_of_parts(whole, width, self._group) for whole, width in zip(wholes, widths, strict=True)
+        ]
+        for wait in chain.from_iterable(started):
+            wait()
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Gather the aggregated shards of each block."""

@@ -13,6 +13,7 @@ __all__ = [
     "is_direct",
     "is_failed_collective",
     "start_gather",
+    "start_gather_of_parts",
     "start_transfers",
 ]
 
@@ -23,14 +24,43 @@ def start_gather(received: Tensor, own: Tensor, group: dist.ProcessGroup | None 
         return []
     if not is_direct(own.device):
         return [_all_gather(received, own, group=group, async_op=True).wait]
-    # gloo's own all-gather uses twice the memory, at a third of the speed. Its sends support CPU tensors only.
     rank, parts = dist.get_rank(group), received.chunk(dist.get_world_size(group))
-    works: list[dist.Work | None] = []
+    waits = _start_sends(parts, own, group)
+    parts[rank].copy_(own)
+    return waits
+
+
+def start_gather_of_parts(
+    whole: Tensor, width: int, group: dist.ProcessGroup | None = None
+) -> list[Callable[[], object]]:
+    """Start filling in what other ranks have of a flat tensor; return what to wait for.
+
+    Args:
+        whole: [c], the same c on all ranks, contiguous. Rank r has the columns from r ``width`` to (r + 1) ``width``.
+        width: such that all ranks together have all columns.
+        group: of the ranks.
+
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    if is_direct(whole.device):
+        parts = [whole[part * width : (part + 1) * width] for part in range(num_ranks)]
+        return _start_sends(parts, parts[rank], group)
+    own, padded = whole.new_zeros(width), whole.new_empty(num_ranks * width)
+    part = whole[rank * width : (rank + 1) * width]
+    own[: part.numel()] = part
+    return [*start_gather(padded, own, group), lambda: whole.copy_(padded[: whole.numel()])]
+
+
+def _start_sends(parts: Sequence[Tensor], own: Tensor, group: dist.ProcessGroup | None) -> list[Callable[[], object]]:
+    """Send this rank's part to all others, and receive theirs."""
+    # gloo's own all-gather uses twice the memory, at a third of the speed. Its sends support CPU tensors only.
+    rank, works = dist.get_rank(group), list[dist.Work | None]()
     for distance in range(1, len(parts)):
         sender, receiver = (rank - distance) % len(parts), (rank + distance) % len(parts)
-        works.append(dist.irecv(parts[sender], group=group, group_src=sender))
-        works.append(dist.isend(own, group=group, group_dst=receiver))
-    parts[rank].copy_(own)
+        if parts[sender].numel():
+            works.append(dist.irecv(parts[sender], group=group, group_src=sender))
+        if own.numel():
+            works.append(dist.isend(own, group=group, group_dst=receiver))
     return [work.wait for work in works if work is not None]
 
 

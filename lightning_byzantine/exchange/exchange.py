@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -58,12 +59,17 @@ class Exchange(ABC):
 
     Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned.
 
+    Attributes:
+        divides_columns: whether each rank's matrix has its share of the columns only.
+
     Args:
         witnesses: compare what ranks tell each other; None for ranks that trust each other in this.
         shards: where this rank holds a part of its worker's vector only; None if it holds all of it. The exchange is
             then one between the ranks with the same part, and ``num_ranks`` their number.
 
     """
+
+    divides_columns = False
 
     def __init__(self, witnesses: Witnesses | None = None, shards: Shards | None = None) -> None:
         self._witnesses = witnesses
@@ -176,13 +182,37 @@ class Exchange(ABC):
         """
         return attempt(matrix)
 
+    def without_memory(self) -> Self:
+        """Return another exchange between the same ranks, which does not keep this one's memory from being freed."""
+        other = copy(self)
+        other._sent, other._received, other._arriving = KeptMemory(), KeptMemory(), Arriving([])
+        return other
+
+    def columns_of(self, length: int) -> slice:
+        """Return which columns of a block of this length this rank's matrix has, besides padding: all of them."""
+        return slice(0, length)
+
+    def padded(self, own: Tensor, length: int) -> Tensor:
+        """Return this rank's columns, of a block of this length, with the matrix's padding by 0: here none."""
+        return own
+
     def own_columns(self, wholes: list[Tensor]) -> list[Tensor]:
-        """Return the columns of whole blocks [c] that this rank's matrix has: all of them."""
-        return wholes
+        """Return this rank's columns of whole blocks [c], padded."""
+        lengths = [whole.numel() for whole in wholes]
+        return [
+            self.padded(whole[self.columns_of(length)], length) for whole, length in zip(wholes, lengths, strict=True)
+        ]
+
+    def wait(self) -> None:
+        """Wait for blocks that the rule did not read, which would block other ranks."""
+        list(self._arriving)
+
+    def complete(self, wholes: Sequence[Tensor]) -> None:  # noqa: B027  (there may be none)
+        """Fill in the columns of whole blocks [c] that other ranks have."""
 
     def collect(self, parts: list[Tensor]) -> list[Tensor]:
         """Return whole blocks [c], the same on every rank, given the aggregate of this rank's columns."""
-        list(self._arriving)  # waits for blocks that the rule did not read, which would block other ranks
+        self.wait()
         return parts
 
 

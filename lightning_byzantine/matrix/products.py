@@ -89,11 +89,13 @@ class StoredProducts:
         size = len(rows) + know_zero
         total = torch.zeros(size, size, dtype=torch.float64, device=self.blocks.device)
         for index in range(len(self.blocks.memory)):
-            for _, chunk in self.blocks.chunks(index, rows, float64):
+            for _, chunk in self.blocks.chunks(index, rows, at_least_float32):
                 if know_zero:
                     chunk = nn.functional.pad(chunk, (0, 0, 0, 1))
-                seen = chunk if origin is None else chunk - chunk[origin]
-                total.addmm_(seen, seen.T)
+                seen = _in_float64(chunk)
+                if origin is not None:
+                    seen -= seen[:, origin, None].clone()
+                total.addmm_(seen.T, seen)
         return self.blocks.complete(total).cpu()
 
 
@@ -258,9 +260,14 @@ def _products_about_zero(rows: Tensor, are_quick: bool) -> Tensor:
     total = torch.zeros(*([2] if are_quick else []), size, size, dtype=torch.float64, device=rows.device)
     for _, chunk in in_chunks(rows, size, dtype):
         # The last digits of products depend on strides and alignment, which a copy has always the same.
-        seen = chunk.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if are_quick:
-            total += quick_products(seen)
+            total += quick_products(chunk.to(dtype, copy=True, memory_format=torch.contiguous_format))
         else:
-            total.addmm_(seen, seen.T)
+            seen = _in_float64(chunk)
+            total.addmm_(seen.T, seen)
     return total
+
+
+def _in_float64(chunk: Tensor) -> Tensor:
+    """Return a copy [c, m] of rows [m, c] in float64, from which their inner products take a third of the time."""
+    return torch.empty(*chunk.T.shape, dtype=torch.float64, device=chunk.device).copy_(chunk.T)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -157,18 +159,21 @@ class RowView:
                 total += statistic(self.mixed(chunk, scratch), at)
         return self.blocks.complete(total).cpu()
 
-    def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> Tensor:
-        """Return <x_i - s, a - s> / ||a - s||, [m], for a = ``values`` and s = ``since``; 0 if they are equal."""
+    def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return <x_i - s, a - s> / ||a - s||, [m], for a = ``values`` and s = ``since``, and ||a - s||, []."""
         total = torch.zeros(self.num_rows + 1, dtype=torch.float64, device=self.blocks.device)
+        wide = Scratch()
         for index, (point, start) in enumerate(zip(values, since, strict=True)):
             for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                 origin = start[columns].to(chunk.dtype)
                 step = point[columns].to(chunk.dtype) - origin
+                exact = wide.vector(step.numel(), total).copy_(step)
+                total[0] += exact.dot(exact)
                 with all_digits(chunk.device.type):
-                    total[0] += step.dot(step)
                     total[1:] += chunk @ step - origin.dot(step)
         total = self.blocks.complete(total)
-        return total[1:] / total[0].sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        length = total[0].sqrt()
+        return total[1:] / length.clamp(min=torch.finfo(torch.float64).tiny), length
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass."""
@@ -214,14 +219,27 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
 
     """
     # Row by row and without fused operations, not as a product of matrices: each coordinate is then the same to the bit
-    # for any buckets of DDP and any chunks, which a resumed run needs, and the same as in stock DDP. It also avoids
-    # autocast and TensorFloat-32, which round to three digits.
-    used = [(rows[index], weight) for index, weight in enumerate(weights.tolist()) if weight != 0]
-    if not used:  # a row that was scaled to 0
+    # for any buckets of DDP and any chunks, which a resumed run needs. It also avoids autocast and TensorFloat-32,
+    # which round to three digits.
+    used = [(weight, rows[index]) for index, weight in enumerate(weights.tolist()) if weight != 0]
+    groups = [(weight, [row for _, row in group]) for weight, group in groupby(used, key=itemgetter(0))]
+    if not groups:  # a row that was scaled to 0
         out.zero_()
         return
-    first, *others = used
-    torch.mul(*first, out=out)
-    product = torch.empty_like(out)
-    for row, weight in others:
-        out += torch.mul(row, weight, out=product)
+    (weight, equal), *others = groups
+    _scaled_sum(weight, equal, out)
+    term = torch.empty_like(out) if others else out
+    for weight, equal in others:
+        _scaled_sum(weight, equal, term)
+        out += term
+
+
+def _scaled_sum(weight: float, rows: Sequence[Tensor], out: Tensor) -> None:
+    """Write w sum_i x_i: neighbours of the same weight, as in a mean, are multiplied together."""
+    if len(rows) == 1:
+        torch.mul(rows[0], weight, out=out)
+        return
+    torch.add(rows[0], rows[1], out=out)
+    for row in rows[2:]:
+        out += row
+    out *= weight

@@ -13,10 +13,13 @@ class Scratch:
 
     def rows(self, num_rows: int, chunk: Tensor) -> Tensor:
         """Return an uninitialized [num_rows, c] tensor for a chunk [m, c]."""
-        size = num_rows * chunk.shape[1]
-        if self._memory is None or self._memory.numel() < size or self._memory.dtype != chunk.dtype:
-            self._memory = chunk.new_empty(size)
-        return self._memory[:size].view(num_rows, chunk.shape[1])
+        return self.vector(num_rows * chunk.shape[1], chunk).view(num_rows, chunk.shape[1])
+
+    def vector(self, size: int, like: Tensor) -> Tensor:
+        """Return an uninitialized [size] tensor of the dtype and device of another one."""
+        if self._memory is None or self._memory.numel() < size or self._memory.dtype != like.dtype:
+            self._memory = like.new_empty(size)
+        return self._memory[:size]
 
     def like(self, chunk: Tensor) -> Tensor:
         """Return an uninitialized tensor of the chunk's shape."""

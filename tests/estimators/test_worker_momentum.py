@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,9 +82,15 @@ def received_from(
     for aggregate, scale in zip(aggregates, scales, strict=True):
         split = torch.from_numpy(aggregate).to(dtype).split(list(sizes.values()))
         parts = dict(zip(sizes, split, strict=True))
-        estimator.limit(parts, scale)
+        limit(estimator, parts, scale)
         received.append(torch.cat([gradient_of(estimator, name, parts[name]) for name in reversed(sizes)][::-1]))
     return received
+
+
+def limit(estimator: WorkerMomentum, aggregates: dict[str, Tensor], scale: Scale | None) -> None:
+    starts = {} if estimator.starts is None else estimator.starts.parts
+    steps = [aggregate.double() - starts.get(name, 0.0) for name, aggregate in aggregates.items()]
+    estimator.limit(aggregates, scale and replace(scale, step=torch.cat(steps).norm()))
 
 
 def gradient_of(estimator: WorkerMomentum, name: str, aggregate: Tensor) -> Tensor:
@@ -163,9 +171,9 @@ def test_where_all_gradients_are_0_nothing_is_divided_by_0() -> None:
 def test_parameters_that_take_no_part_in_a_step_count_for_nothing() -> None:
     estimator = WorkerMomentum()
     weight, bias = torch.ones(5), torch.ones(2)
-    estimator.limit({"weight": weight, "bias": bias}, None)
+    limit(estimator, {"weight": weight, "bias": bias}, None)
     gradient_of(estimator, "weight", weight), gradient_of(estimator, "bias", bias)
-    estimator.limit({"weight": 3 * weight}, Scale(1.0, 0.0))
+    limit(estimator, {"weight": 3 * weight}, Scale(1.0, 0.0))
     gradient = gradient_of(estimator, "weight", 3 * weight)
     torch.testing.assert_close((gradient - weight).norm(), torch.tensor(1.2 / (1 - 0.9**2)))
     assert torch.equal(estimator.shared_state()["bias"], bias)

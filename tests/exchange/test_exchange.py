@@ -1,4 +1,5 @@
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ from lightning_byzantine.attacks import (
     StaleGradient,
 )
 from lightning_byzantine.callbacks import ByzantineSimulation
-from lightning_byzantine.exchange import EXCHANGES, AllToAll, make_exchange
+from lightning_byzantine.exchange import EXCHANGES, AllToAll, collectives, make_exchange
 
 
 def exchange_blocks(name: str, blocks: list[list[Tensor]], rule: Aggregator, num_byzantine: int) -> list[Tensor]:
@@ -219,6 +220,27 @@ def test_statistics_of_whole_rows_are_the_same_under_both(three_ranks: RankPool,
     for forged in [*gathered, *sharded]:
         torch.testing.assert_close(torch.cat(forged), expected)
     assert all(torch.equal(torch.cat(forged), torch.cat(sharded[0])) for forged in sharded)
+
+
+def completed(lengths: list[int], is_direct: bool) -> list[Tensor]:
+    """Return blocks of which each rank has written its own columns, and others NaN, after all were completed."""
+    exchange = AllToAll(torch.distributed.get_world_size())
+    wholes = []
+    for length in lengths:
+        whole, columns = torch.full((length,), torch.nan), exchange.columns_of(length)
+        whole[columns] = torch.arange(float(length))[columns]
+        wholes.append(whole)
+    with mock.patch.object(collectives, "is_direct", lambda device: is_direct):
+        exchange.complete(wholes)
+    return wholes
+
+
+@pytest.mark.parametrize("is_direct", [True, False], ids=["directly", "by gathering"])
+def test_ranks_complete_blocks_in_place(three_ranks: RankPool, is_direct: bool) -> None:
+    lengths = [0, 1, 2, 3, 4, 1000, 1001]
+    for wholes in three_ranks.run(completed, lengths, is_direct):
+        for whole, length in zip(wholes, lengths, strict=True):
+            assert torch.equal(whole, torch.arange(float(length)))
 
 
 def tamper_shards(attack: Attack, length: int) -> Tensor:

@@ -72,17 +72,17 @@ def test_how_far_rows_have_moved_along_a_step(dtype: torch.dtype) -> None:
     matrix = WorkerMatrix(blocks(vectors)).select(kept)
     points = [list(point.split([7, 1, 22])) for point in (end, start)]
     near = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(matrix.moved(*points), expected, **near)
-    assert matrix.moved(points[0], points[0]).tolist() == [0.0] * 3
+    torch.testing.assert_close(matrix.moved(*points), (expected, step.norm()), **near)
+    assert [found.tolist() for found in matrix.moved(points[0], points[0])] == [[0.0] * 3, 0.0]
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(matrix.moved(*points), expected, **near)
+        torch.testing.assert_close(matrix.moved(*points), (expected, step.norm()), **near)
 
-    def moved(shard: WorkerMatrix) -> Tensor:
+    def moved(shard: WorkerMatrix) -> tuple[Tensor, Tensor]:
         columns = slice(10 * shard.shard, 10 * shard.shard + 10)
         return shard.select(kept).moved([end[columns]], [start[columns]])
 
     for found in in_shards(moved, list(vectors.split(10, dim=1))):
-        torch.testing.assert_close(found, expected, **near)
+        torch.testing.assert_close(found, (expected, step.norm()), **near)
 
 
 def test_what_was_aggregated_before_is_known_to_all_views() -> None:

@@ -25,13 +25,13 @@ class Corrupted(Regression):
             return
         first = self.trainer.optimizers[0]
         state = first.state_dict()["state"].get(0, {})
-        estimator = self.trainer.strategy.estimator
         targets = {
             "parameter": self.network[0].weight.data,
             "moment": state.get("exp_avg"),
             "momentum": state.get("momentum_buffer"),
-            "aggregate": estimator and estimator.shared_state().get("network.0.weight"),
         }
+        if self.where == "aggregate":
+            targets["aggregate"] = self.trainer.strategy.estimator.shared_state()["network.0.weight"]
         if self.where == "learning rate":
             first.param_groups[0]["lr"] *= 2
         elif self.where == "layout":

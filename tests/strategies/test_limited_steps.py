@@ -1,6 +1,6 @@
 """How far a step of worker momentum goes when a rule changes its mind, in training at the defaults."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,10 +48,13 @@ class Watched(WorkerMomentum):
         self.num_limited = 0
         self.aggregates: dict[str, Tensor] = {}
 
-    def limit(self, aggregates: Mapping[str, Tensor], scale: Any, whole_norm: Any) -> None:
+    def limit(self, names: Collection[str], scale: Any) -> None:
         self.num_limited += self.was_limited()
-        self.aggregates = {name: aggregate.clone() for name, aggregate in aggregates.items()}
-        super().limit(aggregates, scale)
+        super().limit(names, scale)
+
+    def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
+        self.aggregates[name] = aggregate.clone()
+        super().gradient(name, aggregate, out)
 
     def was_limited(self) -> bool:
         state = self.shared_state()
@@ -59,7 +62,7 @@ class Watched(WorkerMomentum):
 
 
 class Unlimited(WorkerMomentum):
-    def limit(self, aggregates: Mapping[str, Tensor], scale: Any, whole_norm: Any) -> None:
+    def limit(self, names: Collection[str], scale: Any) -> None:
         pass
 
 
