@@ -99,11 +99,11 @@ def draw_tuning(curves: Curves) -> Figure:
         panel.set_xlabel("learning rate")
     for ((attack, rule), of_case), panel in zip(curves.items(), panels.flat, strict=False):
         for method, curve in of_case.items():
-            color = f"C{methods.index(method)}"
+            color = plt.get_cmap("tab20")(methods.index(method) % 20)
             low, high = plateau(curve)
             on_plateau = {rate: accuracy for rate, accuracy in curve.items() if low <= rate <= high}
-            panel.plot(curve.keys(), curve.values(), f"{color}.-", label=method)
-            panel.plot(on_plateau.keys(), on_plateau.values(), f"{color}-", linewidth=5, alpha=0.4)
+            panel.plot(curve.keys(), curve.values(), ".-", color=color, label=method)
+            panel.plot(on_plateau.keys(), on_plateau.values(), color=color, linewidth=5, alpha=0.4)
         panel.set(xscale="log", title=f"attack: {attack}, {rule}")
         panel.title.set_fontsize(9)
         panel.grid(alpha=0.3)
