@@ -90,8 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table(columns | {"seconds": "{:.3f}"}, arguments.csv)
     for shape in arguments.shapes:
         times = in_new_ranks(shape, measure, shape, arguments.turns, arguments.steps)
-        _, stock = in_new_ranks(shape, memory, STOCK, shape)
-        for variant in VARIANTS:
-            grown, size = in_new_ranks(shape, memory, variant, shape)
-            name = f"{shape[0]} x {shape[1]}"
-            table.add(name, variant, times[variant] / times[STOCK], grown, size - stock, times[variant])
+        sizes = {variant: in_new_ranks(shape, memory, variant, shape) for variant in VARIANTS}
+        for variant, (grown, size) in sizes.items():
+            ratio, kept = times[variant] / times[STOCK], size - sizes[STOCK][1]
+            table.add(f"{shape[0]} x {shape[1]}", variant, ratio, grown, kept, times[variant])
