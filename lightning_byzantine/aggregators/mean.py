@@ -1,7 +1,7 @@
 """The rule of stock DDP."""
 
 from lightning_byzantine.aggregators.aggregator import Aggregator
-from lightning_byzantine.matrix import Measurement, Point, WorkerMatrix
+from lightning_byzantine.matrix import Point, WorkerMatrix
 
 __all__ = ["Mean"]
 
@@ -15,10 +15,6 @@ class Mean(Aggregator):
         tensor([3.])
 
     """
-
-    def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
-        """Return which rows can be used, computed together with their average."""
-        return matrix.measure_and_average()
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the average of all rows."""

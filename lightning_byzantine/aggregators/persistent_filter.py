@@ -82,8 +82,6 @@ class PersistentFilter(Aggregator):
 
     def measure(self, matrix: WorkerMatrix, num_byzantine: int) -> Measurement:
         """Return which rows can be used."""
-        if num_byzantine == 0 and matrix.num_workers == matrix.num_offered:
-            return matrix.measure_and_average()
         return matrix.measure(from_products=num_byzantine > 0, split=num_byzantine > 0)
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:

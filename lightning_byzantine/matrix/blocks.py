@@ -15,9 +15,6 @@ __all__ = ["Blocks", "at_least_float32", "float64", "in_chunks"]
 # accelerator, large enough that the cost of launching kernels is negligible.
 _CPU_CHUNK = 2**22
 _ACCELERATOR_CHUNK = 2**27
-# As many rows of a chunk are in the cache where one is added to the sum after the other: the sum is to stay in the
-# inner cache of a core, which is smaller.
-_FEW_ROWS = 8
 # Parameters of fewer elements, such as biases, don't show by themselves who deviates.
 _LEAST = 100
 
@@ -119,7 +116,7 @@ class Blocks:
         block = self.arriving[index]
         every_row = torch.equal(rows, torch.arange(block.shape[0]))
         is_copied = not every_row or dtype(block.dtype) != block.dtype
-        num_cached = min(len(rows), _FEW_ROWS) if row_by_row and not is_copied else len(rows)
+        num_cached = 2 if row_by_row and not is_copied else len(rows)
         for columns, chunk in in_chunks(block, num_cached, dtype(block.dtype)):
             yield columns, (chunk if every_row else chunk[rows.to(block.device)]).to(dtype(block.dtype))
 

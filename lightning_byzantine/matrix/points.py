@@ -61,18 +61,14 @@ class Combination(LazyPoint):
     Args:
         weights: [n] float64 on the CPU, one for each row that the view may read.
         is_affine: whether the weights sum to 1. Otherwise 0 has the remaining weight.
-        computed: one [c_b] tensor for each block, if already computed.
 
     """
 
     weights: Tensor
     is_affine: bool = True
-    computed: list[Tensor] | None = None
 
     def values(self, view: RowView) -> list[Tensor]:
-        """Return the weighted sum of the rows, in one pass unless it is known."""
-        if self.computed is not None:
-            return self.computed
+        """Return the weighted sum of the rows, in one pass."""
         return view.compute(lambda chunk, out: weighted_sum(chunk, self.weights, out), row_by_row=True)
 
     def exact_values(self, view: RowView) -> list[Tensor]:
@@ -211,7 +207,7 @@ class Measurement:
 
     is_measurable: Tensor
     norms: Tensor
-    point: LazyPoint | None = None
+    point: Coordinatewise | None = None
 
 
 #: What a rule may return: weights of rows, a function of rows, or one [c_b] tensor for each column block.

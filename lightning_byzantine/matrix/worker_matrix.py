@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,9 +9,9 @@ from torch import Tensor
 from lightning_byzantine.matrix.arriving import Arriving
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32
 from lightning_byzantine.matrix.compiled import Compiled
-from lightning_byzantine.matrix.points import Combination, Coordinatewise, LazyPoint, Measurement, Point, as_lazy
+from lightning_byzantine.matrix.points import Combination, Coordinatewise, Measurement, Point, as_lazy
 from lightning_byzantine.matrix.row_distances import RowDistances
-from lightning_byzantine.matrix.row_view import RowView, weighted_sum
+from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.segmented import Segmented
 from lightning_byzantine.matrix.segments import Names, Segments
 
@@ -243,27 +242,12 @@ class WorkerMatrix(RowDistances):
             return Measurement(torch.ones(self.num_workers, dtype=torch.bool), unknown, point)
         return self._measurement(self._view.quick_squared_norms(), point)
 
-    def measure_and_average(self) -> Measurement:
-        """Do the same as :meth:`measure` in the pass that computes the mean of all rows, where that is as fast."""
-        view = self._view
-        if not view.is_everything or not view.blocks.are_quick:
-            return self.measure()
-        mean, norms = self.mean(), list[Tensor]()
-
-        def fill(chunk: Tensor, out: Tensor) -> None:
-            norms.append(torch.linalg.vector_norm(chunk, dim=1))
-            weighted_sum(chunk, mean.weights, out)
-
-        values = view.compute(fill)
-        squared_norms = view.blocks.complete(torch.stack(norms).double().square().sum(0)).cpu()
-        return self._measurement(squared_norms, replace(mean, computed=values))
-
     def _seen_by(self, view: RowView) -> "WorkerMatrix":
         matrix = copy(self)
         matrix._view, matrix._distances_from_center = view, None
         return matrix
 
-    def _measurement(self, squared_norms: Tensor, point: LazyPoint | None = None) -> Measurement:
+    def _measurement(self, squared_norms: Tensor, point: Coordinatewise | None = None) -> Measurement:
         is_measurable = squared_norms.isfinite() & (squared_norms <= self._largest_squared_norm)
         return Measurement(is_measurable, squared_norms.sqrt(), point)
 
