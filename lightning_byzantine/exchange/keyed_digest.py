@@ -92,7 +92,8 @@ def _sums(content: Tensor, keys: Tensor) -> Tensor:
 
 
 def _sums_of_chunks(content: Tensor, num_chunks: int, keys: Tensor) -> Tensor:
-    words = [_words(content, start, num_chunks).split(_CHUNKS.get(content.device.type, 1)) for start in (0, _LATER)]
+    size = _CHUNKS.get(content.device.type, 1)
+    words = [torch.split(_words(content, start, num_chunks), size) for start in (0, _LATER)]
     return torch.cat([_product(some, keys[0]) + _product(later, keys[1]) for some, later in zip(*words, strict=True)])
 
 
