@@ -1,6 +1,7 @@
 """All ranks of a node as one worker: the mean in a node, then the rule across nodes."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,10 +29,12 @@ def fit_nodes(model: Any = None, callbacks: tuple[Any, ...] = (), of_trainer: An
     """Train with every two ranks as one node; return the parameters after each batch."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     node, local = divmod(rank, RANKS_PER_NODE)
-    with mock.patch.dict(os.environ, {"NODE_RANK": str(node), "LOCAL_RANK": str(local)}):
+    environment = mock.patch.dict(os.environ, {"NODE_RANK": str(node), "LOCAL_RANK": str(local)})
+    with environment, tempfile.TemporaryDirectory() as folder:
         return fit(
             ByzantineDDPStrategy(workers="node", **arguments),
             model,
+            default_root_dir=folder,
             devices=RANKS_PER_NODE,
             num_nodes=num_ranks // RANKS_PER_NODE,
             callbacks=list(callbacks),
