@@ -188,8 +188,15 @@ def fit(strategy: Any, name: str = "Sharded", optimizer: str = "SGD", **argument
 
 def fit_replicas(shape: tuple[int, int], name: str = "Sharded", optimizer: str = "SGD", **arguments: Any) -> Tensor:
     """Train by the strategy that is tested, with the arguments of both the strategy and the Trainer."""
-    of_trainer = ("accumulate_grad_batches", "gradient_clip_val", "callbacks", "max_epochs", "num_steps")
-    to_trainer = {key: arguments.pop(key) for key in of_trainer if key in arguments}
+    of_trainer = (
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "callbacks",
+        "default_root_dir",
+        "max_epochs",
+        "num_steps",
+    )
+    to_trainer = {key: arguments.pop(key) for key in (*of_trainer, "num_steps") if key in arguments}
     strategy = ByzantineModelParallelStrategy(*shape, **arguments)
     return fit(strategy, name, optimizer, **to_trainer)
 

@@ -1,6 +1,7 @@
 """Bad replicas are outvoted as a whole, and named with their ranks."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,8 +33,10 @@ def fit_and_name(attack: Attack, **arguments: Any) -> tuple[Tensor, list[int], l
     [(GaussianNoise(std=10.0), "all_gather"), (NonFinite(), "all_to_all")],
     ids=["noise", "not finite"],
 )
-def test_a_bad_replica_is_named_with_its_ranks(six_ranks: RankPool, attack: Attack, exchange: str) -> None:
-    first, *others = six_ranks.run(fit_and_name, attack, exchange=exchange)
+def test_a_bad_replica_is_named_with_its_ranks(
+    six_ranks: RankPool, attack: Attack, exchange: str, tmp_path: Path
+) -> None:
+    first, *others = six_ranks.run(fit_and_name, attack, exchange=exchange, default_root_dir=tmp_path)
     history, suspects, named = first
     assert history.isfinite().all()
     assert suspects == [1]
@@ -79,7 +82,7 @@ class Digits(OneUnit):
         return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
 
 
-def accuracy_on_digits(attack: Attack | None) -> tuple[float, list[int]]:
+def accuracy_on_digits(attack: Attack | None, folder: Path) -> tuple[float, list[int]]:
     """Return the accuracy on other images after training with 5 replicas of 2 ranks, and who is under suspicion."""
     torch.manual_seed(1)
     images, labels = load_digits(return_X_y=True)
@@ -89,7 +92,7 @@ def accuracy_on_digits(attack: Attack | None) -> tuple[float, list[int]]:
     strategy = ByzantineModelParallelStrategy(5, 2, exchange="all_to_all")
     model = Digits()
     dataset = TensorDataset(inputs[:1280], targets[:1280])
-    train(strategy, model, dataset, batch_size=64, max_epochs=20, callbacks=callbacks)
+    train(strategy, model, dataset, batch_size=64, max_epochs=20, callbacks=callbacks, default_root_dir=folder)
     right = model(inputs[1280:], 0).argmax(dim=1) == targets[1280:]
     return float(right.float().mean()), monitor.suspects
 
@@ -102,11 +105,11 @@ def ten_ranks() -> Iterator[RankPool]:
 
 
 @pytest.mark.slow
-def test_two_of_five_replicas_do_no_harm(ten_ranks: RankPool) -> None:
-    clean, suspects = ten_ranks.run(accuracy_on_digits, None)[0]
+def test_two_of_five_replicas_do_no_harm(ten_ranks: RankPool, tmp_path: Path) -> None:
+    clean, suspects = ten_ranks.run(accuracy_on_digits, None, tmp_path)[0]
     assert suspects == []
     for attack in (GaussianNoise(std=10.0), NonFinite(), SignFlip(), OneLayer()):
-        accuracy, suspects = ten_ranks.run(accuracy_on_digits, attack)[0]
+        accuracy, suspects = ten_ranks.run(accuracy_on_digits, attack, tmp_path)[0]
         assert accuracy > clean - 0.03
         # One layer is no farther away than honest replicas are: the rule copes with it, and only an audit could tell.
         assert suspects == ([] if isinstance(attack, OneLayer) else [1, 4])
