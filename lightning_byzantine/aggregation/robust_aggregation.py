@@ -129,7 +129,8 @@ def _plain(found: Any) -> Any:
         statistics = [(each.norms, each.weights, each.distances, each.measurable.double()) for each in reports]
         numbers = [(each.share, each.num_honest, each.from_aggregate) for each in reports]
         beside = [found.products, found.outvoted, found.equivocated]
-        return [torch.stack([torch.stack(each) for each in statistics]), torch.tensor(numbers), *beside]
+        whole = torch.stack([torch.stack(each) for each in statistics])
+        return [whole, torch.tensor(numbers, dtype=torch.float64), *beside]
     if isinstance(found, Scale):
         return [getattr(found, field.name) for field in fields(found)]
     return found
