@@ -60,6 +60,7 @@ def robust_fsdp(
 
     Example:
         >>> import os, tempfile
+        >>> import torch
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from torch.distributed.fsdp import fully_shard
         >>> store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"))

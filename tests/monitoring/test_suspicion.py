@@ -354,7 +354,7 @@ def reports_of_five(liars: str, steps: int = 60) -> list[Report]:
         momentum = BETA * momentum + (1 - BETA) * gradients
         sent = momentum.clone()
         noise = torch.randn(2, 300, generator=generator, dtype=torch.float64)
-        sent[[1, 4]] = 10 * noise if liars == "loud" else 1e-3 * noise
+        sent[[1, 4]] = 100 * noise if liars == "loud" else 1e-3 * noise
         reports.append(rule.decide(WorkerMatrix([sent]), 2).report())
     return reports
 
