@@ -47,25 +47,27 @@ class SharedColumns:
         self.blocks: list[Tensor] = []
         self.parts: dict[str, Tensor] = {}
         self._columns: Columns | None = None
+        self._places: dict[str, Tensor] = {}  # where in the blocks the values for each parameter are
 
     def place(self, columns: Columns) -> None:
         """Change the columns; a collective if these were others before, as after DDP has rebuilt its buckets."""
         if columns is not self._columns:
             wholes, self._columns = self.whole(), columns
             self.blocks = [like.new_zeros(like.shape) for like in columns.like]
+            self._places = self._views()
             self.load(wholes)
 
     def keep(self, name: str, values: Tensor) -> None:
         """Copy new values [n] for one parameter."""
         if name not in self.parts:
-            self.parts[name] = self._places().get(name, torch.empty_like(values))
+            self.parts[name] = self._places.get(name, torch.empty_like(values))
         self.parts[name].copy_(values)
 
     def whole(self) -> dict[str, Tensor]:
         """Return all columns of each parameter, the same on every rank; a collective if ranks have a share each."""
         if self._columns is None:
             return dict(self.parts)
-        placed = self._places().keys() & self.parts.keys()
+        placed = self._places.keys() & self.parts.keys()
         return self.parts | self._columns.gather({name: self.parts[name] for name in placed})
 
     def load(self, wholes: Mapping[str, Tensor]) -> None:
@@ -80,17 +82,17 @@ class SharedColumns:
 
     def to(self, device: torch.device) -> None:
         """Move all values to a device."""
-        others = {name: part.to(device) for name, part in self.parts.items() if name not in self._places()}
-        names, self.blocks = list(self.parts), [block.to(device) for block in self.blocks]
-        places = self._places() | others
-        self.parts = {name: places[name] for name in names}
+        others = {name: part.to(device) for name, part in self.parts.items() if name not in self._places}
+        self.blocks = [block.to(device) for block in self.blocks]
+        self._places = self._views()
+        places = self._places | others
+        self.parts = {name: places[name] for name in self.parts}
 
     def clear(self) -> None:
         """Forget all values, and which columns this rank has."""
-        self.blocks, self.parts, self._columns = [], {}, None
+        self.blocks, self.parts, self._places, self._columns = [], {}, {}, None
 
-    def _places(self) -> dict[str, Tensor]:
-        """Return where in the blocks the values for each parameter are."""
+    def _views(self) -> dict[str, Tensor]:
         places: dict[str, Tensor] = {}
         for own, block in zip([] if self._columns is None else self._columns.own, self.blocks, strict=True):
             sizes = [part.stop - part.start for part in own.values()]
