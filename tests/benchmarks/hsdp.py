@@ -38,9 +38,10 @@ def make(variant: str, shape: tuple[int, int]) -> tuple[Callable[[], None], floa
         fully_shard(part, mesh=mesh if variant == STOCK else mesh["shard"])
     hook = None if variant == STOCK else robust_fsdp(model, mesh, exchange=variant)  # type: ignore[arg-type]
     optimizer = model.configure_optimizers()
-    text = torch.randint(BYTES, (BATCH, CONFIG.context), generator=torch.Generator().manual_seed(dist.get_rank()))
+    generator = torch.Generator().manual_seed(dist.get_rank())
 
     def step() -> None:
+        text = torch.randint(BYTES, (BATCH, CONFIG.context), generator=generator)
         optimizer.zero_grad()
         model.loss([text]).backward()
         if hook is not None:

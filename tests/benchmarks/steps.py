@@ -48,18 +48,18 @@ WIDTH = 900  # ten square layers: 8 million parameters
 BLOCK = 2_500_000
 
 
-def make_network(name: str) -> tuple[nn.Module, Tensor]:
-    generator = torch.Generator().manual_seed(dist.get_rank())
+def make_network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return a network, and the shape of a batch."""
     torch.manual_seed(0)
     if name == "resnet":
-        return ResNet18(), torch.randn(32, 3, 32, 32, generator=generator)
+        return ResNet18(), (32, 3, 32, 32)
     layers = [layer for _ in range(10) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-    return nn.Sequential(*layers), torch.randn(16, WIDTH, generator=generator)
+    return nn.Sequential(*layers), (16, WIDTH)
 
 
 def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     """Return a function that takes one step, and the number of parameters."""
-    network, inputs = make_network(name)
+    network, shape = make_network(name)
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     if variant in ("all_to_all", "all_gather"):
@@ -67,7 +67,11 @@ def make(variant: str, name: str) -> tuple[Callable[[], None], int]:
     elif variant != "ddp":
         _aggregate_by_parts(variant, model, network)
 
+    # Other batches in every step: workers that differ for good are another case for the rule.
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
     def step() -> None:
+        inputs = torch.randn(shape, generator=generator)
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
