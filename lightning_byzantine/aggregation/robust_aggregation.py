@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -126,11 +127,10 @@ def _plain(found: Any) -> Any:
     if isinstance(found, Report):
         # A few large tensors: there may be hundreds of parts.
         reports = (found, *found.parts)
-        statistics = [(each.norms, each.weights, each.distances, each.measurable.double()) for each in reports]
+        rows = [(each.norms, each.weights, each.distances, each.measurable.double()) for each in reports]
         numbers = [(each.share, each.num_honest, each.from_aggregate) for each in reports]
         beside = [found.products, found.outvoted, found.equivocated]
-        whole = torch.stack([torch.stack(each) for each in statistics])
-        return [whole, torch.tensor(numbers, dtype=torch.float64), *beside]
+        return [torch.stack(list(chain.from_iterable(rows))), torch.tensor(numbers, dtype=torch.float64), *beside]
     if isinstance(found, Scale):
         return [getattr(found, field.name) for field in fields(found)]
     return found

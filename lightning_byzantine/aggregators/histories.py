@@ -91,7 +91,7 @@ class Histories(nn.Module):
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return P, Q and n of each segment in one tensor, [m + 2, m], by its name."""
-        return {name: state.clone() for name, state in self._by_name.items()}
+        return dict(self._by_name)  # each step has new tensors
 
     def set_extra_state(self, state: Mapping[str, Tensor] | None) -> None:
         """Restore what :meth:`get_extra_state` returned."""

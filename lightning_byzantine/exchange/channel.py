@@ -12,7 +12,6 @@ __all__ = ["Channel"]
 
 # No other rank may fill this one's memory.
 _LONGEST = 1 << 26
-_LENGTH_BYTES = 8
 
 
 class Channel:
@@ -36,7 +35,7 @@ class Channel:
 
     def start_telling(self, message: bytes) -> Callable[[], list[bytes]]:
         """Start sending a message to all; return what waits for those of all ranks, which have the same length."""
-        received = self._start_gather(_tensor(message).to(self._device))
+        received = self._start_exchange(_tensor(message).to(self._device).expand(self.num_ranks, -1))
         return lambda: [_bytes(row) for row in received()]
 
     def tell(self, message: bytes) -> list[bytes]:
@@ -45,7 +44,11 @@ class Channel:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return every rank's flat tensor [n] on every rank, as [m, n] where it was; lengths must agree."""
-        return self._start_gather(tensor.to(self._device))().to(tensor.device)
+        own = tensor.to(self._device)
+        rows = own.new_empty(self.num_ranks, own.numel())
+        rows[self.rank] = own
+        self._transfer([own] * self.num_ranks, list(rows))
+        return rows.to(tensor.device)
 
     def tell_each(self, messages: Sequence[bytes]) -> list[bytes]:
         """Send every rank its message, of any length; return those for this rank.
@@ -54,14 +57,14 @@ class Channel:
             RuntimeError: if one is longer than 64 MiB; names the rank.
 
         """
-        sent = [_tensor(message).to(self._device) for message in messages]
-        announced = torch.tensor([len(message) for message in messages], device=self._device)
-        lengths = self._start_exchange(list(announced[:, None]), [_LENGTH_BYTES] * self.num_ranks)
-        announcements = [int(length.view(torch.int64)) for length in lengths]
-        for rank, length in enumerate(announcements):
+        lengths = torch.tensor([[len(message)] for message in messages], device=self._device)
+        announced = self._start_exchange(lengths)()[:, 0].tolist()
+        for rank, length in enumerate(announced):
             if not 0 <= length <= _LONGEST:
                 raise RuntimeError(f"Messages between ranks have at most {_LONGEST} bytes, got {length} of rank {rank}")
-        return [_bytes(row) for row in self._start_exchange(sent, announcements)]
+        received = [torch.empty(length, dtype=torch.uint8, device=self._device) for length in announced]
+        self._transfer([_tensor(message).to(self._device) for message in messages], received)
+        return [messages[rank] if rank == self.rank else _bytes(row) for rank, row in enumerate(received)]
 
     def transfer(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> None:
         """Send contiguous tensors to ranks and receive some, in the same order between each two of them."""
@@ -71,31 +74,27 @@ class Channel:
         for (tensor, _), (arrived, _) in zip(received, on_device, strict=True):
             tensor.copy_(arrived)
 
-    def _start_gather(self, own: Tensor) -> Callable[[], Tensor]:
-        rows = own.new_empty(self.num_ranks, own.numel())
-        others = self._others()
-        waits = start_transfers([(own, rank) for rank in others], [(rows[rank], rank) for rank in reversed(others)])
-        rows[self.rank] = own
+    def _start_exchange(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Start sending every rank its row of [m, n]; return what waits for those sent to this one, [m, n]."""
+        # As direct as a send to each, in one call.
+        sent, received = rows.contiguous(), torch.empty_like(rows, memory_format=torch.contiguous_format)
+        work = dist.all_to_all_single(received, sent, async_op=True)
 
         def wait() -> Tensor:
-            for function in waits:
-                function()
-            return rows
+            work.wait()
+            return received
 
         return wait
 
-    def _start_exchange(self, sent: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-        """Return the bytes from every rank, as many as announced; nothing is sent where there are none."""
-        received = [torch.empty(length, dtype=torch.uint8, device=self._device) for length in lengths]
+    def _transfer(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Send every other rank its tensor, and receive theirs, except where these are empty."""
         others = self._others()
         waits = start_transfers(
-            [(sent[rank].view(torch.uint8), rank) for rank in others if sent[rank].numel()],
-            [(received[rank], rank) for rank in reversed(others) if lengths[rank]],
+            [(sent[rank], rank) for rank in others if sent[rank].numel()],
+            [(received[rank], rank) for rank in reversed(others) if received[rank].numel()],
         )
         for wait in waits:
             wait()
-        received[self.rank] = sent[self.rank].view(torch.uint8)
-        return received
 
     def _others(self) -> list[int]:
         """Return the other ranks, the next one first, so that not all send to the same one at once."""

@@ -61,14 +61,14 @@ def fingerprints(state: Any) -> tuple[bytes, bytes]:
         (True, False)
 
     """
-    layout, content = sha256(), sha256()
+    layout, content = list[str](), sha256()
     for place, leaf in _walk(state, ""):
         if isinstance(leaf, Tensor):
-            layout.update(f"{place} {leaf.dtype} {tuple(leaf.shape)}\n".encode())
+            layout.append(f"{place} {leaf.dtype} {tuple(leaf.shape)}\n")
             content.update(leaf.detach().reshape(-1).cpu().view(torch.uint8).numpy().data)
         else:
-            layout.update(f"{place} {leaf}\n".encode())
-    return layout.digest(), content.digest()
+            layout.append(f"{place} {leaf}\n")
+    return sha256("".join(layout).encode()).digest(), content.digest()
 
 
 def _walk(state: Any, place: str) -> Iterator[tuple[str, Tensor | str]]:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 __all__ = ["digest_of", "keyed_digest"]
 
 # Words of 64 bits in a chunk, bytes in it, and as many chunks at once as fit the cache.
-_WIDTH = 1 << 13
+_WIDTH = 1 << 11
 _CHUNK = 8 * _WIDTH
-_CHUNKS = {"cpu": 32, "cuda": 256}
+_CHUNKS = {"cpu": 32, "cuda": 1024}
 _LATER = 4  # bytes
 
 
@@ -20,7 +20,7 @@ def keyed_digest(tensors: Sequence[Tensor], key: bytes) -> bytes:
 
     ::
 
-        s_c = sum_i k_i x_ci + l_i y_ci  mod 2^64       x_ci: the i-th of the 2^13 words of 64 bits in chunk c
+        s_c = sum_i k_i x_ci + l_i y_ci  mod 2^64       x_ci: the i-th of the 2^11 words of 64 bits in chunk c
         SHA-256 of all s_c                              y_ci: the word that begins 32 bits later
 
     For values that were fixed before the keys k_i and l_i were drawn at random, s_c is the same for different chunks
@@ -74,7 +74,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _keys(key: bytes) -> Tensor:
-    """Return the keys k_i and l_i, [2, 2^13] int64."""
+    """Return the keys k_i and l_i, [2, 2^11] int64."""
     return torch.frombuffer(bytearray(shake_256(key).digest(16 * _WIDTH)), dtype=torch.int64).view(2, _WIDTH)
 
 
@@ -98,7 +98,7 @@ def _sums_of_chunks(content: Tensor, num_chunks: int, keys: Tensor) -> Tensor:
 
 
 def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
-    """Return the words of the chunks that begin at a byte, [num_chunks, 2^13]."""
+    """Return the words of the chunks that begin at a byte, [num_chunks, 2^11]."""
     if content.device.type == "cpu":
         # Wherever the bytes are: a view by PyTorch would have to be a copy unless they begin at a multiple of 8.
         words = torch.frombuffer(content.numpy().data, dtype=torch.int64, count=num_chunks * _WIDTH, offset=start)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from lying import saying
 from rank_pool import RankPool
 from torch import Tensor, nn
 
@@ -113,18 +113,16 @@ def random_lie(seed: int) -> Lie:
 
 
 def lying(lie: Lie, witnesses: Witnesses) -> ExitStack:
-    send, broadcast, transfer = dist.isend, witnesses.broadcast, witnesses.channel.transfer
+    broadcast, transfer = witnesses.broadcast, witnesses.channel.transfer
 
-    def isend(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
-        receiver = group_dst if dst is None else dst
-        lies = lie.when(tensor) and receiver in lie.to
-        return send(lie.forge(tensor.clone(), receiver) if lies else tensor, group=group, group_dst=receiver)
+    def say(tensor: Tensor, dst: int) -> Tensor:
+        return lie.forge(tensor, dst) if lie.when(tensor) and dst in lie.to else tensor
 
     def transferring(sent: list[tuple[Tensor, int]], received: list[tuple[Tensor, int]]) -> None:
         transfer([(lie.transfer(rows), rank) for rows, rank in sent], received)
 
     stack = ExitStack()
-    stack.enter_context(mock.patch("torch.distributed.isend", isend))
+    stack.enter_context(saying(say))
     stack.enter_context(mock.patch.object(witnesses, "broadcast", lambda said: broadcast(lie.broadcast(said))))
     stack.enter_context(mock.patch.object(witnesses.channel, "transfer", transferring))
     return stack

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from harness import Table, by_turns, ranks
 from reproduction.networks import ResNet18
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byzantine.aggregation.ddp_hook import AggregationHook

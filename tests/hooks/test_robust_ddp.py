@@ -1,13 +1,13 @@
 import warnings
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from combinations import UnusedOnSomeRanks
 from loops import Loop, batches, loss_of
+from lying import saying
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -168,13 +168,12 @@ def test_a_simulated_attack_is_survived(five_ranks: RankPool) -> None:
 
 
 def train_with_a_liar() -> tuple[Tensor, list[list[int]], list[int]]:
-    send, named = dist.isend, []
+    named: list[Tensor | None] = []
 
-    def lie(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
-        receiver = group_dst if dst is None else dst
-        return send(tensor + receiver if tensor.is_floating_point() else tensor, receiver)
+    def say(tensor: Tensor, dst: int) -> Tensor:
+        return tensor + dst if tensor.is_floating_point() and dist.get_rank() == 1 else tensor
 
-    with mock.patch("torch.distributed.isend", lie if dist.get_rank() == 1 else send):
+    with saying(say):
         loop = Loop()
         loop.hook.observe(lambda report: named.append(report.equivocated))
         history = loop.run(batches(5))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from combinations import BatchNormed, UnusedOnSomeRanks
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lying import saying
 from rank_pool import RankPool
 from torch import Tensor
 from training import Regression, fit
@@ -26,15 +26,11 @@ Forge = Callable[[Tensor, int], Tensor]
 @contextmanager
 def lying(forge: Forge | None, when: Callable[[Tensor], bool]) -> Iterator[None]:
     """Let rank 1 send each other one something else, of what ``when`` chooses by its looks."""
-    send = dist.isend
-
-    def isend(tensor: Tensor, dst: int | None = None, group: Any = None, group_dst: int | None = None) -> Any:
-        receiver = group_dst if dst is None else dst
-        lies = forge is not None and dist.get_rank() == LIAR and when(tensor)
-        return send(forge(tensor.clone(), receiver) if lies else tensor, group=group, group_dst=receiver)
-
-    with mock.patch("torch.distributed.isend", isend):
+    if forge is None or dist.get_rank() != LIAR:
         yield
+    else:
+        with saying(lambda tensor, dst: forge(tensor, dst) if when(tensor) else tensor):
+            yield
 
 
 def is_row(tensor: Tensor) -> bool:
