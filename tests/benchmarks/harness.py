@@ -1,7 +1,9 @@
 """What all benchmarks need: processes, turns, tables."""
 
 import csv
+import ctypes
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -25,6 +27,12 @@ def ranks(num_ranks: int, backend: str = "gloo") -> Iterator[rank_pool.RankPool]
             yield pool
         finally:
             pool.close()
+
+
+def in_new_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns on rank 0 of new processes, which nothing is left in of what ran before."""
+    with ranks(num_ranks) as pool:
+        return pool.run(function, *arguments)[0]
 
 
 def be_quiet() -> None:
@@ -63,6 +71,24 @@ def by_turns(
                 if turn > 0 and index >= warm_up:
                     seconds[key].append(time.perf_counter() - start)
     return {key: median(values) for key, values in seconds.items()}
+
+
+def memory_of(step: Callable[[], object]) -> tuple[int, int]:
+    """Return by how many bytes this process grows at most during a step, and how large it is between steps."""
+    for _ in range(3):
+        step()
+    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    for _ in range(3):
+        step()
+    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return 1024 * peak - before, before
+
+
+def _resident() -> int:
+    # glibc keeps what was freed, such as the blocks from before DDP has rebuilt its buckets.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Table:

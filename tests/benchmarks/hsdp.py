@@ -8,14 +8,12 @@ of the gradient. The momentum's two copies are among what is kept.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import Table, by_turns, ranks
+from harness import Table, by_turns, in_new_ranks, memory_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformer import BYTES, Config, Transformer
@@ -59,19 +57,8 @@ def measure(shape: tuple[int, int], turns: int, steps: int) -> dict[str, float]:
 def memory(variant: str, shape: tuple[int, int]) -> tuple[float, float]:
     """Return how much the process grew at most during steps, and how large it is between them, in parts."""
     step, size = make(variant, shape)
-    for _ in range(3):
-        step()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    for _ in range(3):
-        step()
-    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return (1024 * peak - before) / (4 * size), before / (4 * size)
-
-
-def in_new_ranks(shape: tuple[int, int], function: Callable[..., Any], *arguments: Any) -> Any:
-    with ranks(shape[0] * shape[1]) as pool:
-        return pool.run(function, *arguments)[0]
+    grown, kept = memory_of(step)
+    return grown / (4 * size), kept / (4 * size)
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -90,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     columns = {"replicas x parts": "{}", "": "`{}`", "time of a step": "{:.2f}", "memory": "{:.1f}", "kept": "{:.1f}"}
     table = Table(columns | {"seconds": "{:.3f}"}, arguments.csv)
     for shape in arguments.shapes:
-        times = in_new_ranks(shape, measure, shape, arguments.turns, arguments.steps)
-        sizes = {variant: in_new_ranks(shape, memory, variant, shape) for variant in VARIANTS}
+        times = in_new_ranks(shape[0] * shape[1], measure, shape, arguments.turns, arguments.steps)
+        sizes = {variant: in_new_ranks(shape[0] * shape[1], memory, variant, shape) for variant in VARIANTS}
         for variant, (grown, size) in sizes.items():
             ratio, kept = times[variant] / times[STOCK], size - sizes[STOCK][1]
             table.add(f"{shape[0]} x {shape[1]}", variant, ratio, grown, kept, times[variant])

@@ -16,7 +16,6 @@ as a ratio to what it can't do without: gathering the same bytes, one matrix of 
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from harness import Table, by_turns, ranks
+from harness import Table, by_turns, in_new_ranks, memory_of, ranks
 from reproduction.networks import ResNet18
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -159,24 +158,8 @@ def measure_floor(turns: int, steps: int) -> dict[str, float]:
 def memory(variant: str, network: str) -> tuple[float, float]:
     """Return how much the process grew at most during steps, and how large it is between them, in gradients."""
     step, num_parameters = make(variant, network)
-    for _ in range(3):
-        step()
-    before = _resident()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    for _ in range(3):
-        step()
-    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    unit = 4 * num_parameters
-    return (1024 * peak - before) / unit, before / unit
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def in_new_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    with ranks(num_ranks) as pool:  # anew, for what another variant has left behind
-        return pool.run(function, *arguments)[0]
+    grown, size = memory_of(step)
+    return grown / (4 * num_parameters), size / (4 * num_parameters)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
