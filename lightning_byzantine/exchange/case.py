@@ -61,7 +61,7 @@ class Case:
         self._rank = witnesses.channel.rank
         self._blocks = blocks
         self._nonces = [_NOTHING.nonce] * self._channel.num_ranks
-        self._wait: Callable[[], list[bytes]] = lambda: self._nonces
+        self._wait: Callable[[], list[bytes]] | None = None
         self._with_nonce: list[int] = []
         self._statements: list[bytes] = []
         self._voters: list[int] = []
@@ -80,7 +80,8 @@ class Case:
 
     def key(self) -> bytes:
         """Return the key that follows from the nonces."""
-        self._nonces, self._wait = self._wait(), lambda: self._nonces
+        if self._wait is not None:
+            self._nonces, self._wait = self._wait(), None
         if not self._with_nonce:
             # One honest rank's is enough. Who is in conflict could tell each rank another one.
             self._with_nonce = self._conflicts.unsuspected or self._conflicts.voters

@@ -1,3 +1,4 @@
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -398,3 +399,27 @@ def two_models() -> list[Tensor]:
 def test_models_do_not_share_a_rule_or_momentum(three_ranks: RankPool) -> None:
     for first, *others in three_ranks.run(two_models):
         assert all(torch.equal(first, other) for other in others)
+
+
+def memory_in_use() -> dict[int, int]:
+    """Return the sizes of all tensors' memory, by where it is."""
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+
+
+def memory_left_to_the_collector(exchange: Any) -> list[int]:
+    gc.collect()
+    gc.disable()
+    try:
+        loop = Loop(ddp={"bucket_cap_mb": 0.0005}, exchange=exchange)
+        loop.run(batches(4))  # DDP rebuilds its buckets after the first step
+        before = memory_in_use()
+        gc.collect()
+        return [size for place, size in before.items() if place not in memory_in_use()]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_no_memory_waits_for_the_garbage_collector(three_ranks: RankPool, exchange: str) -> None:
+    assert three_ranks.run(memory_left_to_the_collector, exchange) == [[]] * 3
