@@ -1,6 +1,5 @@
 """Inner products of rows, computed once for all rules and views that need them."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from lightning_byzantine.matrix.anchored_gram import AnchoredGram
 from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64, in_chunks
 from lightning_byzantine.matrix.gram import Gram, blunt_and_central, centred_gram
-from lightning_byzantine.matrix.quick_products import all_digits, quick_gram, quick_products
+from lightning_byzantine.matrix.quick_products import quick_gram, quick_products
 
 __all__ = ["Products", "StoredProducts"]
 
@@ -55,17 +54,15 @@ class StoredProducts:
         groups, blocks = self.blocks.groups, self.blocks
         if self._knows_parts or not groups:
             return
-        places = defaultdict[int, list[tuple[int, slice]]](list)
-        for number, (of_block, columns) in enumerate(place for group in groups for place in group.places):
-            places[of_block].append((number, columns))
+        places = [place for group in groups for place in group.places]
         products: dict[int, Tensor] = {}
-        with all_digits(blocks.device.type):
-            for index, block in enumerate(blocks.arriving):
-                for number, columns in places[index]:
+        for index, block in enumerate(blocks.arriving):
+            for number, (of_block, columns) in enumerate(places):
+                if of_block == index:
                     products[number] = _products_about_zero(block[:, columns], blocks.are_quick)
-            nothing = _products_about_zero(blocks.memory[0][:, :0], blocks.are_quick)
         # Summed up in the order of the parameters: the same to the bit wherever DDP has put them.
         in_order = iter(sorted(products))
+        nothing = _products_about_zero(blocks.memory[0][:, :0], blocks.are_quick)
         of_groups = [sum((products[next(in_order)] for _ in group.places), nothing) for group in groups]
         sums = blocks.complete(torch.stack(of_groups)).cpu()
         for stored, of_stored in zip([self, *self.parts], [sums.sum(0), *sums], strict=True):
@@ -250,8 +247,7 @@ def _sharpen(products: Sequence[Products]) -> None:
         moves = {part: row for part, is_blunt, row in found if is_blunt and row != origins[part]}
         if not moves:
             break
-        with all_digits(products[0].blocks.device.type):
-            sums = torch.stack([part.about_row(row) for part, row in moves.items()])
+        sums = torch.stack([part.about_row(row) for part, row in moves.items()])
         sums = products[0].blocks.complete(sums).cpu()
         for part, of_part in zip(moves, sums, strict=True):
             part.know_about_row(of_part)
