@@ -61,6 +61,7 @@ class Case:
         self._rank = witnesses.channel.rank
         self._blocks = blocks
         self._nonces = [_NOTHING.nonce] * self._channel.num_ranks
+        # No function of this object: such a cycle would keep the blocks until the garbage collector runs.
         self._wait: Callable[[], list[bytes]] | None = None
         self._with_nonce: list[int] = []
         self._statements: list[bytes] = []

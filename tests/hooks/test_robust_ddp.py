@@ -415,7 +415,8 @@ def memory_left_to_the_collector(exchange: Any) -> list[int]:
         loop.run(batches(4))  # DDP rebuilds its buckets after the first step
         before = memory_in_use()
         gc.collect()
-        return [size for place, size in before.items() if place not in memory_in_use()]
+        after = memory_in_use()
+        return [size for place, size in before.items() if place not in after]
     finally:
         gc.enable()
 
