@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Event, Thread
 
@@ -216,18 +216,19 @@ class Heartbeat:
             self.error = self._board.declared()
         waited = 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
         if self._hurries or waited > _UNUSUAL_WAIT or self.error is not None:
+            inquiry = self._inquiry
             self._signs.update(self._board.read())
             if self.error is None:
-                self._judge()
+                self._judge(inquiry)
         if self.error is not None and not self._has_failed and not self._here.has_ended:
             self._abort()
 
-    def _judge(self) -> None:
+    def _judge(self, inquiry: "_Inquiry | None") -> None:
         """End the run if ranks can't continue together."""
-        places, inquiry = find_desynchronized(self._signs.ranks), self._inquiry
+        places = find_desynchronized(self._signs.ranks)
         if places is not None:
             self._end(DesynchronizedRanksError(places))
-        elif inquiry is not None and inquiry.age > _PATIENCE:
+        elif inquiry is not None and inquiry.age(self._signs.read_at) > _PATIENCE:
             # A collective that is not watched comes after the last one.
             late = self._signs.late(self._here.entered + (not self._here.waits))
             silent, last = self._signs.silent(), self._signs.last_places()
@@ -262,11 +263,12 @@ class _Inquiry:
 
     timed_out: bool
     is_answered: bool = False
-    began: float = field(default_factory=time.monotonic)
+    first_read: float | None = None
 
-    @property
-    def age(self) -> float:
-        return time.monotonic() - self.began
+    def age(self, read_at: float) -> float:
+        """Return the seconds since the first reading, by which the last sign of a rank that was gone before counts."""
+        self.first_read = read_at if self.first_read is None else self.first_read
+        return read_at - self.first_read
 
 
 def _text_of(error: BaseException) -> str:

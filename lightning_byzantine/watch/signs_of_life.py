@@ -18,6 +18,7 @@ class SignsOfLife:
 
     Attributes:
         ranks: where each rank is.
+        read_at: when that was read, by the monotonic clock, in seconds.
 
     Example:
         >>> signs = SignsOfLife(rank=0, num_ranks=2, patience=3)
@@ -31,21 +32,21 @@ class SignsOfLife:
         self.ranks: Sequence[Whereabouts] = [Whereabouts() for _ in range(num_ranks)]
         self._others = [other for other in range(num_ranks) if other != rank]
         self._patience = patience
-        self._read_at = time.monotonic()
-        self._changed_at = [self._read_at] * num_ranks
+        self.read_at = time.monotonic()
+        self._changed_at = [self.read_at] * num_ranks
 
     def update(self, ranks: Sequence[Whereabouts]) -> None:
         """Take what was read just now."""
-        self._read_at = time.monotonic()
+        self.read_at = time.monotonic()
         for rank, (before, after) in enumerate(zip(self.ranks, ranks, strict=True)):
             if before.beats != after.beats:
-                self._changed_at[rank] = self._read_at
+                self._changed_at[rank] = self.read_at
         self.ranks = ranks
 
     def silent(self) -> list[int]:
         """Return the other ranks whose heartbeat had not changed for too long when it was last read."""
         # Not until now, since nothing is read as long as nothing is unusual.
-        return [rank for rank in self._others if self._read_at - self._changed_at[rank] > self._patience]
+        return [rank for rank in self._others if self.read_at - self._changed_at[rank] > self._patience]
 
     def have_ended(self) -> bool:
         """Return whether all other ranks have left the run or are silent."""

@@ -401,23 +401,18 @@ def test_models_do_not_share_a_rule_or_momentum(three_ranks: RankPool) -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
-def memory_in_use() -> dict[int, int]:
-    """Return the sizes of all tensors' memory, by where it is."""
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-
-
 def memory_left_to_the_collector(exchange: Any) -> list[int]:
     gc.collect()
     gc.disable()
     try:
         loop = Loop(ddp={"bucket_cap_mb": 0.0005}, exchange=exchange)
         loop.run(batches(4))  # DDP rebuilds its buckets after the first step
-        before = memory_in_use()
+        gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        after = memory_in_use()
-        return [size for place, size in before.items() if place not in after]
+        return [each.numel() for each in gc.garbage if issubclass(type(each), Tensor)]
     finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
         gc.enable()
 
 

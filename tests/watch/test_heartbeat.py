@@ -59,6 +59,20 @@ def test_names_who_has_fallen_silent(start: Start) -> None:
         fail(third)
 
 
+def test_a_slow_store_hides_nobody(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, _ = start(HashStore())
+    second.stop()
+
+    def read(self: board.Board, fast: Callable[..., list[Whereabouts]] = board.Board.read) -> list[Whereabouts]:
+        stated = fast(self)
+        time.sleep(0.3)
+        return stated
+
+    monkeypatch.setattr(board.Board, "read", read)
+    with pytest.raises(WorkerLostError, match="Lost rank 1: no sign of life for 1 s"):
+        fail(first)
+
+
 def test_names_who_is_late_when_time_has_run_out(start: Start) -> None:
     first, _, third = start(HashStore(), timeout=0.5)
     with third.watching("backward"):
