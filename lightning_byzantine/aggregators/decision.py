@@ -64,35 +64,45 @@ class Decision:
     @cached_property
     def _of_seen(self) -> Report:
         norms = self.measured.norms[self.measured.is_measurable]
-        if not isinstance(self.point, Segmented):
-            return self._report(self.seen, norms, self.point, self.seen.known_products_about(self.point))
-        parts, products = self._parts(self.point)
-        return replace(self._report(self.seen, norms, self.point, products), parts=parts)
+        parts: tuple[Report, ...] = ()
+        if isinstance(self.point, Segmented):
+            parts, products = self._parts(self.point)
+        else:
+            products = self.seen.known_products_about(self.point)
+        distances = self.seen.distances_from_center if products is None else _lengths(products)
+        report = self._report(norms, self.point, distances, from_aggregate=products is not None)
+        return replace(report, parts=parts, products=products)
 
     def _parts(self, joined: Segmented) -> tuple[tuple[Report, ...], Tensor | None]:
         """Return reports on all segments, and the sum of their inner products; nothing where these are not known."""
-        parts, total = [], torch.zeros(self.seen.num_workers, self.seen.num_workers, dtype=torch.float64)
-        matrices = self.seen.split(with_products=False).values()
-        for matrix, point, share in zip(matrices, joined.points, joined.shares.tolist(), strict=True):
-            products = matrix.known_products_about(point)
-            if products is None:
-                return (), None
-            total += products
-            part = self._report(matrix, matrix.known_norms(), point, products)
-            # Many matrices that nobody needs on their own.
-            parts.append(replace(part, products=None, share=share))
-        return tuple(parts), total
+        matrices = list(self.seen.split(with_products=False).values())
+        pairs = zip(matrices, joined.points, strict=True)
+        known = [part for matrix, point in pairs if (part := matrix.known_products_about(point)) is not None]
+        if len(known) < len(matrices):
+            return (), None
+        products = torch.stack(known)
+        norms = torch.stack([matrix.known_norms() for matrix in matrices])
+        # Without products: many matrices that nobody needs on their own.
+        reports = [
+            self._report(of_part, point, distances, from_aggregate=True)
+            for of_part, point, distances in zip(norms, joined.points, _lengths(products), strict=True)
+        ]
+        shares = zip(reports, joined.shares.tolist(), strict=True)
+        return tuple(replace(report, share=share) for report, share in shares), products.sum(0)
 
-    def _report(self, matrix: WorkerMatrix, norms: Tensor, point: Point, products: Tensor | None) -> Report:
+    def _report(self, norms: Tensor, point: Point, distances: Tensor | None, from_aggregate: bool) -> Report:
         unknown = torch.full_like(norms, torch.nan)
         weights = point.weights if isinstance(point, Combination | Segmented) else None
-        distances = matrix.distances_from_center if products is None else products.diagonal().clamp(min=0).sqrt()
         return Report(
             measurable=torch.ones_like(norms, dtype=torch.bool),
             norms=norms,
             weights=unknown if weights is None else weights,
             distances=unknown if distances is None else distances,
-            from_aggregate=products is not None,
-            products=products,
+            from_aggregate=from_aggregate,
             num_honest=self.seen.num_workers - self.num_byzantine,
         )
+
+
+def _lengths(products: Tensor) -> Tensor:
+    """Return the lengths of vectors, [.., m], from their inner products [.., m, m]."""
+    return products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()

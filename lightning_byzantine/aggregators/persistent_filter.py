@@ -92,7 +92,7 @@ class PersistentFilter(Aggregator):
         if num_byzantine == 0:
             # All liars have been dropped, but the step from what they did before is still limited by distances.
             return matrix.join([part.mean() for part in parts.values()])
-        products = torch.stack([part.products() for part in parts.values()])
+        products = matrix.products_of_parts()
         centers = middle_weights(products, torch.ones(products.shape[:2], dtype=torch.bool))
         kept = self._kept(list(parts), matrix, products_about(products, centers), num_byzantine)
         weights = _clipped(products, centers, kept, num_byzantine)

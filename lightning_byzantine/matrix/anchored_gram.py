@@ -31,15 +31,6 @@ class AnchoredGram(Gram):
         """Add the row 0 to a Gram matrix about 0."""
         return cls(*(nn.functional.pad(part, (0, 1, 0, 1)) for part in (gram.products, gram.errors)))
 
-    def mixed(self, weights: Tensor) -> Gram:
-        """Return the Gram matrix of sum_j weights[i, j] x_j about 0.
-
-        Args:
-            weights: [k, m].
-
-        """
-        return super().mixed(_with_zero(weights))
-
     def points(self, weights: Tensor) -> Gram:
         """Return the same about a central point, so that a common offset of the points costs no accuracy."""
         central = most_central_row(self.mixed(weights).squared_distances()[0])
@@ -50,9 +41,6 @@ class AnchoredGram(Gram):
         same = differences(gram.products) <= ROUNDING * (terms + terms[:, None])
         return gram.rows(same.int().argmax(1))
 
-    def _longest(self, weights: Tensor) -> Tensor:
-        return super()._longest(_with_zero(weights))
-
-
-def _with_zero(weights: Tensor) -> Tensor:
-    return torch.cat([weights, -weights.sum(1, keepdim=True)], dim=1)
+    def _with_origin(self, weights: Tensor) -> Tensor:
+        # Then the combinations are about 0.
+        return torch.cat([weights, -weights.sum(1, keepdim=True)], dim=1)

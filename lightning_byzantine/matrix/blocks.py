@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_byzantine.matrix.arriving import Arriving
 from lightning_byzantine.matrix.segments import Group, Segments
 
-__all__ = ["Blocks", "at_least_float32", "float64", "in_chunks"]
+__all__ = ["FEW", "Blocks", "at_least_float32", "float64", "in_chunks"]
 
 # Bytes of one chunk. On a CPU, small enough to stay in the cache, and large enough to be divided among cores; on an
 # accelerator, large enough that the cost of launching kernels is negligible.
@@ -17,6 +17,9 @@ _CPU_CHUNK = 2**22
 _ACCELERATOR_CHUNK = 2**27
 # Parameters of fewer elements, such as biases, don't show by themselves who deviates.
 _LEAST = 100
+# Up to so many columns take no time in float64, and float32 arithmetic is not sharp enough: its errors average out over
+# many.
+FEW = 2**16
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -83,7 +86,13 @@ class Blocks:
     def split(self) -> list["Blocks"]:
         """Return the columns of each of :attr:`groups`, after waiting for all blocks."""
         whole = list(self.arriving)
-        return [Blocks(group.of(whole), self.complete, None, self.are_quick, group.size) for group in self.groups]
+        return [
+            Blocks(group.of(whole), self.complete, None, self.are_quick_in(group), group.size) for group in self.groups
+        ]
+
+    def are_quick_in(self, group: Group) -> bool:
+        """Return whether float32 arithmetic is faster and as good in the columns of one of :attr:`groups`."""
+        return self.are_quick and group.size > FEW
 
     @property
     def memory(self) -> list[Tensor]:
@@ -116,7 +125,7 @@ class Blocks:
         block = self.arriving[index]
         every_row = torch.equal(rows, torch.arange(block.shape[0]))
         is_copied = not every_row or dtype(block.dtype) != block.dtype
-        num_cached = 2 if row_by_row and not is_copied else len(rows)
+        num_cached = 2 if row_by_row and not is_copied else rows.shape[0]
         for columns, chunk in in_chunks(block, num_cached, dtype(block.dtype)):
             yield columns, (chunk if every_row else chunk[rows.to(block.device)]).to(dtype(block.dtype))
 

@@ -32,7 +32,7 @@ class Gram:
     """Inner products of rows relative to some origin, with bounds of their rounding errors.
 
     Args:
-        products: [m, m] float64, or [s, m, m] of several matrices for distances alone.
+        products: [m, m] float64, or [s, m, m] of several matrices, of which nothing is asked that takes weights.
         errors: the same shape, 0 where products are accurate to float64.
 
     Example:
@@ -48,14 +48,26 @@ class Gram:
     products: Tensor
     errors: Tensor
 
+    @classmethod
+    def of_several(cls, grams: "Sequence[Gram]") -> "Gram":
+        """Return several Gram matrices as one, [s, m, m]."""
+        return cls(torch.stack([gram.products for gram in grams]), torch.stack([gram.errors for gram in grams]))
+
     def rows(self, indices: Tensor) -> "Gram":
         """Keep some rows only."""
+        if torch.equal(indices, torch.arange(len(self.products))):
+            return self
         return Gram(self.products[indices][:, indices], self.errors[indices][:, indices])
 
     def mixed(self, weights: Tensor) -> "Gram":
         """Return the Gram matrix of sum_j weights[i, j] x_j; the origin is arbitrary if weights sum to 1, or to 0."""
-        size = weights.abs()
-        return Gram(weights @ self.products @ weights.T, size @ self.errors @ size.T)
+        size = self._with_origin(weights).abs()
+        return Gram(self.mixed_products(weights), size @ self.errors @ size.T)
+
+    def mixed_products(self, weights: Tensor) -> Tensor:
+        """Return the products of :meth:`mixed` alone."""
+        weights = self._with_origin(weights)
+        return weights @ self.products @ weights.T
 
     def points(self, weights: Tensor) -> "Gram":
         """Return the Gram matrix of the points sum_j weights[i, j] x_j, about any origin."""
@@ -93,7 +105,11 @@ class Gram:
 
     def _longest(self, weights: Tensor) -> Tensor:
         """Return upper bounds of the lengths of sum_j weights[i, j] x_j, to which rounding is in proportion."""
-        return weights.abs() @ self.products.diagonal().clamp(min=0).sqrt()
+        return self._with_origin(weights).abs() @ self.products.diagonal().clamp(min=0).sqrt()
+
+    def _with_origin(self, weights: Tensor) -> Tensor:
+        """Return weights [k, m] of rows as those of all rows of the products."""
+        return weights
 
 
 def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
@@ -103,7 +119,7 @@ def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
 
 def blunt_and_central(grams: Sequence[Gram]) -> tuple[list[bool], list[int]]:
     """Return of several Gram matrices whether they lost too many digits, and a row of each amid the others."""
-    together = Gram(torch.stack([gram.products for gram in grams]), torch.stack([gram.errors for gram in grams]))
+    together = Gram.of_several(grams)
     squared, errors = together.squared_distances()
     are_rounded = errors.flatten(1).any(1)
     are_blunt = torch.where(are_rounded, (errors > _SHARP * squared).flatten(1).any(1), lost_digits(together.products))

@@ -90,7 +90,7 @@ class Combination(LazyPoint):
     def known_products(self, view: RowView) -> Tensor | None:
         """Return inner products about the point, if those of the rows are known."""
         gram = view.products.serving(self.is_affine).known_gram
-        return None if gram is None else gram.mixed(view.weights - self.weights).products
+        return None if gram is None else gram.mixed_products(view.weights - self.weights)
 
 
 class Given(LazyPoint):

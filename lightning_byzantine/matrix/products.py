@@ -1,20 +1,17 @@
 """Inner products of rows, computed once for all rules and views that need them."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, nn
 
 from lightning_byzantine.matrix.anchored_gram import AnchoredGram
-from lightning_byzantine.matrix.blocks import Blocks, at_least_float32, float64, in_chunks
+from lightning_byzantine.matrix.blocks import FEW, Blocks, at_least_float32, float64, in_chunks
 from lightning_byzantine.matrix.gram import Gram, blunt_and_central, centred_gram
-from lightning_byzantine.matrix.quick_products import quick_gram, quick_products
+from lightning_byzantine.matrix.quick_products import all_digits, quick_gram, quick_products
 
 __all__ = ["Products", "StoredProducts"]
-
-# Up to so many columns take no time, and float32 arithmetic is not sharp enough: its errors average out over many.
-_FEW = 2**16
 
 
 class StoredProducts:
@@ -41,7 +38,9 @@ class StoredProducts:
         """The products in float32 arithmetic, with their errors, where that is faster; None elsewhere."""
         if not self.blocks.are_quick:
             return None
-        sums = self.blocks.complete(torch.stack([quick_products(block) for block in self.blocks.arriving]).sum(0))
+        with all_digits(self.blocks.device.type):
+            sums = torch.stack([quick_products(block) for block in self.blocks.arriving]).sum(0)
+        sums = self.blocks.complete(sums)
         return quick_gram(sums.cpu(), self.blocks.most_columns)
 
     @cached_property
@@ -54,23 +53,27 @@ class StoredProducts:
         groups, blocks = self.blocks.groups, self.blocks
         if self._knows_parts or not groups:
             return
-        places = [place for group in groups for place in group.places]
+        places = [(group, *place) for group in groups for place in group.places]
         products: dict[int, Tensor] = {}
-        for index, block in enumerate(blocks.arriving):
-            for number, (of_block, columns) in enumerate(places):
-                if of_block == index:
-                    products[number] = _products_about_zero(block[:, columns], blocks.are_quick)
-        # Summed up in the order of the parameters: the same to the bit wherever DDP has put them.
+        with all_digits(blocks.device.type):
+            for index, block in enumerate(blocks.arriving):
+                for number, (group, of_block, columns) in enumerate(places):
+                    if of_block == index:
+                        products[number] = _products_about_zero(block[:, columns], blocks.are_quick_in(group))
+        # With what bounds the errors, which is 0 in float64.
+        sums = torch.zeros(len(groups), 2, *[blocks.num_rows] * 2, dtype=torch.float64, device=blocks.device)
+        # In the order of the parameters: the same to the bit wherever DDP has put them.
         in_order = iter(sorted(products))
-        nothing = _products_about_zero(blocks.memory[0][:, :0], blocks.are_quick)
-        of_groups = [sum((products[next(in_order)] for _ in group.places), nothing) for group in groups]
-        sums = blocks.complete(torch.stack(of_groups)).cpu()
+        for group, of_group in zip(groups, sums, strict=True):
+            for _ in group.places:
+                (of_group if blocks.are_quick_in(group) else of_group[0]).add_(products[next(in_order)])
+        sums = blocks.complete(sums).cpu()
         for stored, of_stored in zip([self, *self.parts], [sums.sum(0), *sums], strict=True):
             # These are cached properties.
-            if blocks.are_quick:
-                stored.quick = quick_gram(of_stored, blocks.most_columns)
+            if stored.blocks.are_quick:
+                stored.quick = quick_gram(of_stored, stored.blocks.most_columns)
             else:
-                stored.exact = of_stored
+                stored.exact = of_stored[0]
         self._knows_parts = True
 
     def squared_norms(self) -> Tensor:
@@ -165,6 +168,11 @@ class Products:
         """The stored rows."""
         return self._stored.blocks
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows whose products these are, n."""
+        return len(self._rows)
+
     @cached_property
     def parts(self) -> list["Products"]:
         """The products in the columns of each segment, not computed yet."""
@@ -191,16 +199,15 @@ class Products:
         self._rough = about_zero.rows(self._rows)
 
     def know_about_row(self, sums: Tensor) -> None:
-        """Set the rough products to the sums over all ranks of :meth:`about_row`."""
+        """Set the rough products to the sums over all ranks of :meth:`add_about_row`."""
         if self._is_quick_about_row:
             self._rough = quick_gram(sums, self.blocks.most_columns)
         else:
             self._rough = Gram(sums[0], torch.zeros_like(sums[0]))
 
-    def about_row(self, row: int) -> Tensor:
-        """Return this rank's part of the products about one of the rows, [2, n, n], with what bounds their errors."""
+    def add_about_row(self, row: int, sums: Tensor) -> None:
+        """Add this rank's part of the products about one of the rows, and what bounds their errors, to [2, n, n]."""
         blocks, is_quick = self.blocks, self._is_quick_about_row
-        sums = torch.zeros(2, len(self._rows), len(self._rows), dtype=torch.float64, device=blocks.device)
         for index in range(len(blocks.memory)):
             for _, chunk in blocks.chunks(index, self._rows, at_least_float32 if is_quick else float64):
                 seen = chunk - chunk[row]
@@ -208,11 +215,10 @@ class Products:
                     sums += quick_products(seen)
                 else:
                     sums[0].addmm_(seen, seen.T)
-        return sums
 
     @property
     def _is_quick_about_row(self) -> bool:
-        return self.blocks.are_quick and self.blocks.most_columns > _FEW
+        return self.blocks.are_quick and self.blocks.most_columns > FEW
 
     def _sharp_quick_gram(self) -> Gram | None:
         quick = self._stored.quick
@@ -247,25 +253,25 @@ def _sharpen(products: Sequence[Products]) -> None:
         moves = {part: row for part, is_blunt, row in found if is_blunt and row != origins[part]}
         if not moves:
             break
-        sums = torch.stack([part.about_row(row) for part, row in moves.items()])
-        sums = products[0].blocks.complete(sums).cpu()
-        for part, of_part in zip(moves, sums, strict=True):
+        blocks, num_rows = products[0].blocks, products[0].num_rows
+        sums = torch.zeros(len(moves), 2, num_rows, num_rows, dtype=torch.float64, device=blocks.device)
+        with all_digits(blocks.device.type):
+            for (part, row), of_part in zip(moves.items(), sums, strict=True):
+                part.add_about_row(row, of_part)
+        for part, of_part in zip(moves, blocks.complete(sums).cpu(), strict=True):
             part.know_about_row(of_part)
         origins |= moves
 
 
 def _products_about_zero(rows: Tensor, are_quick: bool) -> Tensor:
     """Return inner products in float64, [n, n], or what :func:`quick_gram` needs, [2, n, n]."""
-    size, dtype = len(rows), torch.float32 if are_quick else torch.float64
-    total = torch.zeros(*([2] if are_quick else []), size, size, dtype=torch.float64, device=rows.device)
-    for _, chunk in in_chunks(rows, size, dtype):
-        # The last digits of products depend on strides and alignment, which a copy has always the same.
-        if are_quick:
-            total += quick_products(chunk.to(dtype, copy=True, memory_format=torch.contiguous_format))
-        else:
-            seen = _in_float64(chunk)
-            total.addmm_(seen.T, seen)
-    return total
+    # The last digits of products depend on strides and alignment, which a copy has always the same.
+    chunks = in_chunks(rows, rows.shape[0], torch.float32 if are_quick else torch.float64)
+    if are_quick:
+        products = (quick_products(chunk.clone(memory_format=torch.contiguous_format)) for _, chunk in chunks)
+    else:
+        products = (seen.T @ seen for seen in (_in_float64(chunk) for _, chunk in chunks))
+    return reduce(Tensor.add_, products)
 
 
 def _in_float64(chunk: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ _TINY = 2.0**-126
 def quick_products(rows: Tensor) -> Tensor:
     """Return inner products in float32 arithmetic, and the sums that bound their errors.
 
-    4096 columns at a time are multiplied and summed in float32; these sums are added up in float64.
+    4096 columns at a time are multiplied and summed in float32; these sums are added up in float64. Call it within
+    :func:`all_digits`.
 
     Args:
         rows: [m, c] float32. Non-finite rows only affect their own products.
@@ -40,13 +41,14 @@ def quick_products(rows: Tensor) -> Tensor:
                 [6., 9.]], dtype=torch.float64)
 
     """
-    whole = rows.shape[1] // _PIECE * _PIECE
-    rest = rows[None, :, whole:]
-    with all_digits(rows.device.type):
-        products = _products(rest)
-        if whole:
-            pieces = rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1)
-            products = torch.cat([_products(pieces), products])
+    num_columns = rows.shape[1]
+    whole = num_columns // _PIECE * _PIECE
+    parts = []
+    if whole:
+        parts.append(_products(rows[:, :whole].reshape(len(rows), -1, _PIECE).transpose(0, 1)))
+    if whole < num_columns or not parts:
+        parts.append(_products(rows[None, :, whole:]))
+    products = torch.cat(parts) if len(parts) > 1 else parts[0]
     norms = products.diagonal(dim1=1, dim2=2).double()
     return torch.stack([products.sum(0, dtype=torch.float64), norms.T @ norms])
 
@@ -86,7 +88,7 @@ def all_digits(device: str) -> Iterator[None]:
 def _products(pieces: Tensor) -> Tensor:
     """Return the inner products of all rows within each piece: [n, m, c] to [n, m, m]."""
     num_rows = pieces.shape[1]
-    if pieces.device.type != "cpu" or num_rows > _MANY_ROWS:
+    if pieces.device.type != "cpu" or num_rows <= _TILE or num_rows > _MANY_ROWS:
         return torch.bmm(pieces, pieces.mT)
     # On CPUs, the product of more rows at once takes several times as long; and of two equal halves, one is saved.
     products = pieces.new_empty(len(pieces), num_rows, num_rows)

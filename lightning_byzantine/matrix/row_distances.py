@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_byzantine.matrix.gram import Gram, are_sharp, most_central_row
+from lightning_byzantine.matrix.gram import Gram, are_sharp, most_central_rows
 from lightning_byzantine.matrix.points import Combination, Point, as_lazy
 from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.ties import is_decided, nearest
@@ -36,16 +36,20 @@ class RowDistances:
         """Return ||x_i - x_j||^2, [m, m], in float64: for statistics that don't grow with each of the distances."""
         return self._view.exact_gram.squared_distances()[0]
 
-    def products(self) -> Tensor:
-        """Return the inner products (x_i - o).(x_j - o), [m, m], about a row o amid the others.
+    def products_of_parts(self) -> Tensor:
+        """Return the inner products (x_i - o).(x_j - o) in each segment, [s, m, m], about a row o amid the others.
 
-        Those of :meth:`~lightning_byzantine.matrix.WorkerMatrix.split` may be off by a millionth of the distances from
-        o, because another pass would be one for each segment.
+        They may be off by a millionth of the distances from o, because another pass would be one for each segment.
+
+        Returns:
+            in the order of :meth:`~lightning_byzantine.matrix.WorkerMatrix.split`.
+
         """
-        gram = self._view.rough_gram
-        central = most_central_row(gram.squared_distances()[0])
-        products = gram.products
-        return products - products[central] - products[:, central, None] + products[central, central]
+        gram = Gram.of_several([part.rough_gram for part in self._view.split()])
+        central = most_central_rows(gram.squared_distances()[0])[:, None, None]
+        from_central = gram.products.take_along_dim(central, dim=1)
+        of_central = from_central.take_along_dim(central, dim=2)
+        return gram.products - from_central - from_central.mT + of_central
 
     def products_about(self, row: int, exact: bool = False) -> Gram:
         """Return the inner products (x_i - x_r).(x_j - x_r) with bounds of their errors.

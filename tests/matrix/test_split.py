@@ -176,8 +176,13 @@ def test_one_sum_over_ranks_serves_all_parts() -> None:
         parts = matrix.split().values()
         joined = matrix.join([part.combine(affine(1, 6, seed)[0]) for seed, part in enumerate(parts)])
         for part in parts:
-            part.products(), part.squared_distances(), part.known_norms()
-        matrix.known_norms(), matrix.known_products_about(joined), matrix.materialize(joined)
+            part.squared_distances(), part.known_norms()
+        (
+            matrix.products_of_parts(),
+            matrix.known_norms(),
+            matrix.known_products_about(joined),
+            matrix.materialize(joined),
+        )
         matrix.squared_distances(), matrix.nearest(joined, 3)
         assert complete.count == 1
         matrix.distances(matrix.join([part.combine(torch.eye(6)[2]) for part in parts]))
@@ -218,7 +223,7 @@ def test_the_same_bits_wherever_ddp_puts_the_parameters(offset: float, dtype: to
         segments = Segments.of_blocks(sizes, [(tuple(names), [sizes[name] for name in names]) for names in layout])
         matrix = WorkerMatrix(stored, segments=segments)
         norms = matrix.measure(from_products=True, split=True).norms
-        found.append(torch.cat([norms, *(part.products().flatten() for part in matrix.split().values())]))
+        found.append(torch.cat([norms, matrix.products_of_parts().flatten()]))
     assert torch.equal(found[1], found[0])
     assert torch.equal(found[2], found[0])
 
@@ -258,7 +263,7 @@ def assert_distances(part: WorkerMatrix, vectors: Tensor, honest: list[int]) -> 
     dense = vectors[honest].double()
     expected = (dense[:, None] - dense).square().sum(2)
     assert expected[0, 1] > 0
-    products = part.products()[honest][:, honest]
+    products = part.products_of_parts()[0, honest][:, honest]
     differences = products.diagonal() + products.diagonal()[:, None] - 2 * products
     torch.testing.assert_close(differences, expected, rtol=1e-4, atol=1e-12)
     squared = part.squared_distances()[honest][:, honest]
