@@ -1,9 +1,9 @@
 """Which workers explain the directions in which all disagree most."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_byzantine.aggregators.middles import distances_from, middle_of, middle_weights, products_about
+from lightning_byzantine.aggregators.middles import distances_from, middle_of, middle_weights, products_about, smallest
 
 __all__ = ["explaining_workers"]
 
@@ -37,35 +37,42 @@ def explaining_workers(products: Tensor, among: Tensor, num_byzantine: int) -> T
     below = threshold[..., None] * torch.eye(among.shape[1], dtype=products.dtype) - _without_mean(products, among)
     are_loud = torch.linalg.cholesky_ex(below).info > 0
     explaining = torch.zeros_like(among)
-    for index in (are_loud & (usual[:, 0] > 0)).nonzero().flatten().tolist():
-        explaining[index] = _explaining(products[index], among[index], float(threshold[index]), num_byzantine)
+    loud = (are_loud & (usual[:, 0] > 0)).nonzero().flatten()
+    explaining[loud] = _explaining(products[loud], among[loud], threshold[loud, 0], num_byzantine)
     return explaining
 
 
-def _explaining(products: Tensor, among: Tensor, threshold: float, num_byzantine: int) -> Tensor:
-    """Return which workers explain the directions above a threshold in one segment, [m] bool."""
+def _explaining(products: Tensor, among: Tensor, threshold: Tensor, num_byzantine: int) -> Tensor:
+    """Return which workers explain the directions above a threshold, [s], in each segment, [s, m] bool."""
     active = among.clone()
-    explained = torch.zeros(len(products), 0, dtype=torch.float64)
+    explained = products.new_zeros(*among.shape, 0)
+    undecided = torch.arange(len(products))
     for _ in range(2 * num_byzantine):
-        left = num_byzantine - int((~active).sum())
-        if left == 0:
+        undecided = undecided[(~active[undecided]).sum(1) < num_byzantine]
+        loudness, directions = _loudest(products[undecided], active[undecided], explained[undecided])
+        is_loud = loudness > threshold[undecided]
+        undecided, directions = undecided[is_loud], directions[is_loud]
+        if len(undecided) == 0:
             break
-        loudness, direction = _loudest(products, active, explained)
-        if loudness <= threshold:
-            break
-        offsets = (direction[active] - _median(direction[active])).abs()
-        far = offsets > (_FAR * offsets.sort().values[len(offsets) - left - 1]).clamp(min=_ROUNDING)
-        if not far.any():
-            explained = torch.cat([explained, direction[:, None]], dim=1)
-            continue
-        farthest = offsets.masked_fill(~far, 0).argsort(descending=True, stable=True)[: min(left, int(far.sum()))]
-        active[active.nonzero().flatten()[farthest]] = False
+        farthest = _farthest(directions, active[undecided], num_byzantine)
+        active[undecided] &= ~farthest
+        found_nobody = ~farthest.any(1, keepdim=True)
+        explained = nn.functional.pad(explained, (0, 1))
+        explained[undecided, :, -1] = directions * found_nobody
     return among & ~active
 
 
-def _median(values: Tensor) -> Tensor:
-    """Return the mean of the middle two of an even number: the sign of an eigenvector must make no difference."""
-    return (values.median() - (-values).median()) / 2
+def _farthest(directions: Tensor, active: Tensor, num_byzantine: int) -> Tensor:
+    """Return the active workers that are far from most others along directions, [s, m], as many as may be left out."""
+    num_active = active.sum(1, keepdim=True)
+    left = num_byzantine - (active.shape[1] - num_active)
+    # The mean of the middle two of an even number: the sign of an eigenvector must make no difference.
+    middle = smallest(directions, active, (num_active + 1) // 2) + smallest(directions, active, num_active // 2 + 1)
+    offsets = (directions - middle / 2).abs()
+    usual = smallest(offsets, active, num_active - left)
+    far = active & (offsets > (_FAR * usual).clamp(min=_ROUNDING))
+    order = offsets.masked_fill(~far, -1).argsort(dim=1, descending=True, stable=True)
+    return far & (order.argsort(dim=1) < left)
 
 
 def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:
@@ -80,17 +87,23 @@ def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:
     return thresholds
 
 
-def _loudest(products: Tensor, active: Tensor, explained: Tensor) -> tuple[float, Tensor]:
-    """Return the largest eigenvalue of the active workers' products about their mean, and its vector, [m]."""
-    centred = _without_mean(products[None], active[None])[0][active][:, active]
-    if explained.shape[1]:
-        basis = torch.linalg.qr(explained[active] - explained[active].mean(0)).Q
-        without = torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T
+def _loudest(products: Tensor, active: Tensor, explained: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of the active workers' products about their mean, [s], and their vectors, [s, m].
+
+    Args:
+        products: [s, m, m].
+        active: [s, m] bool.
+        explained: [s, m, n], directions to leave out; 0 for none.
+
+    """
+    centred = _without_mean(products, active)
+    if explained.any():
+        among = active[..., None]
+        seen = (explained - (explained * among).sum(1, keepdim=True) / among.sum(1, keepdim=True)) * among
+        without = torch.eye(active.shape[1], dtype=torch.float64) - seen @ torch.linalg.pinv(seen)
         centred = without @ centred @ without
     eigenvalues, vectors = torch.linalg.eigh(centred)
-    direction = torch.zeros(len(products), dtype=torch.float64)
-    direction[active] = vectors[:, -1]
-    return float(eigenvalues[-1]), direction
+    return eigenvalues[:, -1], vectors[:, :, -1]
 
 
 def _without_mean(products: Tensor, among: Tensor) -> Tensor:
