@@ -51,8 +51,10 @@ class Decision:
         # The next one could be a liar's. It is limited as well, but not 0 if f workers send what another one sends.
         farthest = min(report.num_honest, len(report.norms) - 1)
         usual = min(float(report.distances.sort().values[farthest]), length)
-        squared = sum(part.share * float(part.weights.square().sum()) for part in report.parts or (report,))
-        return Scale(length, usual * sqrt(squared))
+        parts = report.parts or (report,)
+        squared = torch.stack([part.weights for part in parts]).square().sum(1).tolist()
+        noise = sum(part.share * of_part for part, of_part in zip(parts, squared, strict=True))
+        return Scale(length, usual * sqrt(noise))
 
     def report(self) -> Report:
         """Return what is known about each worker; needs neither a pass over the columns nor a collective."""
@@ -83,22 +85,24 @@ class Decision:
         products = torch.stack(known)
         norms = torch.stack([matrix.known_norms() for matrix in matrices])
         # Without products: many matrices that nobody needs on their own.
-        reports = [
-            self._report(of_part, point, distances, from_aggregate=True)
-            for of_part, point, distances in zip(norms, joined.points, _lengths(products), strict=True)
-        ]
-        shares = zip(reports, joined.shares.tolist(), strict=True)
-        return tuple(replace(report, share=share) for report, share in shares), products.sum(0)
+        reports = tuple(
+            self._report(*part, from_aggregate=True)
+            for part in zip(norms, joined.points, _lengths(products), joined.shares.tolist(), strict=True)
+        )
+        return reports, products.sum(0)
 
-    def _report(self, norms: Tensor, point: Point, distances: Tensor | None, from_aggregate: bool) -> Report:
-        unknown = torch.full_like(norms, torch.nan)
+    def _report(
+        self, norms: Tensor, point: Point, distances: Tensor | None, share: float = 1.0, *, from_aggregate: bool
+    ) -> Report:
         weights = point.weights if isinstance(point, Combination | Segmented) else None
+        unknown = torch.full_like(norms, torch.nan)
         return Report(
             measurable=torch.ones_like(norms, dtype=torch.bool),
             norms=norms,
             weights=unknown if weights is None else weights,
             distances=unknown if distances is None else distances,
             from_aggregate=from_aggregate,
+            share=share,
             num_honest=self.seen.num_workers - self.num_byzantine,
         )
 

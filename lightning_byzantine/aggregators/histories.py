@@ -62,8 +62,10 @@ class Histories(nn.Module):
 
         """
         states = torch.stack([self._of(name, num_workers) for name in names])
-        averages, sizes, num_steps = states[:, :-2], states[:, -2], states[:, -1, workers]
-        pairs = (slice(None), workers[:, None], workers)
+        # To index by all workers would be to copy.
+        present = slice(None) if torch.equal(workers, torch.arange(num_workers)) else workers
+        averages, sizes, num_steps = states[:, :-2], states[:, -2], states[:, -1, present]
+        pairs = (slice(None), workers[:, None], workers) if present is workers else slice(None)
         squares = products.diagonal(dim1=1, dim2=2).clamp(min=0)
         usual = middle_of(squares, torch.ones_like(squares, dtype=torch.bool))
         shares = torch.where(squares > usual, (usual / squares).sqrt(), 1.0)
@@ -73,10 +75,10 @@ class Histories(nn.Module):
         # That of each worker alone: the first steps of one whose rows could not be used so far count in full.
         memory = (num_steps / (num_steps + 1)).clamp(max=_LONGEST_MEMORY)
         averages[pairs] = torch.lerp(seen, averages[pairs], memory[:, None].minimum(memory[..., None]))
-        sizes[:, workers] = torch.lerp(multiples, sizes[:, workers], memory)
-        states[:, -1, workers] += 1
+        sizes[:, present] = torch.lerp(multiples, sizes[:, present], memory)
+        states[:, -1, present] += 1
         self._by_name.update(zip(names, states, strict=True))
-        return averages[pairs], sizes[:, workers]
+        return averages[pairs], sizes[:, present]
 
     def _of(self, name: str, num_workers: int) -> Tensor:
         state = self._by_name.get(name)

@@ -79,9 +79,9 @@ def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:
     """Return from what multiple of the usual squared deviation on a direction is loud, [s, 1]."""
     num_workers = products.shape[1]
     lengths = products.diagonal(dim1=1, dim2=2).maximum(usual / 4).sqrt()
-    cosines = (products / lengths[:, None] / lengths[..., None]).abs()
-    others = ~torch.eye(num_workers, dtype=torch.bool)
-    noise = _STANDARD * cosines[:, others].nan_to_num(0).median(dim=1, keepdim=True).values
+    rows, columns = torch.triu_indices(num_workers, num_workers, offset=1)
+    cosines = products[:, rows, columns].abs() / lengths[:, rows] / lengths[:, columns]
+    noise = _STANDARD * cosines.nan_to_num(0).median(dim=1, keepdim=True).values
     most = max(1.5, num_byzantine * (num_workers - num_byzantine) / (2 * num_workers))
     thresholds: Tensor = (1.2 + 3 * num_workers**0.5 * noise).clamp(max=most)
     return thresholds

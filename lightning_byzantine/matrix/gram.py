@@ -10,7 +10,7 @@ __all__ = [
     "ROUNDING",
     "Gram",
     "are_sharp",
-    "blunt_and_central",
+    "central_where_blunt",
     "centred_gram",
     "differences",
     "lost_digits",
@@ -95,9 +95,13 @@ class Gram:
 
         A squared distance below 1e-13 of the squared norms, relative to the origin, counts as 0.
         """
-        errors = sums_of_squares(self.errors) + 2 * self.errors
+        errors = sums_of_squares(self.errors).add_(self.errors, alpha=2)
         errors.diagonal(dim1=-2, dim2=-1).zero_()
         return _squared_distances(self.products), errors
+
+    def central_rows(self) -> Tensor:
+        """Return a row of each matrix that is amid the others, [..]."""
+        return most_central_rows(_squared_distances(self.products))
 
     def is_sharp(self) -> bool:
         """Return whether all distances between rows are known to six digits."""
@@ -117,13 +121,19 @@ def are_sharp(squared_distances: Tensor, errors: Tensor) -> bool:
     return bool((errors <= _SHARP * squared_distances).all())
 
 
-def blunt_and_central(grams: Sequence[Gram]) -> tuple[list[bool], list[int]]:
-    """Return of several Gram matrices whether they lost too many digits, and a row of each amid the others."""
+def central_where_blunt(grams: Sequence[Gram]) -> list[int | None]:
+    """Return a row amid the others of each Gram matrix that lost too many digits; None of the others."""
     together = Gram.of_several(grams)
     squared, errors = together.squared_distances()
-    are_rounded = errors.flatten(1).any(1)
-    are_blunt = torch.where(are_rounded, (errors > _SHARP * squared).flatten(1).any(1), lost_digits(together.products))
-    return are_blunt.tolist(), most_central_rows(squared).tolist()
+    are_blunt = (errors > _SHARP * squared).flatten(1).any(1)
+    # Those without errors are accurate to float64, which may not be enough.
+    are_exact = ~errors.flatten(1).any(1)
+    are_blunt[are_exact] = lost_digits(together.products[are_exact])
+    central: list[int | None] = [None] * len(grams)
+    if are_blunt.any():
+        for index, row in zip(are_blunt.nonzero(), most_central_rows(squared[are_blunt]), strict=True):
+            central[int(index)] = int(row)
+    return central
 
 
 def centred_gram(gram: Callable[[int | None], Tensor]) -> Tensor:
@@ -171,13 +181,14 @@ def sums_of_squares(products: Tensor) -> Tensor:
 
 def differences(products: Tensor) -> Tensor:
     """Return ||x_i||^2 + ||x_j||^2 - 2 x_i.x_j, [m, m], rounding included."""
-    return sums_of_squares(products) - 2 * products
+    return sums_of_squares(products).sub_(products, alpha=2)
 
 
 def _squared_distances(gram: Tensor) -> Tensor:
-    sums, squared = sums_of_squares(gram), differences(gram)
+    sums = sums_of_squares(gram)
+    squared = torch.sub(sums, gram, alpha=2)
     # Identical rows, such as colluders', must tie exactly.
-    squared[squared <= ROUNDING * sums] = 0
+    squared.masked_fill_(squared <= ROUNDING * sums, 0)
     squared.diagonal(dim1=-2, dim2=-1).zero_()
     return squared
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_byzantine.matrix.anchored_gram import AnchoredGram
 from lightning_byzantine.matrix.blocks import FEW, Blocks, at_least_float32, float64, in_chunks
-from lightning_byzantine.matrix.gram import Gram, blunt_and_central, centred_gram
+from lightning_byzantine.matrix.gram import Gram, central_where_blunt, centred_gram
 from lightning_byzantine.matrix.quick_products import all_digits, quick_gram, quick_products
 
 __all__ = ["Products", "StoredProducts"]
@@ -249,8 +249,8 @@ def _sharpen(products: Sequence[Products]) -> None:
     for part in products:
         part.know_about_zero()
     for _ in range(2 if products else 0):
-        found = zip(products, *blunt_and_central([part.rough_gram for part in products]), strict=True)
-        moves = {part: row for part, is_blunt, row in found if is_blunt and row != origins[part]}
+        found = zip(products, central_where_blunt([part.rough_gram for part in products]), strict=True)
+        moves = {part: row for part, row in found if row is not None and row != origins[part]}
         if not moves:
             break
         blocks, num_rows = products[0].blocks, products[0].num_rows

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_byzantine.matrix.gram import Gram, are_sharp, most_central_rows
+from lightning_byzantine.matrix.gram import Gram, are_sharp
 from lightning_byzantine.matrix.points import Combination, Point, as_lazy
 from lightning_byzantine.matrix.row_view import RowView
 from lightning_byzantine.matrix.ties import is_decided, nearest
@@ -46,7 +46,7 @@ class RowDistances:
 
         """
         gram = Gram.of_several([part.rough_gram for part in self._view.split()])
-        central = most_central_rows(gram.squared_distances()[0])[:, None, None]
+        central = gram.central_rows()[:, None, None]
         from_central = gram.products.take_along_dim(central, dim=1)
         of_central = from_central.take_along_dim(central, dim=2)
         return gram.products - from_central - from_central.mT + of_central
