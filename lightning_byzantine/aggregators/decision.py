@@ -44,17 +44,16 @@ class Decision:
 
     def scale(self) -> Scale | None:
         """Return how long honest vectors are, and the noise of their aggregate; None if distances are not known."""
-        report = self._of_seen
-        if not report.from_aggregate or report.weights.isnan().any() or report.norms.isnan().any():
+        weights = [point.weights for _, point in self._parts if isinstance(point, Combination)]
+        norms = self._norms
+        if self._products is None or len(weights) < len(self._parts) or norms.isnan().any():
             return None
-        length = float(report.norms.median())
+        length = float(norms.median())
         # The next one could be a liar's. It is limited as well, but not 0 if f workers send what another one sends.
-        farthest = min(report.num_honest, len(report.norms) - 1)
-        usual = min(float(report.distances.sort().values[farthest]), length)
-        parts = report.parts or (report,)
-        squared = torch.stack([part.weights for part in parts]).square().sum(1).tolist()
-        noise = sum(part.share * of_part for part, of_part in zip(parts, squared, strict=True))
-        return Scale(length, usual * sqrt(noise))
+        farthest = min(self._num_honest, len(norms) - 1)
+        usual = min(float(_lengths(self._products.sum(0)).sort().values[farthest]), length)
+        squared = float(self._shares @ torch.stack(weights).square().sum(1))
+        return Scale(length, usual * sqrt(squared))
 
     def report(self) -> Report:
         """Return what is known about each worker; needs neither a pass over the columns nor a collective."""
@@ -65,46 +64,57 @@ class Decision:
 
     @cached_property
     def _of_seen(self) -> Report:
-        norms = self.measured.norms[self.measured.is_measurable]
-        parts: tuple[Report, ...] = ()
-        if isinstance(self.point, Segmented):
-            parts, products = self._parts(self.point)
-        else:
-            products = self.seen.known_products_about(self.point)
+        products = None if self._products is None else self._products.sum(0)
         distances = self.seen.distances_from_center if products is None else _lengths(products)
-        report = self._report(norms, self.point, distances, from_aggregate=products is not None)
-        return replace(report, parts=parts, products=products)
+        report = self._report(self._norms, self.point, distances)
+        return replace(report, parts=self._reports_of_parts(), products=products)
 
-    def _parts(self, joined: Segmented) -> tuple[tuple[Report, ...], Tensor | None]:
-        """Return reports on all segments, and the sum of their inner products; nothing where these are not known."""
-        matrices = list(self.seen.split(with_products=False).values())
-        pairs = zip(matrices, joined.points, strict=True)
-        known = [part for matrix, point in pairs if (part := matrix.known_products_about(point)) is not None]
-        if len(known) < len(matrices):
-            return (), None
-        products = torch.stack(known)
-        norms = torch.stack([matrix.known_norms() for matrix in matrices])
-        # Without products: many matrices that nobody needs on their own.
-        reports = tuple(
-            self._report(*part, from_aggregate=True)
-            for part in zip(norms, joined.points, _lengths(products), joined.shares.tolist(), strict=True)
-        )
-        return reports, products.sum(0)
+    def _reports_of_parts(self) -> tuple[Report, ...]:
+        """Return reports on all segments, without their products; none where these are not known."""
+        if not isinstance(self.point, Segmented) or self._products is None:
+            return ()
+        norms = torch.stack([matrix.known_norms() for matrix, _ in self._parts])
+        found = zip(norms, self.point.points, _lengths(self._products), self._shares.tolist(), strict=True)
+        return tuple(self._report(*of_part) for of_part in found)
 
-    def _report(
-        self, norms: Tensor, point: Point, distances: Tensor | None, share: float = 1.0, *, from_aggregate: bool
-    ) -> Report:
-        weights = point.weights if isinstance(point, Combination | Segmented) else None
+    def _report(self, norms: Tensor, point: Point, distances: Tensor | None, share: float = 1.0) -> Report:
         unknown = torch.full_like(norms, torch.nan)
+        weights = point.weights if isinstance(point, Combination | Segmented) else None
         return Report(
             measurable=torch.ones_like(norms, dtype=torch.bool),
             norms=norms,
             weights=unknown if weights is None else weights,
             distances=unknown if distances is None else distances,
-            from_aggregate=from_aggregate,
+            from_aggregate=self._products is not None,
             share=share,
-            num_honest=self.seen.num_workers - self.num_byzantine,
+            num_honest=self._num_honest,
         )
+
+    @cached_property
+    def _parts(self) -> list[tuple[WorkerMatrix, Point]]:
+        """Segments and the point in each, or all columns."""
+        if isinstance(self.point, Segmented):
+            return list(zip(self.seen.split(with_products=False).values(), self.point.points, strict=True))
+        return [(self.seen, self.point)]
+
+    @property
+    def _shares(self) -> Tensor:
+        """The fraction of all columns that each part has, [s]."""
+        return self.point.shares if isinstance(self.point, Segmented) else torch.ones(1, dtype=torch.float64)
+
+    @cached_property
+    def _products(self) -> Tensor | None:
+        """Inner products of the rows' differences from the point in each part, [s, m, m], if all are known."""
+        known = [part for matrix, point in self._parts if (part := matrix.known_products_about(point)) is not None]
+        return torch.stack(known) if len(known) == len(self._parts) else None
+
+    @property
+    def _norms(self) -> Tensor:
+        return self.measured.norms[self.measured.is_measurable]
+
+    @property
+    def _num_honest(self) -> int:
+        return self.seen.num_workers - self.num_byzantine
 
 
 def _lengths(products: Tensor) -> Tensor:
