@@ -202,6 +202,17 @@ def test_follows_the_formulas_step_after_step(attack: str, m: int, f: int) -> No
         assert all(loop.left_out == [] for loop in loops.values())
 
 
+def test_what_happens_in_one_parameter_changes_nothing_in_the_others() -> None:
+    f, attacks = 4, list(ATTACKS.values())[:-1]
+    rule, alone = PersistentFilter(), [PersistentFilter() for _ in attacks]
+    segments = Segments.of_sizes([400] * len(attacks))
+    for step in range(15):
+        parts = [attack(vectors(step, 9, seed), f, step) for seed, attack in enumerate(attacks)]
+        found = rule.aggregate(WorkerMatrix([torch.cat(parts, dim=1)], segments=segments), f)[0]
+        for of_part, other, part in zip(found.split(400), alone, parts, strict=True):
+            torch.testing.assert_close(of_part, other(part, num_byzantine=f), rtol=1e-9, atol=1e-9)
+
+
 # What it remembers.
 
 
