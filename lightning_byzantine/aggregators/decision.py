@@ -44,15 +44,17 @@ class Decision:
 
     def scale(self) -> Scale | None:
         """Return how long honest vectors are, and the noise of their aggregate; None if distances are not known."""
-        weights = [point.weights for _, point in self._parts if isinstance(point, Combination)]
-        norms = self._norms
-        if self._products is None or len(weights) < len(self._parts) or norms.isnan().any():
+        known = [point.weights for _, point in self._parts if isinstance(point, Combination)]
+        if self._products is None or len(known) < len(self._parts):
+            return None
+        weights, norms = torch.stack(known), self._norms
+        if weights.isnan().any() or norms.isnan().any():
             return None
         length = float(norms.median())
         # The next one could be a liar's. It is limited as well, but not 0 if f workers send what another one sends.
         farthest = min(self._num_honest, len(norms) - 1)
         usual = min(float(_lengths(self._products.sum(0)).sort().values[farthest]), length)
-        squared = float(self._shares @ torch.stack(weights).square().sum(1))
+        squared = float(self._shares @ weights.square().sum(1))
         return Scale(length, usual * sqrt(squared))
 
     def report(self) -> Report:

@@ -49,7 +49,7 @@ class Histories(nn.Module):
     def updated(
         self, names: Sequence[str], workers: Tensor, products: Tensor, num_workers: int
     ) -> tuple[Tensor, Tensor]:
-        """Add a step, and return P, [s, n, n], and Q, [s, n].
+        """Add a step, and return P, [s, n, n], and Q, [s, n], which may be what is remembered: don't write to them.
 
         Args:
             names: of the s segments.

@@ -49,30 +49,30 @@ def _explaining(products: Tensor, among: Tensor, threshold: Tensor, num_byzantin
     undecided = torch.arange(len(products))
     for _ in range(2 * num_byzantine):
         undecided = undecided[(~active[undecided]).sum(1) < num_byzantine]
+        if len(undecided) == 0:
+            break
         loudness, directions = _loudest(products[undecided], active[undecided], explained[undecided])
         is_loud = loudness > threshold[undecided]
         undecided, directions = undecided[is_loud], directions[is_loud]
-        if len(undecided) == 0:
-            break
-        farthest = _farthest(directions, active[undecided], num_byzantine)
-        active[undecided] &= ~farthest
-        found_nobody = ~farthest.any(1, keepdim=True)
+        far = _far_along(directions, active[undecided], num_byzantine)
+        active[undecided] &= ~far
+        found_nobody = ~far.any(1, keepdim=True)
         explained = nn.functional.pad(explained, (0, 1))
         explained[undecided, :, -1] = directions * found_nobody
     return among & ~active
 
 
-def _farthest(directions: Tensor, active: Tensor, num_byzantine: int) -> Tensor:
-    """Return the active workers that are far from most others along directions, [s, m], as many as may be left out."""
+def _far_along(directions: Tensor, active: Tensor, num_byzantine: int) -> Tensor:
+    """Return the active workers farthest from most others along directions, [s, m], as many as may be left out."""
     num_active = active.sum(1, keepdim=True)
-    left = num_byzantine - (active.shape[1] - num_active)
+    num_honest = active.shape[1] - num_byzantine
     # The mean of the middle two of an even number: the sign of an eigenvector must make no difference.
     middle = smallest(directions, active, (num_active + 1) // 2) + smallest(directions, active, num_active // 2 + 1)
     offsets = (directions - middle / 2).abs()
-    usual = smallest(offsets, active, num_active - left)
+    usual = smallest(offsets, active, torch.full_like(num_active, num_honest))
     far = active & (offsets > (_FAR * usual).clamp(min=_ROUNDING))
     order = offsets.masked_fill(~far, -1).argsort(dim=1, descending=True, stable=True)
-    return far & (order.argsort(dim=1) < left)
+    return far & (order.argsort(dim=1) < num_active - num_honest)
 
 
 def _thresholds(products: Tensor, usual: Tensor, num_byzantine: int) -> Tensor:
@@ -100,6 +100,7 @@ def _loudest(products: Tensor, active: Tensor, explained: Tensor) -> tuple[Tenso
     if explained.any():
         among = active[..., None]
         seen = (explained - (explained * among).sum(1, keepdim=True) / among.sum(1, keepdim=True)) * among
+        # Not a QR decomposition, since directions of other segments are 0 here.
         without = torch.eye(active.shape[1], dtype=torch.float64) - seen @ torch.linalg.pinv(seen)
         centred = without @ centred @ without
     eigenvalues, vectors = torch.linalg.eigh(centred)

@@ -32,7 +32,7 @@ class Gram:
     """Inner products of rows relative to some origin, with bounds of their rounding errors.
 
     Args:
-        products: [m, m] float64, or [s, m, m] of several matrices, of which nothing is asked that takes weights.
+        products: [m, m] float64, or [s, m, m] of several matrices, for distances and central rows alone.
         errors: the same shape, 0 where products are accurate to float64.
 
     Example:

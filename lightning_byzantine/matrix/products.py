@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_byzantine.matrix.anchored_gram import AnchoredGram
 from lightning_byzantine.matrix.blocks import FEW, Blocks, at_least_float32, float64, in_chunks
 from lightning_byzantine.matrix.gram import Gram, central_where_blunt, centred_gram
-from lightning_byzantine.matrix.quick_products import all_digits, quick_gram, quick_products
+from lightning_byzantine.matrix.quick_products import all_digits, quick_gram, quick_products, rounding_of_exact
 
 __all__ = ["Products", "StoredProducts"]
 
@@ -35,12 +35,14 @@ class StoredProducts:
 
     @cached_property
     def quick(self) -> Gram | None:
-        """The products in float32 arithmetic, with their errors, where that is faster; None elsewhere."""
+        """The products where float32 arithmetic is faster, in some columns at least, with errors; None elsewhere."""
         if not self.blocks.are_quick:
             return None
-        with all_digits(self.blocks.device.type):
-            sums = torch.stack([quick_products(block) for block in self.blocks.arriving]).sum(0)
-        sums = self.blocks.complete(sums)
+        products = []
+        for block in self.blocks.arriving:
+            with all_digits(self.blocks.device.type):
+                products.append(quick_products(block))
+        sums = self.blocks.complete(torch.stack(products).sum(0))
         return quick_gram(sums.cpu(), self.blocks.most_columns)
 
     @cached_property
@@ -55,18 +57,22 @@ class StoredProducts:
             return
         places = [(group, *place) for group in groups for place in group.places]
         products: dict[int, Tensor] = {}
-        with all_digits(blocks.device.type):
-            for index, block in enumerate(blocks.arriving):
+        for index, block in enumerate(blocks.arriving):
+            with all_digits(blocks.device.type):
                 for number, (group, of_block, columns) in enumerate(places):
                     if of_block == index:
                         products[number] = _products_about_zero(block[:, columns], blocks.are_quick_in(group))
-        # With what bounds the errors, which is 0 in float64.
-        sums = torch.zeros(len(groups), 2, *[blocks.num_rows] * 2, dtype=torch.float64, device=blocks.device)
+        are_quick = torch.tensor([blocks.are_quick_in(group) for group in groups])
+        # With what bounds the errors, where any are quick.
+        shape = len(groups), 2 if blocks.are_quick else 1, blocks.num_rows, blocks.num_rows
+        sums = torch.zeros(shape, dtype=torch.float64, device=blocks.device)
         # In the order of the parameters: the same to the bit wherever DDP has put them.
         in_order = iter(sorted(products))
-        for group, of_group in zip(groups, sums, strict=True):
+        for group, is_quick, of_group in zip(groups, are_quick.tolist(), sums, strict=True):
             for _ in group.places:
-                (of_group if blocks.are_quick_in(group) else of_group[0]).add_(products[next(in_order)])
+                (of_group if is_quick else of_group[0]).add_(products[next(in_order)])
+        if blocks.are_quick:
+            sums[~are_quick, 1] = rounding_of_exact(sums[~are_quick, 0])
         sums = blocks.complete(sums).cpu()
         for stored, of_stored in zip([self, *self.parts], [sums.sum(0), *sums], strict=True):
             # These are cached properties.

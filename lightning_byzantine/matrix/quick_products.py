@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_byzantine.matrix.gram import Gram
+from lightning_byzantine.matrix.gram import ROUNDING, Gram
 
-__all__ = ["all_digits", "quick_gram", "quick_products"]
+__all__ = ["all_digits", "quick_gram", "quick_products", "rounding_of_exact"]
 
 # Columns that are multiplied and summed up in float32 at a time.
 _PIECE = 4096
@@ -65,6 +65,20 @@ def quick_gram(sums: Tensor, num_columns: int) -> Gram:
     """
     products, squares = sums
     return Gram(products, _ROUNDING_OF_PIECES * squares.sqrt() + _TINY * num_columns)
+
+
+def rounding_of_exact(products: Tensor) -> Tensor:
+    """Return what bounds the errors of products in float64, in the unit of :func:`quick_products`.
+
+    Args:
+        products: [.., m, m] float64.
+
+    Returns:
+        The same shape.
+
+    """
+    norms = products.diagonal(dim1=-2, dim2=-1) * (ROUNDING / _ROUNDING_OF_PIECES)
+    return norms[..., None] * norms[..., None, :]
 
 
 @contextmanager

@@ -180,9 +180,10 @@ class Heartbeat:
     def _find_lost(self, timed_out: bool) -> FatalError | None:
         inquiry = self._inquiry = _Inquiry(timed_out)
         self._hurry()
-        deadline = time.monotonic() + 2.5 * _PATIENCE
+        began = time.monotonic()
         while self.error is None and not inquiry.is_answered:
-            if self._is_cut_off or time.monotonic() > deadline:
+            unanswered = time.monotonic() - max(began, self._signs.read_at)
+            if self._is_cut_off or unanswered > 2.5 * _PATIENCE:
                 self.error = _without_store()
             time.sleep(_SHORT_PERIOD)
         # If nobody is missing, the module may catch the error, and the run goes on.
@@ -225,10 +226,14 @@ class Heartbeat:
 
     def _judge(self, inquiry: "_Inquiry | None") -> None:
         """End the run if ranks can't continue together."""
-        places = find_desynchronized(self._signs.ranks)
+        places, age = find_desynchronized(self._signs.ranks), 0.0
+        if inquiry is not None:
+            # A rank that was gone before the inquiry is silent from its first reading on.
+            inquiry.first_read = inquiry.first_read or self._signs.read_at
+            age = self._signs.read_at - inquiry.first_read
         if places is not None:
             self._end(DesynchronizedRanksError(places))
-        elif inquiry is not None and inquiry.age(self._signs.read_at) > _PATIENCE:
+        elif inquiry is not None and age > _PATIENCE:
             # A collective that is not watched comes after the last one.
             late = self._signs.late(self._here.entered + (not self._here.waits))
             silent, last = self._signs.silent(), self._signs.last_places()
@@ -264,11 +269,6 @@ class _Inquiry:
     timed_out: bool
     is_answered: bool = False
     first_read: float | None = None
-
-    def age(self, read_at: float) -> float:
-        """Return the seconds since the first reading, by which the last sign of a rank that was gone before counts."""
-        self.first_read = read_at if self.first_read is None else self.first_read
-        return read_at - self.first_read
 
 
 def _text_of(error: BaseException) -> str:

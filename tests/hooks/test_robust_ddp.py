@@ -401,7 +401,7 @@ def test_models_do_not_share_a_rule_or_momentum(three_ranks: RankPool) -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
-def memory_left_to_the_collector(exchange: Any) -> list[int]:
+def tensors_left_to_the_collector(exchange: Any) -> list[int]:
     gc.collect()
     gc.disable()
     try:
@@ -418,4 +418,4 @@ def memory_left_to_the_collector(exchange: Any) -> list[int]:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_no_memory_waits_for_the_garbage_collector(three_ranks: RankPool, exchange: str) -> None:
-    assert three_ranks.run(memory_left_to_the_collector, exchange) == [[]] * 3
+    assert three_ranks.run(tensors_left_to_the_collector, exchange) == [[]] * 3

@@ -258,6 +258,25 @@ def test_precision_trap_in_more_columns_than_are_summed_up_in_float64(aside: flo
     assert_distances(part, vectors[:, :70_000], list(range(4, 9)))
 
 
+@pytest.mark.parametrize("offset", [1e3, 1e5, 1e6])
+@pytest.mark.parametrize("sizes", [[500, 265], [70_000, 500]])
+def test_precision_trap_all_columns_after_those_of_each_part(sizes: list[int], offset: float) -> None:
+    vectors = torch.randn(8, sum(sizes), generator=torch.Generator().manual_seed(0))
+    vectors[:, -sizes[1] :] += offset
+    matrix, whole = WorkerMatrix([vectors], segments=Segments.of_sizes(sizes)), WorkerMatrix([vectors])
+    matrix.measure(from_products=True, split=True)
+    matrix.split()
+    assert_squared_distances(matrix.squared_distances(), vectors)
+    assert torch.equal(matrix.lowest(lambda squared: squared, 4), whole.lowest(lambda squared: squared, 4))
+    scaled = torch.linspace(0.9, 1.1, 8)[:, None]
+    assert_squared_distances(matrix.scale(scaled[:, 0]).squared_distances(), vectors.double() * scaled.double())
+
+
+def assert_squared_distances(found: Tensor, vectors: Tensor) -> None:
+    dense = vectors.double()
+    torch.testing.assert_close(found, (dense[:, None] - dense).square().sum(2), rtol=2e-6, atol=1e-12)
+
+
 def assert_distances(part: WorkerMatrix, vectors: Tensor, honest: list[int]) -> None:
     """Check the distances between some rows, and inner products about one of them."""
     dense = vectors[honest].double()

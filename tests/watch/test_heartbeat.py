@@ -59,13 +59,14 @@ def test_names_who_has_fallen_silent(start: Start) -> None:
         fail(third)
 
 
-def test_a_slow_store_hides_nobody(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [0.3, 0.9])
+def test_a_slow_store_hides_nobody(start: Start, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     first, second, _ = start(HashStore())
     second.stop()
 
     def read(self: board.Board, fast: Callable[..., list[Whereabouts]] = board.Board.read) -> list[Whereabouts]:
         stated = fast(self)
-        time.sleep(0.3)
+        time.sleep(seconds)
         return stated
 
     monkeypatch.setattr(board.Board, "read", read)
