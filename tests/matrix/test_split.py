@@ -177,12 +177,8 @@ def test_one_sum_over_ranks_serves_all_parts() -> None:
         joined = matrix.join([part.combine(affine(1, 6, seed)[0]) for seed, part in enumerate(parts)])
         for part in parts:
             part.squared_distances(), part.known_norms()
-        (
-            matrix.products_of_parts(),
-            matrix.known_norms(),
-            matrix.known_products_about(joined),
-            matrix.materialize(joined),
-        )
+        matrix.products_of_parts(), matrix.known_products_about(joined)
+        matrix.known_norms(), matrix.materialize(joined)
         matrix.squared_distances(), matrix.nearest(joined, 3)
         assert complete.count == 1
         matrix.distances(matrix.join([part.combine(torch.eye(6)[2]) for part in parts]))
