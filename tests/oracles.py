@@ -220,17 +220,25 @@ def limited(
     scales: Sequence[Scale | None],
     beta: float,
     steps_before: int = 0,
-    moved: Callable[[int, np.ndarray], float] = lambda step, previous: 0.0,
+    sent: Sequence[Rows] | None = None,
 ) -> tuple[Rows, Rows, list[float]]:
     """Undo momentum; return what the optimizer receives, what that adds up to, and how long steps may be."""
     previous, received, momenta, bounds = np.zeros_like(aggregates[0]), [], [], []
+    last = None if sent is None else np.zeros_like(sent[0])
     for step, (aggregate, scale) in enumerate(zip(aggregates, scales, strict=True)):
         t = steps_before + step + 1
         gradient, bound = (aggregate - beta * previous) / (1 - beta), np.inf
         if scale is not None:
             noise = scale.noise * ((1 + beta) / (1 - beta) / (1 - beta ** (2 * t))) ** 0.5
             bound = 1.2 * ((scale.length / (1 - beta**t)) ** 2 + noise**2) ** 0.5
-            bound = min(max(bound, moved(step, previous) / (1 - beta)), 1.5 * bound)
+            if sent is not None and last is not None:
+                way = aggregate - previous
+                gradients = (np.array(sent[step]) - beta * np.array(last)) / (1 - beta)
+                bound = max(
+                    bound, 1.2 * sorted((gradients - previous) @ way / np.linalg.norm(way))[(len(last) - 1) // 2]
+                )
+        # Otherwise, what was sent is not kept.
+        last = sent[step] if sent is not None and scale is not None else None
         length = float(np.linalg.norm(gradient - previous))
         if length > bound:
             gradient = previous + (gradient - previous) * (bound / length)

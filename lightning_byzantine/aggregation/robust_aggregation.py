@@ -14,7 +14,7 @@ from lightning_byzantine.aggregation.quarantine import Quarantine
 from lightning_byzantine.aggregators import Aggregator, Report
 from lightning_byzantine.aggregators.decision import Decision
 from lightning_byzantine.errors import ByzantineBreakdownError
-from lightning_byzantine.estimators.estimator import Scale
+from lightning_byzantine.estimators.estimator import Scale, Step
 from lightning_byzantine.exchange.fingerprint import fingerprints
 from lightning_byzantine.matrix import WorkerMatrix
 from lightning_byzantine.utilities.few_digits import in_few_digits, rounded
@@ -79,12 +79,11 @@ class RobustAggregation(Aggregation):
             # As all of the scale in few digits: what workers train would else depend on how DDP cuts its buckets.
             scale = Scale(in_few_digits(scale.length), in_few_digits(scale.noise))
         if scale is not None and since is not None:
-            moved, step = decision.seen.moved(values, since)
-            # The median of the honest workers if the others have gone farther.
-            middle = max(1, (len(moved) - decision.num_byzantine + 1) // 2)
-            moved = moved.kthvalue(middle).values.bfloat16()
+            sketches, length = decision.seen.sketches(values, since)
+            sent = sketches.new_full((matrix.num_workers, sketches.shape[1]), torch.nan)
+            sent[decision.seen.workers.to(sent.device)] = sketches[:-2]
             # Summed in float64, it is known to more digits, and has to be exact: it says how much of the step is taken.
-            scale = replace(scale, moved=moved, step=rounded(step, digits=24))
+            scale = replace(scale, step=Step(rounded(length, digits=24), sketches[-1], sketches[-2], sent))
         self._found = {"decision": decision, "scale": scale}
         return Aggregated(values, unusable, scale)
 
@@ -131,6 +130,6 @@ def _plain(found: Any) -> Any:
         numbers = [(each.share, each.num_honest, each.from_aggregate) for each in reports]
         beside = [found.products, found.outvoted, found.equivocated]
         return [torch.stack(list(chain.from_iterable(rows))), torch.tensor(numbers, dtype=torch.float64), *beside]
-    if isinstance(found, Scale):
-        return [getattr(found, field.name) for field in fields(found)]
+    if isinstance(found, Scale | Step):
+        return [_plain(getattr(found, field.name)) for field in fields(found)]
     return found

@@ -11,7 +11,27 @@ from torch import Tensor
 from lightning_byzantine.estimators.shared_columns import Columns, SharedColumns
 from lightning_byzantine.utilities.copying import copy_into
 
-__all__ = ["Estimator", "Scale"]
+__all__ = ["Estimator", "Scale", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step from the last aggregate to the next one, and what tells how far workers went along it.
+
+    Sketches are vectors of k numbers that have nearly the inner products of what they are sketches of.
+
+    Args:
+        length: [], of the step, on all ranks together.
+        sketch: [k], of the step.
+        start: [k], of where it starts.
+        sent: [m, k], of what each worker has sent; NaN if that could not be used.
+
+    """
+
+    length: Tensor
+    sketch: Tensor
+    start: Tensor
+    sent: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,15 +41,13 @@ class Scale:
     Args:
         length: the usual norm of a worker's vector.
         noise: the usual norm of what noise adds to the aggregate.
-        moved: [], how far the usual worker's vector is from where the step to the aggregate starts, along that step.
-        step: [], the length of that step, on all ranks together.
+        step: to this aggregate; None where estimators have no last one.
 
     """
 
     length: float
     noise: float
-    moved: float | Tensor = 0.0
-    step: float | Tensor = 0.0
+    step: Step | None = None
 
 
 class Estimator(ABC):

@@ -1,21 +1,23 @@
 """Momentum of each worker's gradients."""
 
 from collections.abc import Collection, Mapping
+from itertools import compress
 from math import hypot
 
 import torch
 from torch import Tensor
 
-from lightning_byzantine.estimators.estimator import Estimator, Scale
+from lightning_byzantine.estimators.estimator import Estimator, Scale, Step
 from lightning_byzantine.estimators.shared_columns import Columns, SharedColumns
 from lightning_byzantine.utilities.checks import check_number
+from lightning_byzantine.utilities.few_digits import rounded
 
 __all__ = ["WorkerMomentum", "momentum"]
 
-# The name of the numbers of steps in the state, which no parameter has.
-_STEPS = ""
-# How many times the usual length an honest step may have, and how much more if most workers go the same way.
-_TOLERANCE, _MORE = 1.2, 1.5
+# The names of what in the state is of no parameter: numbers of steps; sketches, and the parameters these are of.
+_STEPS, _SKETCHES, _SKETCHED = "", "/sketches", "/sketched"
+# How many times the usual length an honest step may have.
+_TOLERANCE = 1.2
 # The number of steps in checkpoints from before it was counted.
 _MANY = 1000
 
@@ -36,15 +38,19 @@ class WorkerMomentum(Estimator):
     Undoing the momentum multiplies what changes from one aggregate to the next by 1 / (1 - beta), which Byzantine
     workers use who change sides in every step. So where some may be, and the rule knows distances from its result, the
     step s_t = v^_t - v^_{t-1} is cut to what honest gradients explain before it is multiplied, and v^_t is what g^_t
-    then adds up to. For beta > 0, it may be as long as the larger one of two lengths, at most 1.5 times the first::
+    then adds up to. For beta > 0, it may be as long as the larger one of two lengths::
 
         1.2 sqrt(L_t^2 / (1 - beta^t)^2 + N_t^2 (1 + beta) / (1 - beta) / (1 - beta^{2t})) (1 - beta)
-        the ((m - f + 1) // 2)-th smallest <v_t^i - v^_{t-1}, s_t> / ||s_t||
+        1.2 median_i <g_t^i - v^_{t-1}, s_t> / ||s_t|| (1 - beta)
 
     The first is that of noise: L_t is the median of ||v_t^i||, N_t the distance of the v_t^i from their aggregate, of
     the (m - f + 1)-th nearest and at most L_t, times the norm of the weights, and the factors turn the noise of
-    momentum into that of gradients. The second is how far workers have gone the same way, the median of the honest ones
-    if liars have gone farther: when the gradient changes, all go. What is cut off follows in the next steps.
+    momentum into that of gradients. The second is how far the workers' gradients go the same way, as all do when the
+    gradient changes, or goes to and fro as it does at high learning rates. What is cut off follows in the next steps.
+
+    g_t^i = (v_t^i - beta v_{t-1}^i) / (1 - beta) is known well enough from sketches of what the workers have sent, of
+    256 numbers each. Parameters that take part together in one step must do so in the next one that they take part in;
+    otherwise, the first length is the only one in that step.
 
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
     with an optimizer without momentum.
@@ -77,6 +83,7 @@ class WorkerMomentum(Estimator):
         self.transparent = transparent
         self._aggregate = SharedColumns()
         self._num_steps: dict[str, int] = {}
+        self._sent: dict[frozenset[str], Tensor] = {}  # sketches [m, k] of v_{t-1}, by the parameters of a step
         self._share: Tensor | None = None  # of the step that is taken; None for all of it
 
     def __repr__(self) -> str:
@@ -93,6 +100,7 @@ class WorkerMomentum(Estimator):
         super().reset()
         self._aggregate.clear()
         self._num_steps.clear()
+        self._sent.clear()
         self._share = None
 
     def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
@@ -115,16 +123,24 @@ class WorkerMomentum(Estimator):
             return
         for name in names:
             self._num_steps[name] = self._num_steps.get(name, 0) + 1
+        together, last = frozenset(names), None
+        for others in [others for others in self._sent if others & together]:
+            sent = self._sent.pop(others)
+            last = sent if others == together else last
         self._share = None
         # Without momentum, nothing is multiplied.
-        if scale is not None and names and self.beta > 0:
-            length, moved = (
-                torch.as_tensor(of, dtype=torch.float64) / (1 - self.beta) for of in (scale.step, scale.moved)
-            )
-            of_noise = self._longest_step(scale, names)
-            longest = moved.clamp(of_noise, _MORE * of_noise)
+        if scale is not None and scale.step is not None and self.beta > 0:
+            if last is None and all(self._num_steps[name] == 1 for name in names):
+                last = torch.zeros_like(scale.step.sent)
+            length = scale.step.length / (1 - self.beta)
+            longest = torch.full_like(length, self._longest_step(scale, names))
+            if last is not None:
+                longest = torch.maximum(longest, self._moved(scale.step, last))
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
+            # What could not be used is not kept by its worker either.
+            sent = scale.step.sent
+            self._sent[together] = sent if last is None else torch.where(sent.isnan(), last, sent)
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write g^_t, or v^_t when not transparent, into ``out``."""
@@ -146,26 +162,46 @@ class WorkerMomentum(Estimator):
     def shared_state(self) -> dict[str, Tensor]:
         """Return v^_t, and t of the same parameters, sorted by name; empty when not transparent."""
         aggregate = self._aggregate.whole()
-        num_steps = [self._num_steps.get(name, 0) for name in sorted(aggregate)]
-        return aggregate | ({_STEPS: torch.tensor(num_steps)} if aggregate else {})
+        if not aggregate:
+            return {}
+        names = sorted(aggregate)
+        state = aggregate | {_STEPS: torch.tensor([self._num_steps.get(name, 0) for name in names])}
+        if self._sent:
+            state[_SKETCHES] = torch.stack(list(self._sent.values()))
+            state[_SKETCHED] = torch.tensor([[name in together for name in names] for together in self._sent])
+        return state
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore v^_t and t."""
-        self._aggregate.load({name: value for name, value in state.items() if name != _STEPS})
+        others = (_STEPS, _SKETCHES, _SKETCHED)
+        self._aggregate.load({name: value for name, value in state.items() if name not in others})
         names = sorted(self._aggregate.parts)
         num_steps = state[_STEPS].tolist() if _STEPS in state else [_MANY] * len(names)
         self._num_steps = dict(zip(names, num_steps, strict=True))
+        # In checkpoints of before, there are none.
+        sketched = state[_SKETCHED].tolist() if _SKETCHED in state else []
+        together = [frozenset(compress(names, chosen)) for chosen in sketched]
+        self._sent = dict(zip(together, state[_SKETCHES].clone() if sketched else [], strict=True))
 
     def to(self, device: torch.device) -> None:
         """Move all state to a device."""
         super().to(device)
         self._aggregate.to(device)
+        self._sent = {together: sent.to(device) for together, sent in self._sent.items()}
 
     def _longest_step(self, scale: Scale, names: Collection[str]) -> float:
         # Those that have begun last have the shortest momentum.
         decay = self.beta ** min(self._num_steps[name] for name in names)
         signal, noise = scale.length / (1 - decay), scale.noise / (1 - decay * decay) ** 0.5
         return _TOLERANCE * hypot(signal, noise * ((1 + self.beta) / (1 - self.beta)) ** 0.5)
+
+    def _moved(self, step: Step, last: Tensor) -> Tensor:
+        """Return how far the usual worker's gradient goes along the step, []."""
+        gradients = (step.sent - self.beta * last) / (1 - self.beta)
+        # A step that only looks long in the sketch would be let through.
+        length = torch.maximum(step.length, step.sketch.norm()).clamp(min=torch.finfo(torch.float64).tiny)
+        moved = (gradients - step.start) @ step.sketch / length
+        return rounded(_TOLERANCE * moved.nanmedian(), digits=8).nan_to_num(0.0)
 
 
 def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor, from_zero: bool = True) -> None:

@@ -78,6 +78,27 @@ class Blocks:
         """
         return () if self.segments is None else self.segments.grouped(_LEAST)
 
+    def runs(self, index: int, columns: slice) -> list[tuple[slice, int]]:
+        """Return which columns of a chunk of a block are neighbours among all parameters, and the first's place there.
+
+        Without segments, the columns of all blocks are what there is.
+        """
+        if self.segments is None:
+            before = sum(part.shape[1] for part in self.memory[:index])
+            stop = min(columns.stop, self.memory[index].shape[1])
+            return [(slice(0, stop - columns.start), before + columns.start)]
+        cut = [
+            (max(run.start, columns.start), min(run.stop, columns.stop), place - run.start)
+            for run, place in self._runs[index]
+        ]
+        return [
+            (slice(low - columns.start, high - columns.start), place + low) for low, high, place in cut if low < high
+        ]
+
+    @cached_property
+    def _runs(self) -> list[list[tuple[slice, int]]]:
+        return [] if self.segments is None else [self.segments.runs(index) for index in range(len(self.memory))]
+
     def like(self, blocks: Sequence[Tensor] | None = None, segments: Segments | None = None) -> "Blocks":
         """Return the same columns with other values or other segments."""
         values = self.arriving if blocks is None else blocks

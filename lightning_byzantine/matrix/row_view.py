@@ -13,6 +13,7 @@ from lightning_byzantine.matrix.gram import Gram
 from lightning_byzantine.matrix.products import Products, StoredProducts
 from lightning_byzantine.matrix.quick_products import all_digits
 from lightning_byzantine.matrix.scratch import Scratch
+from lightning_byzantine.matrix.sketch import PERIOD, WIDTH, fold, sketches_of
 
 __all__ = ["RowView", "weighted_sum"]
 
@@ -159,21 +160,25 @@ class RowView:
                 total += statistic(self.mixed(chunk, scratch), at)
         return self.blocks.complete(total).cpu()
 
-    def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return <x_i - s, a - s> / ||a - s||, [m], for a = ``values`` and s = ``since``, and ||a - s||, []."""
-        total = torch.zeros(self.num_rows + 1, dtype=torch.float64, device=self.blocks.device)
+    def sketches(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return sketches of x_i, s and a - s, [m + 2, k], for a = ``values`` and s = ``since``, and ||a - s||, []."""
+        folded = torch.zeros(self.num_rows + 2, PERIOD, dtype=torch.float64, device=self.blocks.device)
+        squared = folded.new_zeros(())
         wide = Scratch()
         for index, (point, start) in enumerate(zip(values, since, strict=True)):
+            own = torch.zeros_like(folded, dtype=at_least_float32(self.blocks.memory[index].dtype))
             for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                 origin = start[columns].to(chunk.dtype)
                 step = point[columns].to(chunk.dtype) - origin
-                exact = wide.vector(step.numel(), total).copy_(step)
-                total[0] += exact.dot(exact)
+                exact = wide.vector(step.numel(), folded).copy_(step)
+                squared += exact.dot(exact)
                 with all_digits(chunk.device.type):
-                    total[1:] += chunk @ step - origin.dot(step)
-        total = self.blocks.complete(total)
-        length = total[0].sqrt()
-        return total[1:] / length.clamp(min=torch.finfo(torch.float64).tiny), length
+                    for part, place in self.blocks.runs(index, columns):
+                        fold(chunk[:, part], place, out=own[:-2])
+                        fold(torch.stack([origin[part], step[part]]), place, out=own[-2:])
+            folded += own
+        total = self.blocks.complete(torch.cat([sketches_of(folded).flatten(), squared[None]]))
+        return total[:-1].view(-1, WIDTH), total[-1].sqrt()
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass."""

@@ -26,6 +26,8 @@ class Segments:
         sizes: number of elements of each, on all ranks together.
         columns: for each block, where this rank's columns of each segment are, in the order of the block.
         used: indices of the segments that have columns on any rank; the others take no part in this step.
+        places: for each of ``columns``, the place of its first one among all parameters' elements, on all ranks
+            together, from the last parameter to the first, as DDP has them. Empty if nobody needs it.
 
     Example:
         >>> segments = Segments.of_sizes([120, 3, 200])
@@ -40,6 +42,7 @@ class Segments:
     sizes: tuple[int, ...]
     columns: tuple[Columns, ...]
     used: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], widths: Sequence[int] | None = None) -> "Segments":
@@ -57,10 +60,9 @@ class Segments:
         if sum(sizes) != sum(widths):
             raise ValueError(f"sizes must add up to the number of columns, {sum(widths)}, got {sum(sizes)}")
         names = [str(index) for index in range(len(sizes))]
-        whole = cls.of_blocks(dict(zip(names, sizes, strict=True)), [(tuple(names), sizes)]).columns[0]
+        whole = cls.of_blocks(dict(zip(names, sizes, strict=True)), [(tuple(names), sizes)])
         stops = list(accumulate(widths))
-        columns = [_cut(whole, stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
-        return cls(tuple(names), tuple(sizes), tuple(columns), tuple(range(len(sizes))))
+        return whole._cut([(0, stop - width, stop) for stop, width in zip(stops, widths, strict=True)])
 
     @classmethod
     def of_blocks(cls, parameters: Mapping[str, int], blocks: Sequence[tuple[Names, Sequence[int]]]) -> "Segments":
@@ -78,14 +80,44 @@ class Segments:
             places = zip(names, sizes, stops, strict=True)
             columns.append(tuple((indices[n], slice(stop - size, stop)) for n, size, stop in places if n is not None))
         used = tuple(sorted({index for block in columns for index, _ in block}))
-        return cls(tuple(parameters), tuple(parameters.values()), tuple(columns), used)
+        after = list(accumulate(list(parameters.values())[::-1], initial=0))[-2::-1]
+        starts = tuple(tuple(after[index] for index, _ in block) for block in columns)
+        return cls(tuple(parameters), tuple(parameters.values()), tuple(columns), used, starts)
 
     def shard(self, rank: int, widths: Sequence[int]) -> "Segments":
         """Return the columns of one rank, if block b was divided into shards of ``widths[b]`` columns."""
-        columns = [
-            _cut(block, rank * width, (rank + 1) * width) for block, width in zip(self.columns, widths, strict=True)
-        ]
-        return replace(self, columns=tuple(columns))
+        return self._cut([(block, rank * width, (rank + 1) * width) for block, width in enumerate(widths)])
+
+    def of_part(self, index: int) -> "Segments":
+        """Return the same columns where they are part ``index`` of all parameters' elements, wherever that is."""
+        # In places of their own: nobody needs to know which.
+        start = index * sum(self.sizes)
+        return replace(self, places=tuple(tuple(start + place for place in block) for block in self.places))
+
+    def runs(self, block: int) -> list[tuple[slice, int]]:
+        """Return the columns of a block as neighbours that are so in :attr:`places` as well, with the first's place."""
+        runs: list[tuple[slice, int]] = []
+        for (_, columns), place in zip(self.columns[block], self.places[block], strict=True):
+            if runs:
+                last, first = runs[-1]
+                if last.stop == columns.start and first + last.stop - last.start == place:
+                    runs[-1] = slice(last.start, columns.stop), first
+                    continue
+            runs.append((columns, place))
+        return runs
+
+    def _cut(self, ranges: Sequence[tuple[int, int, int]]) -> "Segments":
+        """Return, for each (block, start, stop), these columns of the block as one."""
+        columns, places = [], []
+        for block, start, stop in ranges:
+            cut = [
+                (index, max(part.start, start), min(part.stop, stop), place - part.start)
+                for (index, part), place in zip(self.columns[block], self.places[block], strict=True)
+            ]
+            kept = [(index, low, high, place + low) for index, low, high, place in cut if low < high]
+            columns.append(tuple((index, slice(low - start, high - start)) for index, low, high, _ in kept))
+            places.append(tuple(place for *_, place in kept))
+        return replace(self, columns=tuple(columns), places=tuple(places))
 
     def grouped(self, least: int) -> "tuple[Group, ...]":
         """Merge each segment of fewer than ``least`` elements with the one before; the first with those after it.
@@ -128,9 +160,3 @@ class Group:
     def of(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """Return the columns of blocks [.., c_b], as views; without any on this rank, none of the first block's."""
         return [blocks[index][..., part] for index, part in self.places] or [blocks[0][..., :0]]
-
-
-def _cut(columns: Columns, start: int, stop: int) -> Columns:
-    """Return the columns from ``start`` to ``stop``, counted from there."""
-    parts = [(index, max(part.start, start), min(part.stop, stop)) for index, part in columns]
-    return tuple((index, slice(low - start, high - start)) for index, low, high in parts if low < high)

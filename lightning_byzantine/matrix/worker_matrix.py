@@ -161,19 +161,20 @@ class WorkerMatrix(RowDistances):
         matrix.previous = previous
         return matrix
 
-    def moved(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return how far each row is from a point s, along the step from s to another point a, in one pass.
+    def sketches(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what tells how far rows have moved along the step from a point s to another point a, in one pass.
 
         Args:
             values: a, one [c_b] tensor for each block.
             since: s, likewise.
 
         Returns:
-            Two float64 tensors on the device of the rows: <x_i - s, a - s> / ||a - s||, [m], 0 if a = s; and the length
-            of the step, ||a - s||, []. The rows must be unmixed.
+            Two float64 tensors on the device of the rows: sketches of the rows, of s and of a - s, [m + 2, k], see
+            :func:`~lightning_byzantine.matrix.sketch.fold`, the same however columns are cut into blocks and
+            shards; and the length of the step, ||a - s||, []. The rows must be unmixed.
 
         """
-        return self._view.moved(values, since)
+        return self._view.sketches(values, since)
 
     def combine(self, weights: Tensor) -> Combination:
         """Return the point sum_i w_i x_i, lazily.

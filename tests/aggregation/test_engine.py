@@ -135,16 +135,11 @@ def test_steps_of_momentum_are_no_longer_than_honest_gradients_explain(three_ran
         aggregates.append(krum(list(momentum.numpy()), f=1))
         distances, length = (momentum - torch.from_numpy(aggregates[-1])).norm(dim=1), momentum.norm(dim=1).median()
         scales.append(Scale(float(length.bfloat16()), float(min(distances.max(), length).bfloat16())))
-
-    def moved(step: int, previous: np.ndarray) -> float:
-        way = aggregates[step] - previous
-        return float(torch.tensor(min((sent[step] - previous) @ way / np.linalg.norm(way))).bfloat16())
-
-    expected, *_ = limited(aggregates, scales, beta=0.9, moved=moved)
+    expected, *_ = limited(aggregates, scales, beta=0.9, sent=sent)
     unlimited, *_ = limited(aggregates, [None] * 20, beta=0.9)
     assert not np.allclose(expected, unlimited)
     for received, *_ in three_ranks.run(drive, Krum(), exchange, WorkerMomentum(), steps=20):
-        torch.testing.assert_close(received.double(), torch.from_numpy(np.array(expected)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(received.double(), torch.from_numpy(np.array(expected)), rtol=5e-3, atol=1e-5)
 
 
 # The bias belongs to the weight before it. "late" is used in the second step only.

@@ -9,7 +9,7 @@ from oracles import limited
 from torch import Tensor
 
 from lightning_byzantine.estimators import WorkerMomentum
-from lightning_byzantine.estimators.estimator import Scale
+from lightning_byzantine.estimators.estimator import Scale, Step
 
 
 def run(estimators: list[WorkerMomentum], gradients: Tensor) -> list[Tensor]:
@@ -77,20 +77,27 @@ def received_from(
     scales: list[Scale | None],
     dtype: torch.dtype = torch.float64,
     sizes: dict[str, int] = SIZES,
+    sent: list[np.ndarray] | None = None,
 ) -> list[Tensor]:
     received = []
-    for aggregate, scale in zip(aggregates, scales, strict=True):
+    for step, (aggregate, scale) in enumerate(zip(aggregates, scales, strict=True)):
         split = torch.from_numpy(aggregate).to(dtype).split(list(sizes.values()))
         parts = dict(zip(sizes, split, strict=True))
-        limit(estimator, parts, scale)
+        limit(estimator, parts, scale, None if sent is None else torch.from_numpy(sent[step]))
         received.append(torch.cat([gradient_of(estimator, name, parts[name]) for name in reversed(sizes)][::-1]))
     return received
 
 
-def limit(estimator: WorkerMomentum, aggregates: dict[str, Tensor], scale: Scale | None) -> None:
+def limit(
+    estimator: WorkerMomentum, aggregates: dict[str, Tensor], scale: Scale | None, sent: Tensor | None = None
+) -> None:
+    """Limit a step, with what was sent as its own sketch, or without."""
     starts = {} if estimator.starts is None else estimator.starts.parts
-    steps = [aggregate.double() - starts.get(name, 0.0) for name, aggregate in aggregates.items()]
-    estimator.limit(aggregates, scale and replace(scale, step=torch.cat(steps).norm()))
+    start = torch.cat([torch.zeros(part.shape) + starts.get(name, 0.0) for name, part in aggregates.items()]).double()
+    way = torch.cat([aggregate.double() for aggregate in aggregates.values()]) - start
+    if sent is None:
+        sent = torch.full((3, len(way)), torch.nan, dtype=torch.float64)
+    estimator.limit(list(aggregates), scale and replace(scale, step=Step(way.norm(), way, start, sent)))
 
 
 def gradient_of(estimator: WorkerMomentum, name: str, aggregate: Tensor) -> Tensor:
@@ -122,6 +129,59 @@ def test_a_step_is_no_longer_than_honest_gradients_explain(beta: float, seed: in
         before = momentum
     state = estimator.shared_state()
     np.testing.assert_allclose(torch.cat([state[name] for name in SIZES]).numpy(), momenta[-1], rtol=1e-9, atol=1e-9)
+
+
+@given(beta=st.sampled_from([0.1, 0.5, 0.9, 0.99]), seed=st.integers(0, 1000))
+def test_a_step_is_as_long_as_the_usual_gradient_goes(beta: float, seed: int) -> None:
+    aggregates, scales = steps(seed)
+    random = np.random.default_rng(seed)
+    sent = [aggregate + random.normal(size=(5, 7)) * random.choice([0.01, 1]) for aggregate in aggregates]
+    expected, *_ = limited(aggregates, scales, beta, sent=sent)
+    received = received_from(WorkerMomentum(beta), aggregates, scales, sent=sent)
+    for gradient, formula in zip(received, expected, strict=True):
+        # What depends on the sketches is rounded to few digits.
+        np.testing.assert_allclose(gradient.numpy(), formula, rtol=1e-2, atol=1e-2 * np.abs(formula).max())
+
+
+def test_workers_that_all_go_the_same_way_are_followed_at_once() -> None:
+    gradients = [np.array([1.0, 4 * (-1.0) ** (step // 3)]) for step in range(30)]
+    momenta = [np.zeros(2)]
+    for gradient in gradients:
+        momenta.append(0.9 * momenta[-1] + 0.1 * gradient)
+    sent = [np.stack([momentum + noise for noise in (-0.01, 0.0, 0.01)]) for momentum in momenta[1:]]
+    scales: list[Scale | None] = [Scale(0.1, 0.01)] * 30
+    received = received_from(WorkerMomentum(), momenta[1:], scales, sizes={"weight": 2}, sent=sent)
+    np.testing.assert_allclose(torch.stack(received).numpy(), gradients, rtol=1e-9)
+    # Two liars among five who tell of still workers, or of ones that go farther, change nothing.
+    for lie in (0.0, 1e3, np.nan):
+        told = [np.concatenate([rows, np.full((2, 2), lie * step)]) for step, rows in enumerate(sent)]
+        received = received_from(WorkerMomentum(), momenta[1:], scales, sizes={"weight": 2}, sent=told)
+        np.testing.assert_allclose(torch.stack(received).numpy(), gradients, rtol=1e-9)
+
+
+def test_a_step_whose_sketch_is_too_long_is_not_let_through() -> None:
+    estimator, length = WorkerMomentum(), torch.tensor(1.0, dtype=torch.float64)
+    way, still = torch.tensor([50.0, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    sent = torch.tensor([[0.2, 0.0]] * 3, dtype=torch.float64)
+    estimator.limit(["weight"], Scale(0.1, 0.0, Step(length, way, still, sent)))
+    gradient = gradient_of(estimator, "weight", torch.tensor([0.0, 1.0], dtype=torch.float64))
+    # 1.2 times the 2 that all workers have moved at most, of the 10 that the step is long
+    assert gradient.norm() == pytest.approx(2.4, rel=0.01)
+
+
+def test_parameters_that_are_trained_in_turns_have_sketches_of_their_own() -> None:
+    aggregates, scales = steps(seed=5)
+    sent = [aggregate + np.arange(3.0)[:, None] for aggregate in aggregates]
+    alone = received_from(WorkerMomentum(), aggregates, scales, sent=sent)
+    estimator = WorkerMomentum()
+    for step, (aggregate, scale) in enumerate(zip(aggregates, scales, strict=True)):
+        other = {"other": torch.full((7,), float(step))}
+        limit(estimator, other, Scale(1.0, 0.1), torch.ones(3, 7).double())
+        gradient_of(estimator, "other", other["other"])
+        parts = dict(zip(SIZES, torch.from_numpy(aggregate).split(list(SIZES.values())), strict=True))
+        limit(estimator, parts, scale, torch.from_numpy(sent[step]))
+        received = torch.cat([gradient_of(estimator, name, part) for name, part in parts.items()])
+        assert torch.equal(received, alone[step])
 
 
 def test_some_of_these_steps_are_limited_and_others_are_not() -> None:
@@ -182,17 +242,19 @@ def test_parameters_that_take_no_part_in_a_step_count_for_nothing() -> None:
 @pytest.mark.parametrize("done", [0, 1, 5])
 def test_a_limit_goes_on_from_a_saved_state(done: int) -> None:
     aggregates, scales = steps(seed=3)
+    sent = [aggregate + np.arange(3.0)[:, None] for aggregate in aggregates]
     whole, first, second = WorkerMomentum(), WorkerMomentum(), WorkerMomentum(0.9)
-    expected = received_from(whole, aggregates, scales)
-    received_from(first, aggregates[:done], scales[:done])
+    expected = received_from(whole, aggregates, scales, sent=sent)
+    received_from(first, aggregates[:done], scales[:done], sent=sent[:done])
     second.load_state([{}], {name: value.clone() for name, value in first.shared_state().items()})
     second.to(torch.device("cpu"))
-    for gradient, wanted in zip(received_from(second, aggregates[done:], scales[done:]), expected[done:], strict=True):
-        assert torch.equal(gradient, wanted)
-    assert second.shared_state().keys() == {"weight", "bias", ""}
+    resumed = received_from(second, aggregates[done:], scales[done:], sent=sent[done:])
+    assert all(torch.equal(*pair) for pair in zip(resumed, expected[done:], strict=True))
+    assert second.shared_state().keys() == {"weight", "bias", "", "/sketches", "/sketched"}
     assert second.shared_state()[""].tolist() == [12, 12]
     second.reset()
-    assert all(torch.equal(*pair) for pair in zip(received_from(second, aggregates, scales), expected, strict=True))
+    again = received_from(second, aggregates, scales, sent=sent)
+    assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
 
 
 def test_checkpoints_of_before_are_of_many_steps() -> None:

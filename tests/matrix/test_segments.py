@@ -57,6 +57,47 @@ def test_shards_of_all_ranks_have_each_column_once(module: tuple[dict[str, int],
         assert [name for of_rank in of_ranks for name in of_rank[index]] == names + padding
 
 
+def places_of(segments: Segments, widths: list[int]) -> list[list[int | None]]:
+    """Return the place of each column among all parameters' elements, None for columns in no segment."""
+    places: list[list[int | None]] = []
+    for block, width in enumerate(widths):
+        places.append([None] * width)
+        for columns, place in segments.runs(block):
+            places[-1][columns] = range(place, place + columns.stop - columns.start)
+    return places
+
+
+@given(module=modules(), num_ranks=st.integers(1, 4))
+def test_an_element_has_its_place_in_any_block_and_shard(
+    module: tuple[dict[str, int], list[Block]], num_ranks: int
+) -> None:
+    parameters, blocks = module
+    in_order = [(name, index) for name in reversed(parameters) for index in range(parameters[name])]
+    place_of = {element: place for place, element in enumerate(in_order)}
+    expected = [
+        [None if n is None else place_of[n, index] for n, size in zip(*block, strict=True) for index in range(size)]
+        for block in blocks
+    ]
+    segments = Segments.of_blocks(parameters, blocks)
+    widths = [-(-len(places) // num_ranks) for places in expected]
+    of_ranks = [places_of(segments.shard(rank, widths), widths) for rank in range(num_ranks)]
+    for index, places in enumerate(expected):
+        padding = [None] * (num_ranks * widths[index] - len(places))
+        assert [place for of_rank in of_ranks for place in of_rank[index]] == places + padding
+    moved = places_of(segments.of_part(2), list(map(len, expected)))
+    assert moved == [[p if p is None else p + 2 * len(in_order) for p in places] for places in expected]
+
+
+def test_neighbours_are_one_run() -> None:
+    parameters = {"a": 3, "b": 2, "c": 4}
+    backwards, forwards = (
+        Segments.of_blocks(parameters, [(names, [parameters[name] for name in names])])
+        for names in (("c", "b", "a"), ("a", "b", "c"))
+    )
+    assert backwards.runs(0) == [(slice(0, 9), 0)]
+    assert forwards.runs(0) == [(slice(0, 3), 6), (slice(3, 5), 4), (slice(5, 9), 0)]
+
+
 @given(module=modules(), least=st.sampled_from([1, 50, 100, 10**4]), num_ranks=st.integers(1, 3))
 def test_small_ones_go_with_the_one_before(
     module: tuple[dict[str, int], list[Block]], least: int, num_ranks: int

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from shards import in_shards
 from torch import Tensor
 
-from lightning_byzantine.matrix import WorkerMatrix
+from lightning_byzantine.matrix import Segments, WorkerMatrix
+from lightning_byzantine.matrix.sketch import WIDTH
 
 
 def rows(m: int = 6, d: int = 30, seed: int = 0) -> Tensor:
@@ -62,27 +63,55 @@ def test_a_scaled_matrix_is_the_matrix_of_the_scaled_rows(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_how_far_rows_have_moved_along_a_step(dtype: torch.dtype) -> None:
+def test_sketches_tell_how_far_rows_have_moved_along_a_step(dtype: torch.dtype) -> None:
     vectors, start, end = (3 + rows(seed=seed).to(dtype) for seed in range(3))
     start, end = start[0], end[0]
     vectors[1] = torch.nan
     kept = torch.tensor([0, 2, 5])
     step = end.double() - start.double()
-    expected = (vectors[kept].double() - start.double()) @ step / step.norm()
+    # Of few columns, sketches have the inner products exactly.
+    every = torch.cat([vectors[kept].double(), start.double()[None], step[None]])
+    near = {"rtol": 1e-4, "atol": 1e-3}
+
+    def check(found: tuple[Tensor, Tensor]) -> None:
+        sketches, length = found
+        torch.testing.assert_close(sketches @ sketches.T, every @ every.T, **near)
+        torch.testing.assert_close(length, step.norm(), **near)
+
     matrix = WorkerMatrix(blocks(vectors)).select(kept)
     points = [list(point.split([7, 1, 22])) for point in (end, start)]
-    near = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(matrix.moved(*points), (expected, step.norm()), **near)
-    assert [found.tolist() for found in matrix.moved(points[0], points[0])] == [[0.0] * 3, 0.0]
+    check(matrix.sketches(*points))
+    sketches, length = matrix.sketches(points[0], points[0])
+    assert sketches[-1].tolist() == [0.0] * WIDTH
+    assert length == 0
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(matrix.moved(*points), (expected, step.norm()), **near)
+        check(matrix.sketches(*points))
 
-    def moved(shard: WorkerMatrix) -> tuple[Tensor, Tensor]:
-        columns = slice(10 * shard.shard, 10 * shard.shard + 10)
-        return shard.select(kept).moved([end[columns]], [start[columns]])
 
-    for found in in_shards(moved, list(vectors.split(10, dim=1))):
-        torch.testing.assert_close(found, (expected, step.norm()), **near)
+def test_sketches_are_the_same_however_columns_are_cut() -> None:
+    names, sizes = ("a", "b", "c"), (500, 30, 470)
+    parts = [rows(d=columns, seed=columns) for columns in sizes]
+    start, end = rows(d=1000, seed=1)[:2]
+
+    def points_of(order: list[int]) -> list[Tensor]:
+        return [torch.cat([point.split(list(sizes))[index] for index in order]) for point in (end, start)]
+
+    def sketches(order: list[int], widths: list[int]) -> list[Tensor]:
+        segments = Segments.of_blocks(
+            dict(zip(names, sizes, strict=True)), [(tuple(names[i] for i in order), [sizes[i] for i in order])]
+        )
+
+        def of_shard(shard: WorkerMatrix) -> Tensor:
+            first = sum(widths[: shard.shard])
+            columns = slice(first, first + widths[shard.shard])
+            return shard.sketches(*([point[columns]] for point in points_of(order)))[0]
+
+        return in_shards(of_shard, list(torch.cat([parts[index] for index in order], dim=1).split(widths, 1)), segments)
+
+    whole = sketches([2, 1, 0], [1000])[0]
+    assert whole.shape == (8, WIDTH)
+    for found in sketches([0, 2, 1], [1000]) + sketches([0, 1, 2], [500, 500]) + sketches([1, 2, 0], [250] * 4):
+        torch.testing.assert_close(found, whole)
 
 
 def test_what_was_aggregated_before_is_known_to_all_views() -> None:

@@ -9,9 +9,11 @@ import torch
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from training import fit as fit_regression
 from training import trainer
 
 from lightning_byzantine import ByzantineDDPStrategy
+from lightning_byzantine.aggregators import Aggregator, GeometricMedian, Mean, PersistentFilter
 from lightning_byzantine.attacks import Alternating
 from lightning_byzantine.callbacks import ByzantineSimulation
 from lightning_byzantine.estimators import WorkerMomentum
@@ -109,3 +111,15 @@ def test_who_changes_sides_in_every_step_does_not_move_the_optimizer_far(
     # In a single step, workers who go back from where the liars were are taken for a change of the gradient.
     assert attacked.max() < 2.7 * clean.max()
     assert unlimited.max() > 3 * clean.max()
+
+
+def farthest(**arguments: Any) -> float:
+    """Return how long the parameters become at a learning rate at which the gradient goes to and fro."""
+    return float(fit_regression(ByzantineDDPStrategy(**arguments), num_batches=150).norm(dim=1).max())
+
+
+@pytest.mark.parametrize("aggregator", [PersistentFilter(), GeometricMedian()], ids=repr)
+def test_training_stays_stable_where_it_is_with_the_mean(five_ranks: RankPool, aggregator: Aggregator) -> None:
+    of_mean = five_ranks.run(farthest, aggregator=Mean(), num_byzantine=0)[0]
+    for found in five_ranks.run(farthest, aggregator=aggregator):
+        assert found < 1.2 * of_mean
