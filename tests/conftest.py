@@ -21,6 +21,12 @@ def environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Make models and batches the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[RankPool]:
     pool = RankPool(1)

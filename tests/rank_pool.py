@@ -105,6 +105,8 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, rendezvous: str, backend
             function, args, kwargs = pipe.recv()
         except EOFError:
             break
+        # Another seed on each rank: what must be the same on all of them is for the tested code to see to.
+        torch.manual_seed(rank)
         try:
             with warnings.catch_warnings():
                 pipe.send((True, function(*args, **kwargs)))
