@@ -79,11 +79,7 @@ class RobustAggregation(Aggregation):
             # As all of the scale in few digits: what workers train would else depend on how DDP cuts its buckets.
             scale = Scale(in_few_digits(scale.length), in_few_digits(scale.noise))
         if scale is not None and since is not None:
-            sketches, length = decision.seen.sketches(values, since)
-            sent = sketches.new_full((matrix.num_workers, sketches.shape[1]), torch.nan)
-            sent[decision.seen.workers.to(sent.device)] = sketches[:-2]
-            # Summed in float64, it is known to more digits, and has to be exact: it says how much of the step is taken.
-            scale = replace(scale, step=Step(rounded(length, digits=24), sketches[-1], sketches[-2], sent))
+            scale = replace(scale, step=_step(decision.seen, values, since, matrix.num_workers))
         self._found = {"decision": decision, "scale": scale}
         return Aggregated(values, unusable, scale)
 
@@ -117,6 +113,17 @@ class RobustAggregation(Aggregation):
         if self._quarantine.workers:
             report = report.among(decision.offered.workers, num_workers, measurable=True)
         return report
+
+
+def _step(seen: WorkerMatrix, values: Sequence[Tensor], since: Sequence[Tensor], num_workers: int) -> Step:
+    """Return the step between two aggregates, with NaN for the workers that are not among the rows."""
+    sketches, length = seen.sketches(values, since)
+    sent, start, way = sketches[:-2], sketches[-2], sketches[-1]
+    if len(sent) < num_workers:
+        usable, sent = sent, sent.new_full((num_workers, len(way)), torch.nan)
+        sent[seen.workers.to(sent.device)] = usable
+    # Summed in float64, it is known to more digits, and has to be exact: it says how much of the step is taken.
+    return Step(rounded(length, digits=24), way, start, sent)
 
 
 def _plain(found: Any) -> Any:

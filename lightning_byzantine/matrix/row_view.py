@@ -162,22 +162,22 @@ class RowView:
 
     def sketches(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return sketches of x_i, s and a - s, [m + 2, k], for a = ``values`` and s = ``since``, and ||a - s||, []."""
-        folded = torch.zeros(self.num_rows + 2, PERIOD, dtype=torch.float64, device=self.blocks.device)
-        squared = folded.new_zeros(())
+        total = torch.zeros((self.num_rows + 2) * WIDTH + 1, dtype=torch.float64, device=self.blocks.device)
+        sketches, squared = total[:-1].view(-1, WIDTH), total[-1]
         wide = Scratch()
         for index, (point, start) in enumerate(zip(values, since, strict=True)):
-            own = torch.zeros_like(folded, dtype=at_least_float32(self.blocks.memory[index].dtype))
+            folded = sketches.new_zeros(len(sketches), PERIOD, dtype=at_least_float32(self.blocks.memory[index].dtype))
             for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                 origin = start[columns].to(chunk.dtype)
                 step = point[columns].to(chunk.dtype) - origin
-                exact = wide.vector(step.numel(), folded).copy_(step)
+                exact = wide.vector(step.numel(), total).copy_(step)
                 squared += exact.dot(exact)
                 with all_digits(chunk.device.type):
                     for part, place in self.blocks.runs(index, columns):
-                        fold(chunk[:, part], place, out=own[:-2])
-                        fold(torch.stack([origin[part], step[part]]), place, out=own[-2:])
-            folded += own
-        total = self.blocks.complete(torch.cat([sketches_of(folded).flatten(), squared[None]]))
+                        fold(chunk[:, part], place, out=folded[:-2])
+                        fold(torch.stack([origin[part], step[part]]), place, out=folded[-2:])
+            sketches += sketches_of(folded)
+        total = self.blocks.complete(total)
         return total[:-1].view(-1, WIDTH), total[-1].sqrt()
 
     def squared_norms(self) -> Tensor:
