@@ -117,13 +117,12 @@ class RobustAggregation(Aggregation):
 
 def _step(seen: WorkerMatrix, values: Sequence[Tensor], since: Sequence[Tensor], num_workers: int) -> Step:
     """Return the step between two aggregates, with NaN for the workers that are not among the rows."""
-    sketches, length = seen.sketches(values, since)
-    sent, start, way = sketches[:-2], sketches[-2], sketches[-1]
-    if len(sent) < num_workers:
-        usable, sent = sent, sent.new_full((num_workers, len(way)), torch.nan)
-        sent[seen.workers.to(sent.device)] = usable
-    # Summed in float64, it is known to more digits, and has to be exact: it says how much of the step is taken.
-    return Step(rounded(length, digits=24), way, start, sent)
+    sketches, lengths = seen.sketches(values, since)
+    if seen.num_workers < num_workers:
+        known, sketches = sketches, sketches.new_full((num_workers + 2, sketches.shape[1]), torch.nan)
+        sketches[[*seen.workers.tolist(), -2, -1]] = known
+    # Summed in float64, they are known to more digits, and have to be exact: they say how much of the step is taken.
+    return Step(rounded(lengths, digits=24), sketches)
 
 
 def _plain(found: Any) -> Any:

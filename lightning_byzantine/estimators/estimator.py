@@ -21,17 +21,13 @@ class Step:
     Sketches are vectors of k numbers that have nearly the inner products of what they are sketches of.
 
     Args:
-        length: [], of the step, on all ranks together.
-        sketch: [k], of the step.
-        start: [k], of where it starts.
-        sent: [m, k], of what each worker has sent; NaN if that could not be used.
+        lengths: (||s||, ||a - s||), on all ranks together, of the step from s to a.
+        sketches: [m + 2, k], of what each worker has sent, NaN if the aggregate is not made of that; of s; of a - s.
 
     """
 
-    length: Tensor
-    sketch: Tensor
-    start: Tensor
-    sent: Tensor
+    lengths: Tensor
+    sketches: Tensor
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from lightning_byzantine.utilities.few_digits import rounded
 __all__ = ["WorkerMomentum", "momentum"]
 
 # The names of what in the state is of no parameter: numbers of steps; sketches, and the parameters these are of.
-_STEPS, _SKETCHES, _SKETCHED = "", "/sketches", "/sketched"
+_STEPS, _SKETCHES, _SKETCHED = "", ".sketches", ".sketched"
 # How many times the usual length an honest step may have.
 _TOLERANCE = 1.2
+# How far the sketch of v^_{t-1} may be from what it was, in its lengths: further only where sketches are made anew.
+_NEAR = 1e-3
 # The number of steps in checkpoints from before it was counted.
 _MANY = 1000
 
@@ -49,8 +51,9 @@ class WorkerMomentum(Estimator):
     gradient changes, or goes to and fro as it does at high learning rates. What is cut off follows in the next steps.
 
     g_t^i = (v_t^i - beta v_{t-1}^i) / (1 - beta) is known well enough from sketches of what the workers have sent, of
-    256 numbers each. Parameters that take part together in one step must do so in the next one that they take part in;
-    otherwise, the first length is the only one in that step.
+    256 numbers each. Liars who choose vectors by the sketches' signs, which are public, can hide the second length, or
+    have it between 0 and 1.2 (||g|| + ||v^_{t-1}||) for an honest g. It is left out after a checkpoint of a model that
+    was divided otherwise, and for parameters that did not take part together in the step before.
 
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
     with an optimizer without momentum.
@@ -83,7 +86,8 @@ class WorkerMomentum(Estimator):
         self.transparent = transparent
         self._aggregate = SharedColumns()
         self._num_steps: dict[str, int] = {}
-        self._sent: dict[frozenset[str], Tensor] = {}  # sketches [m, k] of v_{t-1}, by the parameters of a step
+        # Sketches [m + 1, k] of all v_{t-1}^i and of v^_{t-1}, by the parameters that took part together.
+        self._sketches: dict[frozenset[str], Tensor] = {}
         self._share: Tensor | None = None  # of the step that is taken; None for all of it
 
     def __repr__(self) -> str:
@@ -100,7 +104,7 @@ class WorkerMomentum(Estimator):
         super().reset()
         self._aggregate.clear()
         self._num_steps.clear()
-        self._sent.clear()
+        self._sketches.clear()
         self._share = None
 
     def follow(self, last: Tensor | None, gradient: Tensor, previous: Tensor | None, out: Tensor) -> None:
@@ -123,24 +127,26 @@ class WorkerMomentum(Estimator):
             return
         for name in names:
             self._num_steps[name] = self._num_steps.get(name, 0) + 1
-        together, last = frozenset(names), None
-        for others in [others for others in self._sent if others & together]:
-            sent = self._sent.pop(others)
-            last = sent if others == together else last
+        together = frozenset(names)
+        last = self._sketches.get(together)
+        for others in [others for others in self._sketches if others & together]:
+            del self._sketches[others]
         self._share = None
         # Without momentum, nothing is multiplied.
-        if scale is not None and scale.step is not None and self.beta > 0:
-            if last is None and all(self._num_steps[name] == 1 for name in names):
-                last = torch.zeros_like(scale.step.sent)
-            length = scale.step.length / (1 - self.beta)
+        if scale is not None and scale.step is not None and names and self.beta > 0:
+            start, way = scale.step.sketches[-2:]
+            length = scale.step.lengths[1] / (1 - self.beta)
             longest = torch.full_like(length, self._longest_step(scale, names))
+            if last is None and all(self._num_steps[name] == 1 for name in names):
+                last = torch.zeros_like(scale.step.sketches[:-1])
             if last is not None:
+                last = last.to(start.device)
                 longest = torch.maximum(longest, self._moved(scale.step, last))
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
-            # What could not be used is not kept by its worker either.
-            sent = scale.step.sent
-            self._sent[together] = sent if last is None else torch.where(sent.isnan(), last, sent)
+            kept = torch.cat([scale.step.sketches[:-2], (start + self._share * way)[None]])
+            # A worker whose vector was not finite does not keep it either.
+            self._sketches[together] = kept if last is None else torch.where(kept.isnan(), last, kept)
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write g^_t, or v^_t when not transparent, into ``out``."""
@@ -166,9 +172,10 @@ class WorkerMomentum(Estimator):
             return {}
         names = sorted(aggregate)
         state = aggregate | {_STEPS: torch.tensor([self._num_steps.get(name, 0) for name in names])}
-        if self._sent:
-            state[_SKETCHES] = torch.stack(list(self._sent.values()))
-            state[_SKETCHED] = torch.tensor([[name in together for name in names] for together in self._sent])
+        if self._sketches:
+            state[_SKETCHES] = torch.stack(list(self._sketches.values())).cpu()
+            sketched = [[name in together for name in names] for together in self._sketches]
+            state[_SKETCHED] = torch.tensor(sketched, dtype=torch.uint8)
         return state
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
@@ -181,13 +188,13 @@ class WorkerMomentum(Estimator):
         # In checkpoints of before, there are none.
         sketched = state[_SKETCHED].tolist() if _SKETCHED in state else []
         together = [frozenset(compress(names, chosen)) for chosen in sketched]
-        self._sent = dict(zip(together, state[_SKETCHES].clone() if sketched else [], strict=True))
+        self._sketches = dict(zip(together, state[_SKETCHES].clone() if sketched else [], strict=True))
 
     def to(self, device: torch.device) -> None:
         """Move all state to a device."""
         super().to(device)
         self._aggregate.to(device)
-        self._sent = {together: sent.to(device) for together, sent in self._sent.items()}
+        self._sketches = {together: sketches.to(device) for together, sketches in self._sketches.items()}
 
     def _longest_step(self, scale: Scale, names: Collection[str]) -> float:
         # Those that have begun last have the shortest momentum.
@@ -196,12 +203,24 @@ class WorkerMomentum(Estimator):
         return _TOLERANCE * hypot(signal, noise * ((1 + self.beta) / (1 - self.beta)) ** 0.5)
 
     def _moved(self, step: Step, last: Tensor) -> Tensor:
-        """Return how far the usual worker's gradient goes along the step, []."""
-        gradients = (step.sent - self.beta * last) / (1 - self.beta)
-        # A step that only looks long in the sketch would be let through.
-        length = torch.maximum(step.length, step.sketch.norm()).clamp(min=torch.finfo(torch.float64).tiny)
-        moved = (gradients - step.start) @ step.sketch / length
-        return rounded(_TOLERANCE * moved.nanmedian(), digits=8).nan_to_num(0.0)
+        """Return how far the usual worker's gradient goes along the step, []; 0 if that is not known."""
+        start = step.sketches[-2]
+        is_same = (start - last[-1]).norm() <= _NEAR * start.norm()
+        # Liars know the signs, and could make what they have moved look longer in sketches than it is.
+        start, way = (_at_most(*pair) for pair in zip(step.sketches[-2:], step.lengths, strict=True))
+        gradients = (step.sketches[:-2] - self.beta * last[:-1]) / (1 - self.beta)
+        moved = (gradients - start) @ way / step.lengths[1].clamp(min=torch.finfo(torch.float64).tiny)
+        # The lower one of the middle two, so that it is within honest ones'. torch.nanmedian would make a GPU wait.
+        num_known = len(moved) - moved.isnan().sum()
+        middle = (num_known - 1).clamp(min=0) // 2
+        usual = moved.nan_to_num(nan=torch.inf).sort().values.gather(0, middle[None])[0]
+        return torch.where(is_same & (num_known > 0), rounded(_TOLERANCE * usual, digits=8), 0.0)
+
+
+def _at_most(sketch: Tensor, length: Tensor) -> Tensor:
+    """Return the sketch, or a shorter one if it is longer than the vector."""
+    norm: Tensor = torch.linalg.vector_norm(sketch)
+    return sketch * (length / norm.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
 
 
 def momentum(previous: Tensor | None, gradient: Tensor, beta: float, out: Tensor, from_zero: bool = True) -> None:

@@ -161,24 +161,25 @@ class RowView:
         return self.blocks.complete(total).cpu()
 
     def sketches(self, values: Sequence[Tensor], since: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return sketches of x_i, s and a - s, [m + 2, k], for a = ``values`` and s = ``since``, and ||a - s||, []."""
-        total = torch.zeros((self.num_rows + 2) * WIDTH + 1, dtype=torch.float64, device=self.blocks.device)
-        sketches, squared = total[:-1].view(-1, WIDTH), total[-1]
+        """Return sketches of x_i, s and a - s, [m + 2, k], for a = ``values`` and s = ``since``; (||s||, ||a - s||)."""
+        total = torch.zeros((self.num_rows + 2) * WIDTH + 2, dtype=torch.float64, device=self.blocks.device)
+        sketches, squares = total[:-2].view(-1, WIDTH), total[-2:]
         wide = Scratch()
         for index, (point, start) in enumerate(zip(values, since, strict=True)):
             folded = sketches.new_zeros(len(sketches), PERIOD, dtype=at_least_float32(self.blocks.memory[index].dtype))
             for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                 origin = start[columns].to(chunk.dtype)
-                step = point[columns].to(chunk.dtype) - origin
-                exact = wide.vector(step.numel(), total).copy_(step)
-                squared += exact.dot(exact)
+                both = torch.stack([origin, point[columns].to(chunk.dtype) - origin])
+                for square, vector in zip(squares, both, strict=True):
+                    exact = wide.vector(vector.numel(), total).copy_(vector)
+                    square += exact.dot(exact)
                 with all_digits(chunk.device.type):
                     for part, place in self.blocks.runs(index, columns):
                         fold(chunk[:, part], place, out=folded[:-2])
-                        fold(torch.stack([origin[part], step[part]]), place, out=folded[-2:])
+                        fold(both[:, part], place, out=folded[-2:])
             sketches += sketches_of(folded)
         total = self.blocks.complete(total)
-        return total[:-1].view(-1, WIDTH), total[-1].sqrt()
+        return total[:-2].view(-1, WIDTH), total[-2:].sqrt()
 
     def squared_norms(self) -> Tensor:
         """Return ||x_i||^2, [m], in one pass."""

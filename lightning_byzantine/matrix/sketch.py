@@ -47,23 +47,22 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
     """
     num_columns, period = columns.shape[1], out.shape[1]
     signs = _signs(first // period, (first + num_columns - 1) // period + 1, columns.dtype, columns.device)
-    # The first and the last period may not be whole.
-    start = first % period
-    head = min(-start % period, num_columns)
+    head = min(-first % period, num_columns)
     num_whole = (num_columns - head) // period
-    tail = head + num_whole * period
-    if head:
-        part = slice(start, start + head)
-        out[:, part] += signs[0].repeat(period // _SIGNS)[part] * columns[:, :head]
-        signs = signs[1:]
-    if num_whole:
+    # Of fewer periods, the product would be larger than the columns.
+    tail = head + (num_whole * period if num_whole >= _SIGNS else 0)
+    if head < tail:
+        whole = signs[1 if head else 0 :][:num_whole]
         # Faster than with one sign at a time, although only the eighth part is of use.
-        products = signs[:num_whole].T @ columns[:, head:tail].view(len(columns), num_whole, period)
+        products = whole.T @ columns[:, head:tail].view(len(columns), num_whole, period)
         own = products.view(len(columns), _SIGNS, -1, _SIGNS).diagonal(dim1=1, dim2=3)
         out += own.reshape(len(columns), period)
-    if tail < num_columns:
-        rest = num_columns - tail
-        out[:, :rest] += signs[-1].repeat(period // _SIGNS)[:rest] * columns[:, tail:]
+    one_by_one = [(start, min(start + period, num_columns)) for start in range(tail, num_columns, period)]
+    for start, stop in [(0, head), *one_by_one] if head else one_by_one:
+        index, place = divmod(first + start, period)
+        sign = signs[index - first // period].repeat(period // _SIGNS)
+        part = slice(place, place + stop - start)
+        out[:, part].addcmul_(columns[:, start:stop], sign[part])
 
 
 def sketches_of(folded: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ def sketches_of(folded: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2**12)
 def _signs(start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return eight signs for each of the numbers from ``start`` to ``stop``, [n, 8], the same in every run."""
+    """Return eight signs for each of the numbers from ``start`` to ``stop``, [n, 8]: public, and the same every time."""
     # The finalizer of MurmurHash3, in 32 bits of 64.
     hashed = torch.arange(start * _SIGNS, stop * _SIGNS, device=device)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):

@@ -171,7 +171,7 @@ class WorkerMatrix(RowDistances):
         Returns:
             Two float64 tensors on the device of the rows: sketches of the rows, of s and of a - s, [m + 2, k], see
             :func:`~lightning_byzantine.matrix.sketch.fold`, the same however columns are cut into blocks and
-            shards; and the length of the step, ||a - s||, []. The rows must be unmixed.
+            shards; and the lengths ||s|| and ||a - s||, [2]. The rows must be unmixed.
 
         """
         return self._view.sketches(values, since)

@@ -97,7 +97,8 @@ def limit(
     way = torch.cat([aggregate.double() for aggregate in aggregates.values()]) - start
     if sent is None:
         sent = torch.full((3, len(way)), torch.nan, dtype=torch.float64)
-    estimator.limit(list(aggregates), scale and replace(scale, step=Step(way.norm(), way, start, sent)))
+    step = Step(torch.stack([start.norm(), way.norm()]), torch.cat([sent, start[None], way[None]]))
+    estimator.limit(list(aggregates), scale and replace(scale, step=step))
 
 
 def gradient_of(estimator: WorkerMomentum, name: str, aggregate: Tensor) -> Tensor:
@@ -153,20 +154,26 @@ def test_workers_that_all_go_the_same_way_are_followed_at_once() -> None:
     received = received_from(WorkerMomentum(), momenta[1:], scales, sizes={"weight": 2}, sent=sent)
     np.testing.assert_allclose(torch.stack(received).numpy(), gradients, rtol=1e-9)
     # Two liars among five who tell of still workers, or of ones that go farther, change nothing.
-    for lie in (0.0, 1e3, np.nan):
-        told = [np.concatenate([rows, np.full((2, 2), lie * step)]) for step, rows in enumerate(sent)]
+    for lie in ([0.0], [1e3], [np.nan], [1e3, np.nan, 2.0]):
+        told = [np.concatenate([rows, np.full((2, 2), lie[step % len(lie)])]) for step, rows in enumerate(sent)]
         received = received_from(WorkerMomentum(), momenta[1:], scales, sizes={"weight": 2}, sent=told)
         np.testing.assert_allclose(torch.stack(received).numpy(), gradients, rtol=1e-9)
 
 
-def test_a_step_whose_sketch_is_too_long_is_not_let_through() -> None:
-    estimator, length = WorkerMomentum(), torch.tensor(1.0, dtype=torch.float64)
-    way, still = torch.tensor([50.0, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    sent = torch.tensor([[0.2, 0.0]] * 3, dtype=torch.float64)
-    estimator.limit(["weight"], Scale(0.1, 0.0, Step(length, way, still, sent)))
-    gradient = gradient_of(estimator, "weight", torch.tensor([0.0, 1.0], dtype=torch.float64))
-    # 1.2 times the 2 that all workers have moved at most, of the 10 that the step is long
-    assert gradient.norm() == pytest.approx(2.4, rel=0.01)
+def test_a_step_whose_sketches_are_too_long_is_not_let_through() -> None:
+    estimator, received = WorkerMomentum(), []
+    for lengths, sketches in (
+        ([0.0, 1.0], [[0.2, 0.0], [0.2, 0.0], [0.2, 0.0], [0.0, 0.0], [50.0, 0.0]]),
+        ([0.24, 1.0], [[0.2, 0.0], [0.2, 0.0], [0.2, 0.0], [12.0, 0.0], [-50.0, 0.0]]),
+    ):
+        step = Step(torch.tensor(lengths).double(), torch.tensor(sketches).double())
+        estimator.limit(["weight"], Scale(0.1, 0.0, step))
+        aggregate = torch.tensor([0.0, (-1.0) ** len(received)]).double()
+        received.append(gradient_of(estimator, "weight", aggregate).norm())
+    # 1.2 times the 2 that all workers have moved at most, of the 10 that the step is long.
+    assert received[0] == pytest.approx(2.4, rel=0.01)
+    # The other way, they have not moved more than 0.24 from where the step starts.
+    assert received[1] < 2.4
 
 
 def test_parameters_that_are_trained_in_turns_have_sketches_of_their_own() -> None:
@@ -182,6 +189,37 @@ def test_parameters_that_are_trained_in_turns_have_sketches_of_their_own() -> No
         limit(estimator, parts, scale, torch.from_numpy(sent[step]))
         received = torch.cat([gradient_of(estimator, name, part) for name, part in parts.items()])
         assert torch.equal(received, alone[step])
+
+
+def turned_back(sign_of_sketches: float = 1.0, names: tuple[str, ...] = ("weight",)) -> tuple[WorkerMomentum, float]:
+    """Let all workers go one way and back; return how long the second gradient is, which is 19 if it is not cut."""
+    estimator, weight = WorkerMomentum(), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    limit(estimator, {"weight": weight}, Scale(1.0, 0.1), weight.expand(3, 2))
+    gradient_of(estimator, "weight", weight)
+    state = estimator.shared_state()
+    estimator.load_shared_state(state | {".sketches": sign_of_sketches * state[".sketches"]})
+    aggregates = dict.fromkeys(names, weight[:0]) | {"weight": -weight}
+    limit(estimator, aggregates, Scale(1.0, 0.1), -weight.expand(3, 2))
+    return estimator, float(gradient_of(estimator, "weight", -weight).norm())
+
+
+def test_what_is_not_known_of_the_last_step_is_not_used() -> None:
+    estimator, length = turned_back()
+    assert length == pytest.approx(19)
+    # Sketches by other signs, and those of other parameters.
+    assert turned_back(sign_of_sketches=-1.0)[1] < 10
+    assert turned_back(names=("weight", "late"))[1] < 10
+    # Workers of whom nothing could be used.
+    weight, unknown = torch.tensor([1.0, 0.0]).double(), torch.full((3, 2), torch.nan).double()
+    limit(estimator, {"weight": weight}, Scale(1.0, 0.1), unknown)
+    assert gradient_of(estimator, "weight", weight).norm() < 10
+
+
+def test_a_step_in_which_no_parameter_takes_part() -> None:
+    estimator = WorkerMomentum()
+    step = Step(torch.zeros(2).double(), torch.zeros(5, 2).double())
+    estimator.limit([], Scale(1.0, 0.1, step))
+    assert estimator.shared_state() == {}
 
 
 def test_some_of_these_steps_are_limited_and_others_are_not() -> None:
@@ -250,7 +288,7 @@ def test_a_limit_goes_on_from_a_saved_state(done: int) -> None:
     second.to(torch.device("cpu"))
     resumed = received_from(second, aggregates[done:], scales[done:], sent=sent[done:])
     assert all(torch.equal(*pair) for pair in zip(resumed, expected[done:], strict=True))
-    assert second.shared_state().keys() == {"weight", "bias", "", "/sketches", "/sketched"}
+    assert second.shared_state().keys() == {"weight", "bias", "", ".sketches", ".sketched"}
     assert second.shared_state()[""].tolist() == [12, 12]
     second.reset()
     again = received_from(second, aggregates, scales, sent=sent)
