@@ -73,7 +73,7 @@ def sketches_of(folded: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2**12)
 def _signs(start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return eight signs for each of the numbers from ``start`` to ``stop``, [n, 8]: public, and the same every time."""
+    """Return eight signs for each of the numbers from ``start`` to ``stop``, [n, 8]: public, the same every time."""
     # The finalizer of MurmurHash3, in 32 bits of 64.
     hashed = torch.arange(start * _SIGNS, stop * _SIGNS, device=device)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
