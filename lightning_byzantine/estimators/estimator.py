@@ -37,7 +37,7 @@ class Scale:
     Args:
         length: the usual norm of a worker's vector.
         noise: the usual norm of what noise adds to the aggregate.
-        step: to this aggregate; None where estimators have no last one.
+        step: from the last aggregate to this one; None where the estimator keeps none.
 
     """
 

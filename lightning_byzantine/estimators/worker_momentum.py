@@ -145,7 +145,7 @@ class WorkerMomentum(Estimator):
             # Both are 0 if all gradients are.
             self._share = torch.where(length > longest, longest / length, 1.0)
             kept = torch.cat([scale.step.sketches[:-2], (start + self._share * way)[None]])
-            # A worker whose vector was not finite does not keep it either.
+            # A worker whose vector was not finite keeps its last one, too.
             self._sketches[together] = kept if last is None else torch.where(kept.isnan(), last, kept)
 
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
