@@ -231,7 +231,8 @@ class AggregationEngine:
         """Return what follows from the rows of all workers, the same on all ranks."""
         unused = self._unused_columns(blocks)
         layout = tuple(block.layout for block in blocks)
-        segments = Segments.of_blocks(self._sizes, [(block.layout, block.sizes) for block in blocks])
+        starts = {name: start for block in blocks for name, start in block.starts.items()}
+        segments = Segments.of_blocks(self._sizes, [(block.layout, block.sizes) for block in blocks], starts)
         since = self._since(blocks)
 
         def attempt(received: WorkerMatrix) -> Outcome:

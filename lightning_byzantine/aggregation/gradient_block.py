@@ -1,6 +1,6 @@
 """One block of the gradient, such as a bucket of DDP."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,6 +21,8 @@ class GradientBlock:
         names: the parameters, in order.
         sizes: number of elements of each.
         buffer: [c], this process's gradient.
+        starts: by name, which element of a parameter is the first one here, if the rank has a part of it; others are
+            whole.
 
     Attributes:
         unused: parameters that take no part in this step, because no worker has used them.
@@ -31,6 +33,7 @@ class GradientBlock:
     names: tuple[str, ...]
     sizes: list[int]
     buffer: Tensor
+    starts: Mapping[str, int] = field(default_factory=dict)
     unused: frozenset[str] = field(default=frozenset(), init=False)
     sent: Tensor = field(init=False)
 

@@ -40,7 +40,8 @@ class NodeHook(AggregationHook):
         work = dist.all_reduce(mean, group=self._slices.shards.within, async_op=True)
         self._send_averaged()
         sizes = [self._slices.num_columns(name) for name in names]
-        block = GradientBlock(names, sizes, mean.new_empty(sum(sizes)))
+        starts = {name: self._slices.start(name) for name in names}
+        block = GradientBlock(names, sizes, mean.new_empty(sum(sizes)), starts)
         self._averaged = bucket, block, work
         return block
 

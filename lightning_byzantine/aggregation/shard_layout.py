@@ -39,6 +39,22 @@ class ShardLayout:
         """Return the size n of this rank's part."""
         return self.local(self.parameters[name]).numel() if self.has_part(name) else 0
 
+    def start(self, name: str) -> int:
+        """Return which element of a parameter is the first one of this rank's part.
+
+        Of parts that are not neighbouring elements, the numbers are only different on each rank.
+        """
+        parameter = self.parameters[name]
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        divided = {placement.dim for placement in placements if hasattr(placement, "dim")}
+        if not divided:
+            return 0
+        if divided != {0}:
+            return (1 + dist.get_rank()) * sum(each.numel() for each in self.parameters.values())
+        rows = torch.arange(parameter.shape[0], device=parameter.device)
+        own = distribute_tensor(rows, parameter.device_mesh, placements, src_data_rank=None).to_local()
+        return int(own[:1].sum()) * parameter.shape[1:].numel()  # 0 without any
+
     def spread(self, name: str, tensor: Tensor) -> None:
         """Overwrite what other ranks hold of a parameter or gradient, [..], by what the one with this part has."""
         if name in self.duplicates and tensor.numel() > 0:

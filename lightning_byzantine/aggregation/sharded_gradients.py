@@ -30,13 +30,14 @@ class ShardedGradients:
     def __init__(self, engine: AggregationEngine, layout: ShardLayout) -> None:
         self._engine = engine
         self._layout = layout
+        self._starts = {name: layout.start(name) for name in layout.parameters}
 
     @torch.no_grad()
     def aggregate(self) -> None:
         """Aggregate all gradients."""
         trainable = {name: parameter for name, parameter in self._layout.parameters.items() if parameter.requires_grad}
         sent = {name: self._sent(name, parameter) for name, parameter in trainable.items()}
-        blocks = [_block({name: sent[name] for name in names}) for names in _grouped(trainable)]
+        blocks = [self._block({name: sent[name] for name in names}) for names in _grouped(trainable)]
         for block in blocks:
             self._engine.send(block)
         self._engine.aggregate({name for name, parameter in trainable.items() if parameter.grad is not None})
@@ -48,6 +49,13 @@ class ShardedGradients:
         if parameter.grad is None:
             return torch.zeros_like(self._layout.part(name, parameter.detach()))
         return self._layout.part(name, parameter.grad)
+
+    def _block(self, gradients: dict[str, Tensor]) -> GradientBlock:
+        sizes = [gradient.numel() for gradient in gradients.values()]
+        # A single one in place.
+        buffer = torch.cat(list(gradients.values())) if len(gradients) > 1 else next(iter(gradients.values()))
+        starts = {name: self._starts[name] for name in gradients}
+        return GradientBlock(tuple(gradients), sizes, buffer, starts)
 
     def _receive(self, name: str, parameter: nn.Parameter, result: Tensor) -> None:
         if parameter.grad is None:  # used in another replica
@@ -71,10 +79,3 @@ def _grouped(parameters: Mapping[str, Tensor]) -> Iterable[list[str]]:
         size += parameter.numel()
     if group:
         yield group
-
-
-def _block(gradients: dict[str, Tensor]) -> GradientBlock:
-    if len(gradients) > 1:
-        return GradientBlock.of(gradients)
-    ((name, gradient),) = gradients.items()
-    return GradientBlock((name,), [gradient.numel()], gradient)

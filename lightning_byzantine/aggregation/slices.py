@@ -38,6 +38,10 @@ class Slices:
         """Return the size of this rank's slice."""
         return len(range(self.sizes[name])[self._place(name)])
 
+    def start(self, name: str) -> int:
+        """Return which element of a parameter is the first one of this rank's slice."""
+        return min(self.shards.index * self._width(name), self.sizes[name])
+
     def part_of_whole(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's slice of a whole vector [d], as a view."""
         return whole[self._place(name)]
@@ -59,5 +63,4 @@ class Slices:
         return -(-self.sizes[name] // self.num_ranks)
 
     def _place(self, name: str) -> slice:
-        width = self._width(name)
-        return slice(self.shards.index * width, (self.shards.index + 1) * width)
+        return slice(self.start(name), self.start(name) + self._width(name))

@@ -72,7 +72,6 @@ class AllToAll(Exchange):
         if self._shards is None:
             return WorkerMatrix(blocks, _sum_over_ranks, self.rank, layout, segments)
         # The columns are divided among all ranks of all workers.
-        segments = segments and segments.of_part(self._shards.index)
         return WorkerMatrix(blocks, _sum_over_ranks, dist.get_rank(), layout, segments, num_columns(segments))
 
     def without_memory(self) -> Self:

@@ -164,7 +164,6 @@ class Exchange(ABC):
         """Return the matrix of the blocks."""
         if self._shards is None:
             return WorkerMatrix(blocks, layout=layout, segments=segments)
-        segments = segments and segments.of_part(self._shards.index)
         return WorkerMatrix(blocks, self._shards.sum, self._shards.index, layout, segments, num_columns(segments))
 
     def agreed(

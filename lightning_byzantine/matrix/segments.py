@@ -65,12 +65,18 @@ class Segments:
         return whole._cut([(0, stop - width, stop) for stop, width in zip(stops, widths, strict=True)])
 
     @classmethod
-    def of_blocks(cls, parameters: Mapping[str, int], blocks: Sequence[tuple[Names, Sequence[int]]]) -> "Segments":
+    def of_blocks(
+        cls,
+        parameters: Mapping[str, int],
+        blocks: Sequence[tuple[Names, Sequence[int]]],
+        starts: Mapping[str, int] | None = None,
+    ) -> "Segments":
         """Return one segment for each parameter.
 
         Args:
             parameters: number of elements of all parameters of the module by name, in its order.
             blocks: names and sizes of the parameters in each block, in the order of the columns.
+            starts: which element is the first one in the blocks, for parameters of which these have a part; None for 0.
 
         """
         indices = {name: index for index, name in enumerate(parameters)}
@@ -81,18 +87,13 @@ class Segments:
             columns.append(tuple((indices[n], slice(stop - size, stop)) for n, size, stop in places if n is not None))
         used = tuple(sorted({index for block in columns for index, _ in block}))
         after = list(accumulate(list(parameters.values())[::-1], initial=0))[-2::-1]
-        starts = tuple(tuple(after[index] for index, _ in block) for block in columns)
-        return cls(tuple(parameters), tuple(parameters.values()), tuple(columns), used, starts)
+        firsts = [first + (starts or {}).get(name, 0) for name, first in zip(parameters, after, strict=True)]
+        of_columns = tuple(tuple(firsts[index] for index, _ in block) for block in columns)
+        return cls(tuple(parameters), tuple(parameters.values()), tuple(columns), used, of_columns)
 
     def shard(self, rank: int, widths: Sequence[int]) -> "Segments":
         """Return the columns of one rank, if block b was divided into shards of ``widths[b]`` columns."""
         return self._cut([(block, rank * width, (rank + 1) * width) for block, width in enumerate(widths)])
-
-    def of_part(self, index: int) -> "Segments":
-        """Return the same columns where they are part ``index`` of all parameters' elements, wherever that is."""
-        # In places of their own: nobody needs to know which.
-        start = index * sum(self.sizes)
-        return replace(self, places=tuple(tuple(start + place for place in block) for block in self.places))
 
     def runs(self, block: int) -> list[tuple[slice, int]]:
         """Return the columns of a block as neighbours that are so in :attr:`places` as well, with the first's place."""
