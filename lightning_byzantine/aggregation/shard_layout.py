@@ -45,14 +45,15 @@ class ShardLayout:
         Of parts that are not neighbouring elements, the numbers are only different on each rank.
         """
         parameter = self.parameters[name]
-        placements = parameter.placements if isinstance(parameter, DTensor) else ()
-        divided = {placement.dim for placement in placements if hasattr(placement, "dim")}
+        if not isinstance(parameter, DTensor):
+            return 0
+        divided = {placement.dim for placement in parameter.placements if hasattr(placement, "dim")}
         if not divided:
             return 0
         if divided != {0}:
             return (1 + dist.get_rank()) * sum(each.numel() for each in self.parameters.values())
         rows = torch.arange(parameter.shape[0], device=parameter.device)
-        own = distribute_tensor(rows, parameter.device_mesh, placements, src_data_rank=None).to_local()
+        own = distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
         return int(own[:1].sum()) * parameter.shape[1:].numel()  # 0 without any
 
     def spread(self, name: str, tensor: Tensor) -> None:
