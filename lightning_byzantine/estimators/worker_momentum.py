@@ -51,9 +51,9 @@ class WorkerMomentum(Estimator):
     gradient changes, or goes to and fro as it does at high learning rates. What is cut off follows in the next steps.
 
     g_t^i = (v_t^i - beta v_{t-1}^i) / (1 - beta) is known well enough from sketches of what the workers have sent, of
-    256 numbers each. Liars who choose vectors by the sketches' signs, which are public, can hide the second length, or
-    have it between 0 and 1.2 (||g|| + ||v^_{t-1}||) for an honest g. It is left out after a checkpoint of a model that
-    was divided otherwise, and for parameters that did not take part together in the step before.
+    256 numbers each. Liars who choose vectors by the sketches' signs, which are public, can have the second length
+    anywhere between 0 and 1.2 (||g|| + ||v^_{t-1}||) (1 - beta) for an honest g. It is left out for parameters that did
+    not take part together before, and after a checkpoint of a model whose columns were divided among other ranks.
 
     With ``transparent=False`` the optimizer receives v^_t itself and v_1 = g_1, as in the paper's public code: use it
     with an optimizer without momentum.
