@@ -1,7 +1,6 @@
 """Aggregation by a robust rule."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -76,10 +75,9 @@ class RobustAggregation(Aggregation):
         unusable = None if self._quarantine.workers else frozenset(decision.dropped)
         values, scale = decision.values(), decision.scale() if self._num_byzantine > 0 else None
         if scale is not None:
-            # As all of the scale in few digits: what workers train would else depend on how DDP cuts its buckets.
-            scale = Scale(in_few_digits(scale.length), in_few_digits(scale.noise))
-        if scale is not None and since is not None:
-            scale = replace(scale, step=_step(decision.seen, values, since, matrix.num_workers))
+            # In few digits: what workers train would else depend on how DDP cuts its buckets.
+            step = None if since is None else _step(decision.seen, values, since, matrix.num_workers)
+            scale = Scale(in_few_digits(scale.length), in_few_digits(scale.noise), step)
         self._found = {"decision": decision, "scale": scale}
         return Aggregated(values, unusable, scale)
 

@@ -16,7 +16,7 @@ _SIGNS = 8
 
 
 def fold(columns: Tensor, first: int, out: Tensor) -> None:
-    """Add some columns of long vectors to the folded vectors, in one pass at the price of a product with a vector.
+    """Add some columns of long vectors to the folded vectors, in one pass.
 
     ::
 
