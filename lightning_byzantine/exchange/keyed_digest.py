@@ -3,16 +3,15 @@
 from collections.abc import Iterable, Sequence
 from hashlib import sha256, shake_256
 
-import numpy as np  # comes with torchmetrics
 import torch
 from torch import Tensor, nn
 
 __all__ = ["digest_of", "keyed_digest"]
 
-# Words of 64 bits in a chunk, bytes in it, and as many chunks at once as fit the cache.
+# Words of 64 bits in a chunk, bytes in it, and how many chunks an accelerator multiplies at once.
 _WIDTH = 1 << 11
 _CHUNK = 8 * _WIDTH
-_CHUNKS = {"cpu": 32, "cuda": 1024}
+_AT_ONCE = 1024
 _LATER = 4  # bytes
 
 
@@ -93,9 +92,8 @@ def _sums(content: Tensor, keys: Tensor) -> Tensor:
 
 
 def _sums_of_chunks(content: Tensor, num_chunks: int, keys: Tensor) -> Tensor:
-    size = _CHUNKS.get(content.device.type, 1)
-    words = [torch.split(_words(content, start, num_chunks), size) for start in (0, _LATER)]
-    return torch.cat([_products(some, keys[0]) + _products(later, keys[1]) for some, later in zip(*words, strict=True)])
+    some, later = (_words(content, start, num_chunks) for start in (0, _LATER))
+    return _products(some, keys[0]) + _products(later, keys[1])
 
 
 def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
@@ -111,6 +109,6 @@ def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
 def _products(words: Tensor, keys: Tensor) -> Tensor:
     """Return the sum of the products with the keys for each row of words."""
     if words.device.type == "cpu":
-        # Five sixths of the time of PyTorch's product of integers.
-        return torch.from_numpy(np.einsum("ij,j->i", words.numpy(), keys.numpy()))
-    return (words * keys).sum(1)
+        return torch.mv(words, keys)
+    # Accelerators have no such product of integers, and these take as much memory as the words.
+    return torch.cat([(some * keys).sum(1) for some in words.split(_AT_ONCE)])
