@@ -296,11 +296,16 @@ class AggregationEngine:
         else:
             first = self.exchange.rank * self.local.num_workers
             measured = [first + worker not in unusable for worker in range(self.local.num_workers)]
-        for worker, is_measurable in enumerate(measured):
-            # An unusable vector must not enter the worker's own state.
-            if is_measurable:
-                sent = {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
-                self._sends.commit(sent, worker)
+        # An unusable vector must not enter the worker's own state.
+        sent = {
+            worker: {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
+            for worker, is_measurable in enumerate(measured)
+            if is_measurable
+        }
+        is_all = len(sent) == len(measured) and all(self._sends.can_keep(own, worker) for worker, own in sent.items())
+        put = self._sends.keep if is_all and self.exchange.let_go() else self._sends.commit
+        for worker, own in sent.items():
+            put(own, worker)
 
     def _write_gradient(self, block: GradientBlock, target: Tensor, aggregate: Tensor) -> None:
         """Write this rank's columns of the gradient, given those of the aggregate."""

@@ -153,6 +153,17 @@ class Estimator(ABC):
         """
         copy_into(self._estimates[worker], sent)
 
+    def can_keep(self, sent: Mapping[str, Tensor], worker: int = 0) -> bool:
+        """Return whether :meth:`keep` may be called instead of :meth:`commit`.
+
+        Not if it would leave other parameters' state where it is, in memory that may be used for the next estimates.
+        """
+        return self._estimates[worker].keys() <= sent.keys()
+
+    def keep(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
+        """Do the same as :meth:`commit`, with the tensors themselves instead of copies."""
+        self._estimates[worker] = dict(sent)
+
     def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
         """Return what a worker sent last, by parameter name."""
         return dict(self._estimates[worker])

@@ -17,7 +17,7 @@ __all__ = ["AllGather"]
 class AllGather(Exchange):
     """Every rank receives every worker's vector and aggregates for itself, without trusting any other rank.
 
-    A rank receives (m - k) d elements and holds (m + k + 1) d: all vectors, its own, and the result. With witnesses, a
+    A rank receives (m - k) d elements and holds (m + 1) d: all vectors, and the result. With witnesses, a
     rank that sends others different vectors can't make them aggregate different ones, see
     :class:`~lightning_byzantine.exchange.case.Case`.
 
@@ -35,6 +35,15 @@ class AllGather(Exchange):
         self._num_missing = 0
         self._layout: tuple[Names, ...] | None = None
         self._segments: Segments | None = None
+
+    def allocate(self, num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+        """Return the memory of this rank's rows of the matrix, so that they need no copy."""
+        received = self._received.get(len(self._started), like, self._num_ranks * num_rows, num_columns)
+        return received[self.rank * num_rows : (self.rank + 1) * num_rows]
+
+    def let_go(self) -> bool:
+        """Keep the matrix."""
+        return False
 
     def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
         """Gather one block asynchronously, while backward continues."""

@@ -50,6 +50,10 @@ class AllToAll(Exchange):
         shards = self._sent.get(index, like, self._num_ranks, self._width(num_columns))
         return shards.view(-1)[:num_columns][None]
 
+    def let_go(self) -> bool:
+        """Do so with one worker per rank; what several send is kept apart from its shards."""
+        return len(self._unsharded) == 0 and super().let_go()
+
     def send(self, index: int, rows: Tensor) -> tuple[Tensor, list[Wait]]:
         """Send every rank its columns of one block asynchronously, while backward continues."""
         num_local, length = rows.shape

@@ -19,14 +19,18 @@ __all__ = [
 
 
 def start_gather(received: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> list[Callable[[], object]]:
-    """Start gathering every rank's flat tensor into ``received``, in the order of ranks; return what to wait for."""
+    """Start gathering every rank's flat tensor into ``received``, in the order of ranks; return what to wait for.
+
+    This rank's may already be there.
+    """
     if own.numel() == 0:
         return []
     if not is_direct(own.device):
         return [_all_gather(received, own, group=group, async_op=True).wait]
     rank, parts = dist.get_rank(group), received.chunk(dist.get_world_size(group))
     waits = _start_sends(parts, own, group)
-    parts[rank].copy_(own)
+    if own.data_ptr() != parts[rank].data_ptr():
+        parts[rank].copy_(own)
     return waits
 
 

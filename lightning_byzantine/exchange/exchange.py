@@ -37,6 +37,10 @@ class KeptMemory:
     def __init__(self) -> None:
         self._buffers: dict[int, Tensor] = {}
 
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._buffers)
+
     def get(self, index: int, like: Tensor, rows: int, columns: int) -> Tensor:
         """Return the tensor of a block with its old contents, or a new one if its shape or dtype has changed."""
         buffer = self._buffers.get(index)
@@ -57,7 +61,8 @@ class KeptMemory:
 class Exchange(ABC):
     """Sends blocks of vectors between ranks: call :meth:`start` for every block, :meth:`finish`, then :meth:`collect`.
 
-    Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned.
+    Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned, unless
+    the former was let go.
 
     Attributes:
         divides_columns: whether each rank's matrix has its share of the columns only.
@@ -77,6 +82,7 @@ class Exchange(ABC):
         self._started: list[tuple[Tensor, list[Wait]]] = []
         self._arriving = Arriving([])
         self._sent, self._received = KeptMemory(), KeptMemory()
+        self._let_go = KeptMemory()
 
     @property
     def rank(self) -> int:
@@ -114,6 +120,16 @@ class Exchange(ABC):
 
         """
         return self._sent.get(len(self._started), like, num_rows, num_columns)
+
+    def let_go(self) -> bool:
+        """Leave what :meth:`allocate` returned in this step to the caller, in exchange for what it was left before.
+
+        Returns:
+            Whether it is the caller's: not if it is a part of the matrix as well.
+
+        """
+        self._sent, self._let_go = self._let_go, self._sent
+        return True
 
     def start(self, rows: Tensor) -> None:
         """Start sending one block.
@@ -186,6 +202,7 @@ class Exchange(ABC):
         """Return another exchange between the same ranks, which does not keep this one's memory from being freed."""
         other = copy(self)
         other._sent, other._received, other._arriving = KeptMemory(), KeptMemory(), Arriving([])
+        other._let_go = KeptMemory()
         return other
 
     def columns_of(self, length: int) -> slice:

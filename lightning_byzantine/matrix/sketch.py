@@ -11,8 +11,9 @@ __all__ = ["PERIOD", "WIDTH", "fold", "sketches_of"]
 WIDTH = 256
 # Numbers in a folded vector, p, a multiple of k.
 PERIOD = 2**12
-# Neighbouring columns have different signs: otherwise, the errors of those with equal values would not average out.
-_SIGNS = 8
+# Columns next to these have other signs: otherwise, the errors of those with equal values would not average out. So many
+# sets of signs, by turns for so many neighbours, which are as many as a vector register has.
+_SIGNS, _NEIGHBOURS = 8, 16
 
 
 def fold(columns: Tensor, first: int, out: Tensor) -> None:
@@ -25,7 +26,7 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
 
     ``<S x, S y>`` is on average ``<x, y>`` over the signs, with a standard deviation of about ``||x|| ||y|| sqrt(2 /
     k)``. Of vectors of at most k columns, it is exact. Columns that are the same vector p columns apart are the worst:
-    they have signs in common with each eighth neighbour.
+    they have one of eight sets of signs.
 
     Args:
         columns: [n, c], neighbouring columns of n vectors, float32 or float64.
@@ -45,30 +46,44 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
         True
 
     """
-    num_columns, period = columns.shape[1], out.shape[1]
-    signs = _signs(first // period, (first + num_columns - 1) // period + 1, columns.dtype, columns.device)
+    num_rows, num_columns, period = *columns.shape, out.shape[1]
     head = min(-first % period, num_columns)
     num_whole = (num_columns - head) // period
-    # Of fewer periods, the product would be larger than the columns.
+    # Of fewer periods, the products would be larger than the columns.
     tail = head + (num_whole * period if num_whole >= _SIGNS else 0)
     if head < tail:
-        whole = signs[1 if head else 0 :][:num_whole]
-        # Faster than with one sign at a time, although only the eighth part is of use.
-        products = whole.T @ columns[:, head:tail].view(len(columns), num_whole, period)
-        own = products.view(len(columns), _SIGNS, -1, _SIGNS).diagonal(dim1=1, dim2=3)
-        out += own.reshape(len(columns), period)
+        # All columns with all signs, of which one eighth is of use: faster than one set of signs after the other.
+        index = (first + head) // period
+        signs = _signs(index, index + num_whole, columns.dtype, columns.device).T.expand(num_rows, -1, -1)
+        products = torch.bmm(signs, columns[:, head:tail].unflatten(1, (num_whole, period)))
+        by_sets = -1, _SIGNS, _neighbours(period)
+        own = products.unflatten(2, by_sets).diagonal(dim1=1, dim2=3)
+        out.unflatten(1, by_sets).permute(0, 1, 3, 2).add_(own)
     one_by_one = [(start, min(start + period, num_columns)) for start in range(tail, num_columns, period)]
     for start, stop in [(0, head), *one_by_one] if head else one_by_one:
         index, place = divmod(first + start, period)
-        sign = signs[index - first // period].repeat(period // _SIGNS)
         part = slice(place, place + stop - start)
-        out[:, part].addcmul_(columns[:, start:stop], sign[part])
+        sign = _signs_in_period(index, period, columns.dtype, columns.device)[part]
+        out[:, part].addcmul_(columns[:, start:stop], sign)
 
 
 def sketches_of(folded: Tensor) -> Tensor:
     """Return the sketches [n, k] of folded vectors [n, p]."""
     signs = _signs(0, folded.shape[1] // _SIGNS, folded.dtype, folded.device).flatten()
     return (folded * signs).view(len(folded), -1, WIDTH).sum(1)
+
+
+def _neighbours(period: int) -> int:
+    """Return how many neighbouring columns have the same sign."""
+    return min(_NEIGHBOURS, period // _SIGNS)
+
+
+@lru_cache(maxsize=2**10)
+def _signs_in_period(index: int, period: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the signs of all columns in one period, [p]."""
+    neighbours = _neighbours(period)
+    signs = _signs(index, index + 1, dtype, device)[0]
+    return signs.repeat_interleave(neighbours).repeat(period // _SIGNS // neighbours)
 
 
 @lru_cache(maxsize=2**12)
