@@ -61,8 +61,8 @@ class KeptMemory:
 class Exchange(ABC):
     """Sends blocks of vectors between ranks: call :meth:`start` for every block, :meth:`finish`, then :meth:`collect`.
 
-    Memory is reused: the next step overwrites the matrix, and what :meth:`allocate` and :meth:`collect` returned, unless
-    the former was let go.
+    Memory is reused: the next step overwrites the matrix, what :meth:`collect` returned, and what :meth:`allocate`
+    returned unless that was let go.
 
     Attributes:
         divides_columns: whether each rank's matrix has its share of the columns only.

@@ -11,8 +11,8 @@ __all__ = ["PERIOD", "WIDTH", "fold", "sketches_of"]
 WIDTH = 256
 # Numbers in a folded vector, p, a multiple of k.
 PERIOD = 2**12
-# Columns next to these have other signs: otherwise, the errors of those with equal values would not average out. So many
-# sets of signs, by turns for so many neighbours, which are as many as a vector register has.
+# Sets of signs, by turns for so many neighbours, which fill a vector register: if all had the same signs, the errors of
+# columns with equal values would not average out.
 _SIGNS, _NEIGHBOURS = 8, 16
 
 
