@@ -302,10 +302,11 @@ class AggregationEngine:
             for worker, is_measurable in enumerate(measured)
             if is_measurable
         }
-        is_all = len(sent) == len(measured) and all(self._sends.can_keep(own, worker) for worker, own in sent.items())
-        put = self._sends.keep if is_all and self.exchange.let_go() else self._sends.commit
-        for worker, own in sent.items():
-            put(own, worker)
+        estimator = self._sends
+        can_keep = len(sent) == len(measured) and all(estimator.can_keep(each, worker) for worker, each in sent.items())
+        commit = estimator.keep if can_keep and self.exchange.let_go() else estimator.commit
+        for worker, each in sent.items():
+            commit(each, worker)
 
     def _write_gradient(self, block: GradientBlock, target: Tensor, aggregate: Tensor) -> None:
         """Write this rank's columns of the gradient, given those of the aggregate."""

@@ -111,4 +111,4 @@ def _products(words: Tensor, keys: Tensor) -> Tensor:
     if words.device.type == "cpu":
         return torch.mv(words, keys)
     # Accelerators have no such product of integers, and these take as much memory as the words.
-    return torch.cat([(some * keys).sum(1) for some in words.split(_AT_ONCE)])
+    return torch.cat([(some * keys).sum(1) for some in torch.split(words, _AT_ONCE)])

@@ -55,10 +55,10 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
         # All columns with all signs, of which one eighth is of use: faster than one set of signs after the other.
         index = (first + head) // period
         signs = _signs(index, index + num_whole, columns.dtype, columns.device).T.expand(num_rows, -1, -1)
-        products = torch.bmm(signs, columns[:, head:tail].unflatten(1, (num_whole, period)))
+        products = torch.bmm(signs, columns[:, head:tail].view(num_rows, num_whole, period))
         by_sets = -1, _SIGNS, _neighbours(period)
-        own = products.unflatten(2, by_sets).diagonal(dim1=1, dim2=3)
-        out.unflatten(1, by_sets).permute(0, 1, 3, 2).add_(own)
+        own = products.view(num_rows, _SIGNS, *by_sets).diagonal(dim1=1, dim2=3)
+        out.view(num_rows, *by_sets).permute(0, 1, 3, 2).add_(own)
     one_by_one = [(start, min(start + period, num_columns)) for start in range(tail, num_columns, period)]
     for start, stop in [(0, head), *one_by_one] if head else one_by_one:
         index, place = divmod(first + start, period)
