@@ -10,6 +10,7 @@ from lightning_byzantine.matrix.anchored_gram import AnchoredGram
 from lightning_byzantine.matrix.blocks import FEW, Blocks, at_least_float32, float64, in_chunks
 from lightning_byzantine.matrix.gram import Gram, central_where_blunt, centred_gram
 from lightning_byzantine.matrix.quick_products import all_digits, quick_gram, quick_products, rounding_of_exact
+from lightning_byzantine.matrix.scratch import Scratch
 
 __all__ = ["Products", "StoredProducts"]
 
@@ -57,11 +58,12 @@ class StoredProducts:
             return
         places = [(group, *place) for group in groups for place in group.places]
         products: dict[int, Tensor] = {}
+        scratch = Scratch()
         for index, block in enumerate(blocks.arriving):
             with all_digits(blocks.device.type):
                 for number, (group, of_block, columns) in enumerate(places):
                     if of_block == index:
-                        products[number] = _products_about_zero(block[:, columns], blocks.are_quick_in(group))
+                        products[number] = _products_about_zero(block[:, columns], blocks.are_quick_in(group), scratch)
         are_quick = torch.tensor([blocks.are_quick_in(group) for group in groups])
         # With what bounds the errors, where any are quick.
         shape = len(groups), 2 if blocks.are_quick else 1, blocks.num_rows, blocks.num_rows
@@ -214,9 +216,10 @@ class Products:
     def add_about_row(self, row: int, sums: Tensor) -> None:
         """Add this rank's part of the products about one of the rows, and what bounds their errors, to [2, n, n]."""
         blocks, is_quick = self.blocks, self._is_quick_about_row
+        scratch = Scratch()
         for index in range(len(blocks.memory)):
             for _, chunk in blocks.chunks(index, self._rows, at_least_float32 if is_quick else float64):
-                seen = chunk - chunk[row]
+                seen = torch.sub(chunk, chunk[row], out=scratch.like(chunk))
                 if is_quick:
                     sums += quick_products(seen)
                 else:
@@ -269,12 +272,12 @@ def _sharpen(products: Sequence[Products]) -> None:
         origins |= moves
 
 
-def _products_about_zero(rows: Tensor, are_quick: bool) -> Tensor:
+def _products_about_zero(rows: Tensor, are_quick: bool, scratch: Scratch) -> Tensor:
     """Return inner products in float64, [n, n], or what :func:`quick_gram` needs, [2, n, n]."""
     # The last digits of products depend on strides and alignment, which a copy has always the same.
     chunks = in_chunks(rows, rows.shape[0], torch.float32 if are_quick else torch.float64)
     if are_quick:
-        products = (quick_products(chunk.clone(memory_format=torch.contiguous_format)) for _, chunk in chunks)
+        products = (quick_products(scratch.like(chunk).copy_(chunk)) for _, chunk in chunks)
     else:
         products = (seen.T @ seen for seen in (_in_float64(chunk) for _, chunk in chunks))
     return reduce(Tensor.add_, products)
