@@ -59,8 +59,8 @@ class StoredProducts:
         places = [(group, *place) for group in groups for place in group.places]
         products: dict[int, Tensor] = {}
         scratch = Scratch()
-        for index, block in enumerate(blocks.arriving):
-            with all_digits(blocks.device.type):
+        with all_digits(blocks.device.type):
+            for index, block in enumerate(blocks.arriving):
                 for number, (group, of_block, columns) in enumerate(places):
                     if of_block == index:
                         products[number] = _products_about_zero(block[:, columns], blocks.are_quick_in(group), scratch)

@@ -164,22 +164,23 @@ class RowView:
         """Return sketches of x_i, s and a - s, [m + 2, k], for a = ``values`` and s = ``since``; (||s||, ||a - s||)."""
         total = torch.zeros((self.num_rows + 2) * WIDTH + 2, dtype=torch.float64, device=self.blocks.device)
         sketches, squares = total[:-2].view(-1, WIDTH), total[-2:]
-        ways, wide = Scratch(), Scratch()
-        for index, (point, start) in enumerate(zip(values, since, strict=True)):
-            dtype = at_least_float32(self.blocks.memory[index].dtype)
-            folded = sketches.new_zeros(len(sketches), PERIOD, dtype=dtype)
-            for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
-                origin = start[columns].to(dtype)
-                way = torch.sub(point[columns], origin, out=ways.vector(origin.numel(), origin))
-                for square, vector in zip(squares, (origin, way), strict=True):
-                    exact = wide.vector(vector.numel(), total).copy_(vector)
-                    square += exact.dot(exact)
-                with all_digits(chunk.device.type):
+        folded: dict[torch.dtype, Tensor] = {}
+        pairs, wide = Scratch(), Scratch()
+        with all_digits(self.blocks.device.type):
+            for index, (point, start) in enumerate(zip(values, since, strict=True)):
+                dtype = at_least_float32(self.blocks.memory[index].dtype)
+                sums = folded.setdefault(dtype, sketches.new_zeros(len(sketches), PERIOD, dtype=dtype))
+                for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
+                    pair = pairs.rows(2, chunk)
+                    torch.sub(point[columns], pair[0].copy_(start[columns]), out=pair[1])
+                    for square, vector in zip(squares, pair, strict=True):
+                        exact = wide.vector(vector.numel(), total).copy_(vector)
+                        square += exact.dot(exact)
                     for part, place in self.blocks.runs(index, columns):
-                        fold(chunk[:, part], place, out=folded[:-2])
-                        fold(origin[None, part], place, out=folded[-2:-1])
-                        fold(way[None, part], place, out=folded[-1:])
-            sketches += sketches_of(folded)
+                        fold(chunk[:, part], place, out=sums[:-2])
+                        fold(pair[:, part], place, out=sums[-2:])
+        for sums in folded.values():
+            sketches += sketches_of(sums)
         total = self.blocks.complete(total)
         return total[:-2].view(-1, WIDTH), total[-2:].sqrt()
 
