@@ -70,11 +70,11 @@ class Histories(nn.Module):
         usual = middle_of(squares, torch.ones_like(squares, dtype=torch.bool))
         shares = torch.where(squares > usual, (usual / squares).sqrt(), 1.0)
         # Where most workers agree, the others' direction says nothing.
-        seen = (products * shares[:, None] * shares[..., None] / usual[..., None]).nan_to_num(0, 0, 0)
+        seen = (products * shares[:, None]).mul_(shares[..., None]).div_(usual[..., None]).nan_to_num_(0, 0, 0)
         multiples = torch.where(squares > 0, (squares / usual).clamp(max=_MOST), 0.0)
         # That of each worker alone: the first steps of one whose rows could not be used so far count in full.
         memory = (num_steps / (num_steps + 1)).clamp(max=_LONGEST_MEMORY)
-        averages[pairs] = torch.lerp(seen, averages[pairs], memory[:, None].minimum(memory[..., None]))
+        averages[pairs] = seen.lerp_(averages[pairs], memory[:, None].minimum(memory[..., None]))
         sizes[:, present] = torch.lerp(multiples, sizes[:, present], memory)
         states[:, -1, present] += 1
         self._by_name.update(zip(names, states, strict=True))

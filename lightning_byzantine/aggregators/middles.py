@@ -76,4 +76,7 @@ def distances_from(products: Tensor, weights: Tensor) -> Tensor:
 def products_about(products: Tensor, weights: Tensor) -> Tensor:
     """Return inner products [s, m, m] about the points sum_i w_i x_i."""
     seen = products @ weights[..., None]
-    return products - seen - seen.mT + weights[..., None, :] @ seen
+    halves = seen - weights[..., None, :] @ seen / 2
+    # In place: with many workers, each matrix in between would take as long to fill as to compute.
+    moved = halves + halves.mT
+    return torch.sub(products, moved, out=moved)
