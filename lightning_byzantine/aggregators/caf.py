@@ -1,5 +1,7 @@
 """A filter along the directions of largest variance."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ __all__ = ["CAF"]
 
 # Relative differences below this are rounding, which must neither choose an eigenvector nor keep a weight above 0.
 _SAME = 1e-9
+# If all lambdas are this many times that of all rows, float32 is enough to know that the mean is best. Any path that
+# errors lead to is as good as another: they turn an eigenvector only where others are about as large.
+_CLEARLY = 1.01
 
 
 class CAF(Aggregator):
@@ -37,20 +42,37 @@ class CAF(Aggregator):
 
     def locate(self, matrix: WorkerMatrix, num_byzantine: int) -> Point:
         """Return the weighted mean with the smallest lambda."""
-        num_workers = matrix.num_workers
-        weights = torch.ones(num_workers, dtype=torch.float64)
-        best, least = weights, torch.inf
-        squared = matrix.exact_squared_distances()
-        while weights.sum() > num_workers - 2 * num_byzantine + _SAME:
-            left = weights.nonzero().flatten()
-            eigenvalue, projections = _widest_spread(squared[left][:, left], weights[left])
+        if num_byzantine == 0:
+            return matrix.mean()
+        path = _filtered(matrix.squared_distances(), num_byzantine)
+        _, of_all = next(path)
+        if all(eigenvalue > _CLEARLY * of_all for _, eigenvalue in path):
+            return matrix.mean()
+        best, least = torch.empty(0), torch.inf
+        for weights, eigenvalue in _filtered(matrix.exact_squared_distances(), num_byzantine):
             if eigenvalue < (1 - _SAME) * least:
                 best, least = weights, eigenvalue
-            if eigenvalue == 0:
-                break
-            loss = projections / projections.max()
-            weights = weights.index_copy(0, left, torch.where(loss > 1 - _SAME, 0.0, weights[left] * (1 - loss)))
         return matrix.combine(best / best.sum())
+
+
+def _filtered(squared: Tensor, num_byzantine: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield weights, [m], and their lambda, until 2f are gone or all rows that are left are the same.
+
+    Args:
+        squared: [m, m], squared distances.
+        num_byzantine: f, at least 1.
+
+    """
+    num_workers = len(squared)
+    weights = torch.ones(num_workers, dtype=torch.float64)
+    while weights.sum() > num_workers - 2 * num_byzantine + _SAME:
+        left = weights.nonzero().flatten()
+        eigenvalue, projections = _widest_spread(squared[left][:, left], weights[left])
+        yield weights, eigenvalue
+        if eigenvalue == 0:
+            break
+        loss = projections / projections.max()
+        weights = weights.index_copy(0, left, torch.where(loss > 1 - _SAME, 0.0, weights[left] * (1 - loss)))
 
 
 def _widest_spread(squared: Tensor, weights: Tensor) -> tuple[float, Tensor]:
