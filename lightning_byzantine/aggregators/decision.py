@@ -72,12 +72,13 @@ class Decision:
         return replace(report, parts=self._reports_of_parts(), products=products)
 
     def _reports_of_parts(self) -> tuple[Report, ...]:
-        """Return reports on all segments, without their products; none where these are not known."""
+        """Return reports on all segments; none where their products are not known."""
         if not isinstance(self.point, Segmented) or self._products is None:
             return ()
         norms = torch.stack([matrix.known_norms() for matrix, _ in self._parts])
         found = zip(norms, self.point.points, _lengths(self._products), self._shares.tolist(), strict=True)
-        return tuple(self._report(*of_part) for of_part in found)
+        reports = (self._report(*of_part) for of_part in found)
+        return tuple(replace(report, products=of) for report, of in zip(reports, self._products, strict=True))
 
     def _report(self, norms: Tensor, point: Point, distances: Tensor | None, share: float = 1.0) -> Report:
         unknown = torch.full_like(norms, torch.nan)

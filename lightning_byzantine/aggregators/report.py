@@ -55,7 +55,7 @@ class Report:
         parts: reports on each parameter, of a rule that decides in each; then weights are averages over all columns.
         share: the fraction of all columns that this report is about; below 1 in :attr:`parts`.
         products: [m, m], inner products of the rows' differences from the aggregate; NaN for rows that the rule has not
-            seen, None where they are not known, and in :attr:`parts`.
+            seen, None where they are not known.
         num_honest: how many of the rows that the rule has seen are honest, at least.
 
     Example:

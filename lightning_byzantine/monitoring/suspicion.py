@@ -6,6 +6,7 @@ from statistics import NormalDist
 from typing import Any
 
 from lightning_byzantine.aggregators.report import Report
+from lightning_byzantine.monitoring.at_the_mean import AtTheMean
 from lightning_byzantine.utilities.checks import check_positive
 from lightning_byzantine.utilities.medians import known_median
 
@@ -48,7 +49,9 @@ class ScoringState:
         return cls(norms=[0.0] * num_workers, distances=[0.0] * num_workers, spread=nan)
 
 
-def score(report: Report, state: ScoringState, memory: float) -> tuple[list[float], list[bool], ScoringState]:
+def score(
+    report: Report, state: ScoringState, memory: float, at_the_mean: list[bool]
+) -> tuple[list[float], list[bool], ScoringState]:
     """Return by how much each worker stands out in one step.
 
     See :class:`Suspicion` for the formula.
@@ -57,6 +60,7 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
         report: the step's report on m workers.
         state: what the previous step returned, or :meth:`ScoringState.initial`. Not written to.
         memory: beta, the fraction of a worker's last vector that remains in its next one.
+        at_the_mean: who sends the mean of others, [m].
 
     Returns:
         - z, [m], in [-3, 3]; NaN for workers that the report has no data on,
@@ -66,7 +70,7 @@ def score(report: Report, state: ScoringState, memory: float) -> tuple[list[floa
     """
     measurable, norms, distances = report.measurable.tolist(), report.norms.tolist(), report.deviations.tolist()
     vanished = _vanished(norms, state.norms, memory)
-    certain = _certain(report, vanished, _loud(norms, state.norms, memory))
+    certain = _certain(report, vanished, _loud(norms, state.norms, memory), at_the_mean)
 
     values, before = (norms, state.norms) if all(map(isnan, distances)) else (distances, state.distances)
     values = [nan if gone else value for value, gone in zip(values, vanished, strict=True)]
@@ -111,6 +115,8 @@ class Suspicion:
       range of the honest workers, so that all of them can be named by this at once, and nobody who is not loud,
     - that points away from the others, see :attr:`~lightning_byzantine.aggregators.Report.opposed`: as long as
       gradients shrink faster than momentum forgets, u does not show a flipped sign,
+    - that sends the mean of the others in some parameter, as attacks do that move another one only, see
+      :func:`~lightning_byzantine.monitoring.at_the_mean.at_the_mean`,
     - whose process was outvoted in buffers or metrics.
 
     Of a worker that was cleared, by an audit, only the first and the last of these count.
@@ -148,6 +154,7 @@ class Suspicion:
         self._beside = [0.0] * num_workers
         self._averages = [0.0] * num_workers
         self._state = ScoringState.initial(num_workers)
+        self._at_the_mean = AtTheMean(num_workers)
 
     def update(self, report: Report, memory: float) -> None:
         """Add one step.
@@ -157,7 +164,7 @@ class Suspicion:
             memory: beta, the fraction of a worker's last vector that remains in its next one.
 
         """
-        z, certain, self._state = score(report, self._state, memory)
+        z, certain, self._state = score(report, self._state, memory, self._at_the_mean.update(report))
         known = [worker for worker, deviation in enumerate(z) if not isnan(deviation)]
         usual = _smallest([self._averages[worker] for worker in known], _num_agreeing(report, z))
         beside = _beside_statistics(report)
@@ -192,6 +199,7 @@ class Suspicion:
             "cleared": sorted(self.cleared),
             "beside": list(self._beside),
             "averages": list(self._averages),
+            "at_the_mean": self._at_the_mean.state_dict(),
             **asdict(self._state),
         }
 
@@ -208,6 +216,9 @@ class Suspicion:
         self.suspected, self.cleared = set(state["suspected"]), set(state["cleared"])
         self.scores, self._averages = list(state["scores"]), list(state["averages"])
         self._beside = list(state["beside"])
+        self._at_the_mean = AtTheMean(len(self.scores))
+        if "at_the_mean" in state:  # not in checkpoints of earlier versions
+            self._at_the_mean.load_state_dict(state["at_the_mean"])
 
     def _added(self, total: float, excess: float) -> float:
         return _clamped(total + excess - _ALLOWANCE, 0.0, 1.5 * self.threshold)
@@ -227,9 +238,9 @@ def _loud(norms: list[float], before: list[float], memory: float) -> list[bool]:
     return [norm > most and change > most_changed for norm, change in zip(norms, changes, strict=True)]
 
 
-def _certain(report: Report, vanished: list[bool], loud: list[bool]) -> list[bool]:
+def _certain(report: Report, vanished: list[bool], loud: list[bool], at_the_mean: list[bool]) -> list[bool]:
     """Return which workers stand out regardless of their distance, [m]."""
-    reasons = [_beside_statistics(report), vanished, loud, report.opposed.tolist()]
+    reasons = [_beside_statistics(report), vanished, loud, at_the_mean, report.opposed.tolist()]
     return list(map(any, zip(*reasons, strict=True)))
 
 

@@ -21,6 +21,7 @@ from lightning_byzantine.aggregators import (
     PersistentFilter,
 )
 from lightning_byzantine.aggregators.report import Report
+from lightning_byzantine.attacks import OneLayer
 from lightning_byzantine.matrix import Segments, WorkerMatrix
 from lightning_byzantine.monitoring.audit_order import audit_order
 from lightning_byzantine.monitoring.crowding import Crowding
@@ -371,6 +372,36 @@ def test_f_workers_that_are_silent_make_no_other_loud() -> None:
     for report in reports_of_five("silent"):
         suspicion.update(report, BETA)
         assert suspicion.suspected <= {1, 4}
+
+
+def reports_of_one_layer(steps: int) -> list[Report]:
+    """Return what the default rule says of five workers, of which 1 and 4 attack the last of two parameters."""
+    generator, rule, momentum = torch.Generator().manual_seed(12), PersistentFilter(), torch.zeros(5, 300).double()
+    segments, reports = Segments.of_sizes([200, 100]), []
+    for _ in range(steps):
+        gradients = 0.3 + torch.randn(5, 300, generator=generator, dtype=torch.float64)
+        momentum = BETA * momentum + (1 - BETA) * gradients
+        sent = OneLayer().tamper(WorkerMatrix([momentum.clone()], segments=segments), [1, 4])
+        reports.append(rule.decide(sent, 2).report())
+    return reports
+
+
+def test_all_who_attack_one_layer_are_named_by_what_they_send_in_the_others() -> None:
+    suspicion, resumed, older, reports = Suspicion(5), Suspicion(5), Suspicion(5), reports_of_one_layer(30)
+    for report in reports[:15]:
+        suspicion.update(report, BETA)
+        assert suspicion.suspected <= {1, 4}
+    assert suspicion.suspected == {1, 4}
+    state = suspicion.state_dict()
+    resumed.load_state_dict(state)
+    older.load_state_dict({name: value for name, value in state.items() if name != "at_the_mean"})
+    for report in reports[15:]:
+        for each in (suspicion, resumed, older):
+            each.update(report, BETA)
+            assert each.suspected == {1, 4}
+    assert resumed.scores == suspicion.scores
+    resumed.clear(1)
+    assert resumed.suspected == {4}
 
 
 def test_who_was_cleared_is_suspected_for_other_reasons_only() -> None:
