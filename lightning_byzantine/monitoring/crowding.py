@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_byzantine.aggregators.report import Report
+from lightning_byzantine.utilities.median_of_pairs import median_of_pairs
 
 __all__ = ["Crowding", "crowding"]
 
@@ -39,14 +40,17 @@ def crowding(products: Tensor) -> Tensor:
         tensor([4.5000, 0.0451, 4.5000, 0.0000])
 
     """
-    squares = products.diagonal()
-    squared = (squares[:, None] + squares - 2 * products).clamp(min=0)
-    pairs = squared[torch.ones_like(squared).triu(diagonal=1).bool()]
-    others = squared.masked_fill(torch.eye(len(squared), dtype=torch.bool), torch.inf)
-    nearest = others.nan_to_num(torch.inf).amin(1)
-    ratios = (pairs.nanmedian() / nearest).log2() / 2
-    # Where all rows are the same, none is nearer than others.
-    return torch.where(squares.isnan(), nan, ratios.nan_to_num(0).clamp(0, _MOST))
+    is_known = ~products.diagonal().isnan()
+    crowded = torch.zeros_like(products[0]).masked_fill(~is_known, nan)
+    if is_known.sum() > 1:
+        known = products if is_known.all() else products[is_known][:, is_known]
+        squares = known.diagonal()
+        squared = (squares[:, None] + squares).sub_(known, alpha=2).clamp_(min=0)
+        usual = median_of_pairs(squared)  # from here on, nobody is near to itself
+        ratios = (usual / squared.amin(1)).log2() / 2
+        # Where all rows are the same, none is nearer than others.
+        crowded[is_known] = ratios.nan_to_num(0).clamp(0, _MOST)
+    return crowded
 
 
 class Crowding:
