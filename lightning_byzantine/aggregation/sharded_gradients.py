@@ -12,7 +12,7 @@ from lightning_byzantine.aggregation.shard_layout import ShardLayout
 __all__ = ["ShardedGradients"]
 
 # Elements on all ranks from which on a gradient is a block of its own, in place, instead of a copy among others.
-_LARGE = 2**18
+_LARGE = 2**20
 
 
 class ShardedGradients:
