@@ -1,7 +1,6 @@
 """Aggregation by a robust rule."""
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ class RobustAggregation(Aggregation):
             self._observers.tell(report, self._quarantine.workers)
 
     def fingerprint(self) -> bytes:
-        """Return a digest of the report, of the scale and of what the rule will remember."""
+        """Return a digest of what reports follow from, of the scale and of what the rule will remember."""
         found = {name: _plain(what) for name, what in self._found.items()}
         # The last aggregate is not changed yet.
         rule = {name: state for name, state in self.memory().items() if "last_aggregate" not in name}
@@ -126,14 +125,7 @@ def _step(seen: WorkerMatrix, values: Sequence[Tensor], since: Sequence[Tensor],
 def _plain(found: Any) -> Any:
     """Return what was found as nested lists of tensors and numbers."""
     if isinstance(found, Decision):
-        return [found.dropped, _plain(found.report())]
-    if isinstance(found, Report):
-        # A few large tensors: there may be hundreds of parts.
-        reports = (found, *found.parts)
-        rows = [(each.norms, each.weights, each.distances, each.measurable.double()) for each in reports]
-        numbers = [(each.share, each.num_honest, each.from_aggregate) for each in reports]
-        beside = [found.products, found.outvoted, found.equivocated]
-        return [torch.stack(list(chain.from_iterable(rows))), torch.tensor(numbers, dtype=torch.float64), *beside]
+        return found.facts()
     if isinstance(found, Scale):
         # Where the step starts is this rank's own state, of which others say nothing by what they send.
         return [found.length, found.noise, found.step and found.step.sketches[:-2]]
