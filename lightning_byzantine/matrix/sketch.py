@@ -66,8 +66,8 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
         if start < stop:
             index, place = divmod(first + start, period)
             part = slice(place, place + stop - start)
-            sign = _signs_in_period(index, period, columns.dtype, columns.device)[part]
-            out[:, part].addcmul_(columns[:, start:stop], sign)
+            signs = _signs(index, index + 1, columns.dtype, columns.device)[0]
+            out[:, part].addcmul_(columns[:, start:stop], signs[_sets(period, columns.device)[part]])
 
 
 def sketches_of(folded: Tensor) -> Tensor:
@@ -81,12 +81,10 @@ def _neighbours(period: int) -> int:
     return min(_NEIGHBOURS, period // _SIGNS)
 
 
-@lru_cache(maxsize=2**10)
-def _signs_in_period(index: int, period: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the signs of all columns in one period, [p]."""
-    neighbours = _neighbours(period)
-    signs = _signs(index, index + 1, dtype, device)[0]
-    return signs.repeat_interleave(neighbours).repeat(period // _SIGNS // neighbours)
+@lru_cache
+def _sets(period: int, device: torch.device) -> Tensor:
+    """Return which of the eight signs each column in a period has, [p]."""
+    return torch.arange(period, device=device) // _neighbours(period) % _SIGNS
 
 
 @lru_cache(maxsize=2**12)
