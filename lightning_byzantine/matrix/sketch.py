@@ -47,13 +47,14 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
 
     """
     num_rows, num_columns, period = *columns.shape, out.shape[1]
+    before = first // period
+    all_signs = _signs(before, (first + num_columns - 1) // period + 1, columns.dtype, columns.device)
     by_sets = -1, _SIGNS, _neighbours(period)
     head = min(-first % period, num_columns)
     num_whole = (num_columns - head) // period
     tail = head + num_whole * period
     if num_whole > 0:
-        index = (first + head) // period
-        signs = _signs(index, index + num_whole, columns.dtype, columns.device)
+        signs = all_signs[1 if head else 0 :][:num_whole]
         whole = columns[:, head:tail].view(num_rows, num_whole, period)
         if num_whole < _SIGNS:
             sums = (whole.view(num_rows, num_whole, *by_sets) * signs.view(num_whole, 1, _SIGNS, 1)).sum(1)
@@ -66,8 +67,8 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
         if start < stop:
             index, place = divmod(first + start, period)
             part = slice(place, place + stop - start)
-            signs = _signs(index, index + 1, columns.dtype, columns.device)[0]
-            out[:, part].addcmul_(columns[:, start:stop], signs[_sets(period, columns.device)[part]])
+            signs = all_signs[index - before][_sets(period, columns.device)[part]]
+            out[:, part].addcmul_(columns[:, start:stop], signs)
 
 
 def sketches_of(folded: Tensor) -> Tensor:
