@@ -297,16 +297,18 @@ class AggregationEngine:
             first = self.exchange.rank * self.local.num_workers
             measured = [first + worker not in unusable for worker in range(self.local.num_workers)]
         # An unusable vector must not enter the worker's own state.
-        sent = {
+        usable = {
             worker: {name: part for block in blocks for name, part in block.by_name(block.sent[worker]).items()}
             for worker, is_measurable in enumerate(measured)
             if is_measurable
         }
         estimator = self._sends
-        can_keep = len(sent) == len(measured) and all(estimator.can_keep(each, worker) for worker, each in sent.items())
+        # Blocks as a whole are kept, which is a waste where some of their columns are nobody's state.
+        is_all = len(usable) == len(measured) and not any(block.unused for block in blocks)
+        can_keep = is_all and all(estimator.can_keep(sent, worker) for worker, sent in usable.items())
         commit = estimator.keep if can_keep and self.exchange.let_go() else estimator.commit
-        for worker, each in sent.items():
-            commit(each, worker)
+        for worker, sent in usable.items():
+            commit(sent, worker)
 
     def _write_gradient(self, block: GradientBlock, target: Tensor, aggregate: Tensor) -> None:
         """Write this rank's columns of the gradient, given those of the aggregate."""

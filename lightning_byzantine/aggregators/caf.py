@@ -12,8 +12,9 @@ __all__ = ["CAF"]
 
 # Relative differences below this are rounding, which must neither choose an eigenvector nor keep a weight above 0.
 _SAME = 1e-9
-# If all lambdas are this many times that of all rows, float32 is enough to know that the mean is best. Any path that
-# errors lead to is as good as another: they turn an eigenvector only where others are about as large.
+# If all lambdas are this many times that of all rows, float32 is enough to know that the mean is best. The guarantee is
+# that of any path that errors lead to: they turn an eigenvector only where others are about as large. Like all that
+# follows from eigenvectors, it takes the same LAPACK on all ranks.
 _CLEARLY = 1.01
 
 
@@ -48,7 +49,7 @@ class CAF(Aggregator):
         _, of_all = next(path)
         if all(eigenvalue > _CLEARLY * of_all for _, eigenvalue in path):
             return matrix.mean()
-        best, least = torch.empty(0), torch.inf
+        best, least = torch.ones(matrix.num_workers, dtype=torch.float64), torch.inf
         for weights, eigenvalue in _filtered(matrix.exact_squared_distances(), num_byzantine):
             if eigenvalue < (1 - _SAME) * least:
                 best, least = weights, eigenvalue

@@ -139,10 +139,6 @@ class DoubleMomentumEstimator(Estimator):
         """Hold d_t until :meth:`advance`."""
         self._accepted[worker] = sent
 
-    def can_keep(self, sent: Mapping[str, Tensor], worker: int = 0) -> bool:
-        """Return False: until :meth:`advance`, the step may be discarded."""
-        return False
-
     def gradient(self, name: str, aggregate: Tensor, out: Tensor) -> None:
         """Write d^_t into ``out``, for the optimizer."""
         self.aggregated = True

@@ -49,11 +49,12 @@ class Scale:
 class Estimator(ABC):
     """Gradient estimates of this process's workers, with state per parameter and worker.
 
-    Each step calls :meth:`estimate` for every parameter and worker, exchanges the estimates, calls :meth:`commit` for
-    every worker whose estimates could be used, and then :meth:`gradient` for every parameter. Parameters are identified
-    by name, because DDP moves them between buckets. All tensors are flat, [n] for a parameter of n elements, and
-    float32 where the parameter has half precision. Workers are numbered within the process, from 0; usually there is
-    one. Where every rank aggregates its share of the columns, what is said about the aggregate is about this share.
+    Each step calls :meth:`estimate` for every parameter and worker, exchanges the estimates, calls :meth:`commit`, or
+    :meth:`keep` where it can, for every worker whose estimates could be used, and then :meth:`gradient` for every
+    parameter. Parameters are identified by name, because DDP moves them between buckets. All tensors are flat, [n] for
+    a parameter of n elements, and float32 where the parameter has half precision. Workers are numbered within the
+    process, from 0; usually there is one. Where every rank aggregates its share of the columns, what is said about the
+    aggregate is about this share.
 
     A subclass implements the formula in :meth:`follow` and :meth:`gradient`; this class keeps what was sent last. What
     a subclass keeps of the aggregate belongs into :class:`~.shared_columns.SharedColumns`, for :meth:`place`.
@@ -156,17 +157,18 @@ class Estimator(ABC):
     def can_keep(self, sent: Mapping[str, Tensor], worker: int = 0) -> bool:
         """Return whether :meth:`keep` may be called instead of :meth:`commit`.
 
-        Not if it would leave other parameters' state where it is, in memory that may be used for the next estimates.
+        Not if a subclass commits in another way, or if other parameters' state would stay where it is, in memory that
+        may be used for the next estimates.
         """
-        return self._estimates[worker].keys() <= sent.keys()
+        return type(self).commit is Estimator.commit and self._estimates[worker].keys() <= sent.keys()
 
     def keep(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
         """Do the same as :meth:`commit`, with the tensors themselves instead of copies."""
         self._estimates[worker] = dict(sent)
 
     def worker_state(self, worker: int = 0) -> dict[str, Tensor]:
-        """Return what a worker sent last, by parameter name."""
-        return dict(self._estimates[worker])
+        """Return copies of what a worker sent last, by parameter name."""
+        return {name: value.clone() for name, value in self._estimates[worker].items()}
 
     def load_state(self, workers: Sequence[Mapping[str, Tensor]], shared: Mapping[str, Tensor]) -> None:
         """Restore copies of what :meth:`worker_state`, for each worker, and :meth:`shared_state` returned."""

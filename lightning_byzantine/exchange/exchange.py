@@ -82,6 +82,7 @@ class Exchange(ABC):
         self._started: list[tuple[Tensor, list[Wait]]] = []
         self._arriving = Arriving([])
         self._sent, self._received = KeptMemory(), KeptMemory()
+        # Memory that the caller keeps: two steps take turns, so that no step overwrites what the one before has sent.
         self._let_go = KeptMemory()
 
     @property
@@ -122,10 +123,12 @@ class Exchange(ABC):
         return self._sent.get(len(self._started), like, num_rows, num_columns)
 
     def let_go(self) -> bool:
-        """Leave what :meth:`allocate` returned in this step to the caller, in exchange for what it was left before.
+        """Leave what :meth:`allocate` returned in this step to the caller, until the next call.
+
+        The next step uses what was left to the caller before, or other memory.
 
         Returns:
-            Whether it is the caller's: not if it is a part of the matrix as well.
+            Whether that was done: not if collectives of this step or the next one write to it.
 
         """
         self._sent, self._let_go = self._let_go, self._sent
@@ -158,7 +161,7 @@ class Exchange(ABC):
 
         """
         started, self._started = self._started, []
-        for kept in (self._sent, self._received):
+        for kept in (self._sent, self._let_go, self._received):
             kept.truncate(len(started))
         for (received, waits), columns in zip(started, cleared or (), strict=cleared is not None):
             # A single row is compared with no other, and may be the sender's own memory.
@@ -202,7 +205,7 @@ class Exchange(ABC):
         """Return another exchange between the same ranks, which does not keep this one's memory from being freed."""
         other = copy(self)
         other._sent, other._received, other._arriving = KeptMemory(), KeptMemory(), Arriving([])
-        other._let_go = KeptMemory()
+        other._let_go, other._started = KeptMemory(), []
         return other
 
     def columns_of(self, length: int) -> slice:

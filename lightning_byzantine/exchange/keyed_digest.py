@@ -109,6 +109,7 @@ def _words(content: Tensor, start: int, num_chunks: int) -> Tensor:
 def _products(words: Tensor, keys: Tensor) -> Tensor:
     """Return the sum of the products with the keys for each row of words."""
     if words.device.type == "cpu":
+        # Its loads need no alignment: words may begin anywhere.
         return torch.mv(words, keys)
     # Accelerators have no such product of integers, and these take as much memory as the words.
     return torch.cat([(some * keys).sum(1) for some in torch.split(words, _AT_ONCE)])

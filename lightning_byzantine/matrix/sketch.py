@@ -48,27 +48,24 @@ def fold(columns: Tensor, first: int, out: Tensor) -> None:
     """
     num_rows, num_columns, period = *columns.shape, out.shape[1]
     before = first // period
-    all_signs = _signs(before, (first + num_columns - 1) // period + 1, columns.dtype, columns.device)
-    by_sets = -1, _SIGNS, _neighbours(period)
+    signs = _signs(before, (first + num_columns - 1) // period + 1, columns.dtype, columns.device)
     head = min(-first % period, num_columns)
     num_whole = (num_columns - head) // period
-    tail = head + num_whole * period
-    if num_whole > 0:
-        signs = all_signs[1 if head else 0 :][:num_whole]
-        whole = columns[:, head:tail].view(num_rows, num_whole, period)
-        if num_whole < _SIGNS:
-            sums = (whole.view(num_rows, num_whole, *by_sets) * signs.view(num_whole, 1, _SIGNS, 1)).sum(1)
-        else:
-            # All columns with all signs, of which one eighth is of use: faster than one set of signs after the other.
-            products = torch.bmm(signs.T.expand(num_rows, -1, -1), whole)
-            sums = products.view(num_rows, _SIGNS, *by_sets).diagonal(dim1=1, dim2=3).permute(0, 1, 3, 2)
-        out.view(num_rows, *by_sets).add_(sums)
-    for start, stop in ((0, head), (tail, num_columns)):
-        if start < stop:
-            index, place = divmod(first + start, period)
-            part = slice(place, place + stop - start)
-            signs = all_signs[index - before][_sets(period, columns.device)[part]]
-            out[:, part].addcmul_(columns[:, start:stop], signs)
+    # Of fewer periods, the products would be larger than the columns.
+    tail = head + (num_whole * period if num_whole >= _SIGNS else 0)
+    if head < tail:
+        # All columns with all signs, of which one eighth is of use: faster than one set of signs after the other.
+        of_whole = signs[1 if head else 0 :][:num_whole].T.expand(num_rows, -1, -1)
+        products = torch.bmm(of_whole, columns[:, head:tail].view(num_rows, num_whole, period))
+        by_sets = -1, _SIGNS, _neighbours(period)
+        own = products.view(num_rows, _SIGNS, *by_sets).diagonal(dim1=1, dim2=3)
+        out.view(num_rows, *by_sets).permute(0, 1, 3, 2).add_(own)
+    one_by_one = [(start, min(start + period, num_columns)) for start in range(tail, num_columns, period)]
+    for start, stop in [(0, head), *one_by_one] if head else one_by_one:
+        index, place = divmod(first + start, period)
+        part = slice(place, place + stop - start)
+        of_part = signs[index - before][_sets(period, columns.device)[part]]
+        out[:, part].addcmul_(columns[:, start:stop], of_part)
 
 
 def sketches_of(folded: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def median_of_pairs(values: Tensor) -> Tensor:
     """
     num_rows = values.shape[-1]
     values.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-    # Of each pair twice, which have the same lower median. PyTorch's median takes four times as long.
+    # Of each pair twice, which have the same lower median, but for rounding. PyTorch's takes four times as long.
     middle = num_rows * (num_rows - 1) // 2 - 1
     smaller_first = np.partition(values.flatten(-2).numpy(), middle, axis=-1)
     return torch.from_numpy(np.asarray(smaller_first[..., middle]))

@@ -1,5 +1,7 @@
 """The engine, driven as DDP's hook drives it, but with neither DDP nor Lightning."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ from lightning_byzantine.aggregators import (
 )
 from lightning_byzantine.estimators import WorkerMomentum
 from lightning_byzantine.estimators.estimator import Scale
-from lightning_byzantine.exchange import make_exchange
+from lightning_byzantine.exchange import SingleRank, make_exchange
 from lightning_byzantine.matrix import WorkerMatrix
 
 SIZES = {"weight": 6, "bias": 3, "scale": 1}
@@ -362,3 +364,47 @@ def drive_alone(call_it_too: bool) -> Tensor:
         engine.send(block)
         engine.aggregate()
     return block.buffer
+
+
+class Counting(WorkerMomentum):
+    """Counts what is committed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_commits = 0
+
+    def commit(self, sent: Mapping[str, Tensor], worker: int = 0) -> None:
+        self.num_commits += 1
+        super().commit(sent, worker)
+
+
+def trained(estimator: WorkerMomentum, own: list[Tensor], used: list[set[str] | None]) -> list[dict[str, Tensor]]:
+    """Return the state after each step, as it was then, of a single worker that sends some gradients."""
+    aggregation = RobustAggregation(Mean(), 0, Quarantine(), Observers())
+    parameters = {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()}
+    engine = AggregationEngine(parameters, aggregation, SingleRank(), estimator, breakdown=Breakdown("skip"))
+    states = []
+    for gradient, names in zip(own, used, strict=True):
+        parts = gradient.clone().split(list(SIZES.values()))
+        engine.send(GradientBlock.of(dict(zip(SIZES, parts, strict=True))))
+        engine.aggregate(names)
+        states.append(estimator.worker_state())
+    return states
+
+
+def test_what_was_sent_is_the_momentum_whatever_happens_in_later_steps() -> None:
+    own = list(gradients(seed=1, steps=8)[:, 0])
+    own[3][2], own[4][7] = torch.nan, torch.inf
+    used = [None, None, {"weight", "scale"}, None, None, {"bias"}, None, None]
+    expected, states = dict.fromkeys(SIZES, torch.zeros(1)), trained(WorkerMomentum(), own, used)
+    for gradient, names, state in zip(own, used, states, strict=True):
+        for name, part in zip(SIZES, gradient.split(list(SIZES.values())), strict=True):
+            if gradient.isfinite().all() and (names is None or name in names):
+                expected[name] = 0.9 * expected[name] + 0.1 * part
+            torch.testing.assert_close(state[name], expected[name].expand_as(part))
+
+
+def test_an_estimator_that_commits_in_its_own_way_is_asked_to() -> None:
+    estimator = Counting()
+    trained(estimator, list(gradients(seed=1)[:, 0]), [None] * STEPS)
+    assert estimator.num_commits == STEPS
