@@ -164,12 +164,12 @@ class RowView:
         """Return sketches of x_i, s and a - s, [m + 2, k], for a = ``values`` and s = ``since``; (||s||, ||a - s||)."""
         total = torch.zeros((self.num_rows + 2) * WIDTH + 2, dtype=torch.float64, device=self.blocks.device)
         sketches, squares = total[:-2].view(-1, WIDTH), total[-2:]
-        folded: dict[torch.dtype, Tensor] = {}
+        dtypes = [at_least_float32(block.dtype) for block in self.blocks.memory]
+        folded = {dtype: sketches.new_zeros(len(sketches), PERIOD, dtype=dtype) for dtype in dict.fromkeys(dtypes)}
         pairs, wide = Scratch(), Scratch()
         with all_digits(self.blocks.device.type):
             for index, (point, start) in enumerate(zip(values, since, strict=True)):
-                dtype = at_least_float32(self.blocks.memory[index].dtype)
-                sums = folded.setdefault(dtype, sketches.new_zeros(len(sketches), PERIOD, dtype=dtype))
+                sums = folded[dtypes[index]]
                 for columns, chunk in self.blocks.chunks(index, self.rows, at_least_float32):
                     pair = pairs.rows(2, chunk)
                     torch.sub(point[columns], pair[0].copy_(start[columns]), out=pair[1])
